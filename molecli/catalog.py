@@ -1,0 +1,72 @@
+"""What ships inside the package: the embedded base, its LoRAs and the recipes, by name. Needs no torch.
+
+Contents: package_folder, builtin_base, builtin_loras, builtin_lora, recipes.
+"""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+from molecli.errors import UsageError
+
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_BASE = "builtin:tiny-t5"
+
+
+def package_folder() -> Path:
+    """The folder that `molecli` is installed in."""
+    return Path(__file__).resolve().parent
+
+
+def builtin_base(name: str = BUILTIN_BASE) -> Path:
+    """The folder of the embedded base `name` ("builtin:tiny-t5" or "tiny-t5").
+
+    Raises: UsageError when nothing ships under that name.
+    """
+    bare = name.removeprefix(BUILTIN_PREFIX)
+    known = _folders_with(package_folder() / "builtin", "config.json")
+    if bare not in known:
+        names = ", ".join(BUILTIN_PREFIX + n for n in known) or "none in this installation"
+        raise UsageError(f"{BUILTIN_PREFIX}{bare}", "no such built-in base", f"Known: {names}.")
+    return known[bare]
+
+
+def builtin_loras() -> dict[str, Path]:
+    """The embedded LoRAs in order: real name -> folder."""
+    return _folders_with(package_folder() / "builtin" / "loras", "adapter_config.json")
+
+
+def builtin_lora(name: str) -> tuple[str, Path] | None:
+    """(real name, folder) of an embedded LoRA given its name or its letter (a is the first, b the second, ...).
+
+    None when nothing ships under that name, so that the caller may look for a folder or a hub id instead.
+    """
+    loras = builtin_loras()
+    bare = name.removeprefix(BUILTIN_PREFIX)
+    if bare in loras:
+        return bare, loras[bare]
+    position = string.ascii_lowercase.find(bare) if len(bare) == 1 else -1
+    if 0 <= position < len(loras):
+        real = list(loras)[position]
+        return real, loras[real]
+    return None
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes: name such as "text/smollm2-135m" -> file."""
+    folder = _recipe_folder()
+    files = sorted(folder.rglob("*.yaml")) if folder.is_dir() else []
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def _recipe_folder() -> Path:
+    # An installed wheel holds the recipes as molecli/recipes; a checkout holds them beside the package.
+    inside = package_folder() / "recipes"
+    return inside if inside.is_dir() else package_folder().parent / "recipes"
+
+
+def _folders_with(parent: Path, marker: str) -> dict[str, Path]:
+    if not parent.is_dir():
+        return {}
+    return {folder.name: folder for folder in sorted(parent.iterdir()) if (folder / marker).is_file()}

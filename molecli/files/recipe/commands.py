@@ -1,0 +1,179 @@
+"""One recipe model per command: what its YAML may hold.
+
+Contents: TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, RECIPES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from molecli.catalog import BUILTIN_PREFIX, builtin_loras
+from molecli.errors import UsageError
+from molecli.files.lora_spec import check_distinct, check_name
+from molecli.files.recipe.parts import (
+    AdapterConfig,
+    BaseConfig,
+    DataConfig,
+    Device,
+    EvalConfig,
+    GateConfig,
+    LoraConfig,
+    LoraTrainConfig,
+    Names,
+    Section,
+    TrainConfig,
+)
+from molecli.files.recipe.shorthand import as_loras
+
+Mode = Literal["gated", "linear", "nla", "single"]
+Loras = Annotated[tuple[LoraConfig, ...], BeforeValidator(as_loras)]
+
+_SEED = "every random choice follows from it"
+_DEVICE = "where the model runs"
+_MASK = "experts switched off, by name"
+_ONLY = "experts kept, by name; the others are switched off"
+
+
+class TrainLoraRecipe(Section):
+    """`mole train-lora`: one LoRA on one base."""
+
+    command: Literal["train-lora"] = "train-lora"
+    base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="the LoRA's shape")
+    data: DataConfig = Field(default_factory=DataConfig, description="examples to train on")
+    train: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="the training run")
+    output: str = Field("runs/train-lora", min_length=1, description="folder to write")
+    seed: int = Field(0, ge=0, description=_SEED)
+    device: Device = Field("auto", description=_DEVICE)
+
+
+class ComposeRecipe(Section):
+    """`mole compose`: trained LoRAs into one composition."""
+
+    command: Literal["compose"] = "compose"
+    preset: Literal["paper"] | None = Field(None, description="a named set of values below the explicit ones")
+    base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
+    loras: Loras = Field((), description="the experts, in order; the built-in ones when the base is built in")
+    mode: Mode = Field("gated", description="gated, linear (Eq. 1), nla (Eq. 2) or single")
+    gate: GateConfig = Field(default_factory=GateConfig, description="the gates of mode gated")
+    data: DataConfig = Field(default_factory=DataConfig, description="examples the gates learn from")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="the training run of the gates")
+    evaluate: EvalConfig | None = Field(
+        default_factory=EvalConfig, description="scoring after composing: the test split of `data`; null for none"
+    )
+    allow_partial: bool = Field(False, description="accept a LoRA some of whose keys match nothing in the base")
+    only: Names = Field((), description="mode single: the one LoRA")
+    output: str = Field("runs/compose", min_length=1, description="folder to write")
+    seed: int = Field(0, ge=0, description=_SEED)
+    device: Device = Field("auto", description=_DEVICE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, tree: Any) -> Any:
+        return _with_evaluation(_with_loras(tree)) if isinstance(tree, Mapping) else tree
+
+    @model_validator(mode="after")
+    def _check(self) -> ComposeRecipe:
+        if not self.loras:
+            raise UsageError("loras", f"no LoRA is named for the base {self.base.id}", "Write --loras a=PATH,b=PATH.")
+        _check_loras(self.loras)
+        if self.mode == "single" and len(self.only) != 1 and len(self.loras) > 1:
+            names = ", ".join(lora.name for lora in self.loras)
+            raise UsageError("only", "mode single needs exactly one LoRA", f"Write --only NAME, one of: {names}.")
+        if self.gate.top_k is not None and self.gate.top_k > len(self.loras):
+            raise UsageError("gate.top_k", f"{self.gate.top_k} is more than the {len(self.loras)} LoRAs", "Lower it.")
+        return self
+
+
+class SampleRecipe(Section):
+    """`mole sample`: completions of prompts."""
+
+    command: Literal["sample"] = "sample"
+    composition: str | None = Field(None, description="composition folder or .safetensors")
+    base: BaseConfig | None = Field(None, description="the base; the composition's own when not given")
+    loras: Loras = Field((), description="the experts; the composition's own when not given")
+    prompts: tuple[str, ...] = Field((), description="prompts; without any, lines of stdin")
+    max_new_tokens: int = Field(64, ge=1, description="longest completion")
+    temperature: float = Field(0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus sampling")
+    mask: Names = Field((), description=_MASK)
+    only: Names = Field((), description=_ONLY)
+    output: str | None = Field(None, description="folder to write; stdout when not given")
+    seed: int = Field(0, ge=0, description=_SEED)
+    device: Device = Field("auto", description=_DEVICE)
+    batch_size: int = Field(16, ge=1, description="prompts at once")
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleRecipe:
+        _check_loras(self.loras)
+        return self
+
+
+class EvaluateRecipe(Section):
+    """`mole evaluate`: one or many compositions on one load of the base."""
+
+    command: Literal["evaluate"] = "evaluate"
+    compositions: tuple[str, ...] = Field((), description="composition folders or .safetensors")
+    base: BaseConfig | None = Field(None, description="the base; the compositions' own when not given")
+    loras: Loras = Field((), description="the experts; the compositions' own when not given")
+    modes: tuple[Literal["base", "single", "linear", "nla"], ...] = Field(
+        (), description="static modes scored beside the compositions: base, single (each LoRA alone), linear, nla"
+    )
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="how completions are scored")
+    mask: Names = Field((), description=_MASK)
+    only: Names = Field((), description=_ONLY)
+    output: str = Field("runs/evaluate", min_length=1, description="folder to write")
+    seed: int = Field(0, ge=0, description=_SEED)
+    device: Device = Field("auto", description=_DEVICE)
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateRecipe:
+        _check_loras(self.loras)
+        return self
+
+
+Recipe = TrainLoraRecipe | ComposeRecipe | SampleRecipe | EvaluateRecipe
+RECIPES: dict[str, type[Recipe]] = {
+    "train-lora": TrainLoraRecipe,
+    "compose": ComposeRecipe,
+    "sample": SampleRecipe,
+    "evaluate": EvaluateRecipe,
+}
+
+
+def _check_loras(loras: tuple[LoraConfig, ...]) -> None:
+    check_distinct([lora.name for lora in loras])
+    for lora in loras:
+        check_name(lora.name, f"{lora.name}={lora.source}")
+
+
+def _with_loras(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tree with the built-in LoRAs named, where the base is built in and no LoRA is."""
+    base = tree.get("base")
+    base_id = base.get("id", BUILTIN_PREFIX) if isinstance(base, Mapping) else getattr(base, "id", base)
+    if tree.get("loras") or not str(base_id or BUILTIN_PREFIX).startswith(BUILTIN_PREFIX):
+        return tree
+    return {**tree, "loras": list(builtin_loras())}
+
+
+def _with_evaluation(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tree with the data to score written out: the test split of the data to learn from."""
+    data, evaluation = tree.get("data", {}), tree.get("evaluate", {})
+    if isinstance(data, DataConfig):
+        data = data.model_dump()
+    if not isinstance(data, Mapping) or not isinstance(evaluation, Mapping):
+        return tree
+    scored = evaluation.get("data", {})
+    if not isinstance(scored, Mapping) or "suite" in scored:
+        return tree
+    if data.get("suite") == "jsonl" and "files" not in scored:
+        # One's own file has no test split to take: scoring what was trained on would flatter.
+        if "evaluate" not in tree:
+            return {**tree, "evaluate": None}
+        what = "suite jsonl has no test split, and no file to score is named"
+        raise UsageError("evaluate.data.files", what, "Name one, or write evaluate: null.")
+    inherited = {key: value for key, value in data.items() if key not in ("split", "holdout", "limit")}
+    return {**tree, "evaluate": {**evaluation, "data": {**inherited, **scored}}}

@@ -1,0 +1,82 @@
+"""Recipes in and out of YAML: defaults < preset < file < flags < --set.
+
+Contents: load_recipe, dump_recipe, find_recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from molecli import catalog
+from molecli.errors import UsageError
+from molecli.files.near import suggestion
+from molecli.files.recipe.commands import RECIPES, Recipe
+from molecli.files.recipe.explain import explain
+from molecli.files.recipe.presets import PRESETS
+from molecli.files.recipe.shorthand import expanded
+from molecli.files.recipe.tree import from_overrides, from_sets, merged, read_yaml
+
+
+def load_recipe(
+    path: str | Path | None,
+    command: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+) -> Recipe:
+    """The recipe of `command`, checked and complete: the file's values under `overrides` (flags) under `sets`.
+
+    `overrides` nest or use dotted keys; None means "flag not given". Without `command` the file's own is taken.
+    Raises: UsageError that names the file and the key, and the nearest known key to an unknown one.
+    """
+    file = find_recipe(path) if path is not None else None
+    tree = read_yaml(file) if file is not None else {}
+    command = _command(file, tree, command)
+    layers = [("--set", from_sets(sets)), ("command line", from_overrides(overrides or {})), (str(file), tree)]
+    if file is None:
+        layers.pop()
+    spelled = [(where, expanded(layer)) for where, layer in layers]
+    explicit = merged({"command": command}, *(layer for _, layer in reversed(spelled)))
+    preset = PRESETS.get(command, {}).get(str(explicit.get("preset")), {})
+    model = RECIPES[command]
+    try:
+        return model.model_validate(merged(preset, explicit))
+    except ValidationError as error:
+        raise explain(error, model, spelled) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every value written out; `load_recipe` of it gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that `path` names: a file, a run's folder (its recipe.yaml) or the name of a shipped recipe.
+
+    Raises: UsageError when there is none.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "recipe.yaml"
+    if file.is_file():
+        return file
+    shipped = catalog.recipes()
+    name = str(path).removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    raise UsageError(str(path), "no such recipe", f"{suggestion(name, shipped)} `mole recipe ls` lists them.")
+
+
+def _command(file: Path | None, tree: Mapping[str, Any], command: str | None) -> str:
+    written = tree.get("command", command)
+    if written not in RECIPES:
+        remedy = suggestion(str(written), RECIPES) if "command" in tree else f"Write command: {' | '.join(RECIPES)}."
+        what = f"unknown command {written!r}" if "command" in tree else "the key 'command' is missing"
+        raise UsageError(str(file), what, remedy)
+    if command is not None and written != command:
+        raise UsageError(str(file), f"this recipe is for {written}, not for {command}", f"Run mole {written} {file}.")
+    return str(written)

@@ -1,0 +1,65 @@
+"""The short forms a recipe may use, spelled out: a base as one string, LoRAs as text, names with commas.
+
+A value of a wrong type is returned as it is: the model's own check then says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from molecli.files.lora_spec import parse_lora
+
+
+def as_base(value: Any) -> Any:
+    """`base: ID` as `base: {id: ID}`."""
+    return {"id": value} if isinstance(value, str) else value
+
+
+def as_loras(value: Any) -> Any:
+    """`loras: a,b`, `loras: [a, x=PATH@0.5]` and `loras: {x: PATH}` as a list of {name, source, weight}."""
+    if isinstance(value, str):
+        return [_spelled(text) for text in _texts(value)]
+    if isinstance(value, Mapping):
+        return [_spelled(f"{name}={source}") if isinstance(source, str) else source for name, source in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [spelled for item in value for spelled in (_many(item) if isinstance(item, str) else [item])]
+    return value
+
+
+def as_names(value: Any) -> Any:
+    """`a,b` as [a, b]."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def as_paths(value: Any) -> Any:
+    """A file or a list of files as {stem: file}; a mapping stays. Two equal stems stay a list, and are refused."""
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, (list, tuple)) or not all(isinstance(file, str) for file in files):
+        return value
+    named = {PurePath(file).stem: file for file in files}
+    return named if len(named) == len(files) else value
+
+
+def expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with its base and LoRAs spelled out, so that two trees merge key by key."""
+    result = dict(tree)
+    if "base" in result:
+        result["base"] = as_base(result["base"])
+    if "loras" in result:
+        result["loras"] = as_loras(result["loras"])
+    return result
+
+
+def _texts(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _many(value: str) -> list[dict[str, Any]]:
+    return [_spelled(text) for text in _texts(value)]
+
+
+def _spelled(text: str) -> dict[str, Any]:
+    spec = parse_lora(text)
+    return {"name": spec.name, "source": spec.source, "weight": spec.weight}
