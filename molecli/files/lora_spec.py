@@ -43,7 +43,7 @@ def parse_lora(text: str) -> LoraSpec:
 
 
 def parse_loras(texts: Iterable[str]) -> tuple[LoraSpec, ...]:
-    """The LoRAs that several texts name, each possibly a comma-separated list. Raises: UsageError on a repeated name."""
+    """The LoRAs that texts name, each possibly a comma-separated list. Raises: UsageError on a repeated name."""
     specs = tuple(parse_lora(part) for text in texts for part in text.split(",") if part.strip())
     check_distinct([spec.name for spec in specs])
     return specs

@@ -45,30 +45,30 @@ class TrainLoraRecipe(Section):
     adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="the LoRA's shape")
     data: DataConfig = Field(default_factory=DataConfig, description="examples to train on")
     train: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="the training run")
-    output: str = Field("runs/train-lora", min_length=1, description="folder to write")
-    seed: int = Field(0, ge=0, description=_SEED)
-    device: Device = Field("auto", description=_DEVICE)
+    output: str = Field(default="runs/train-lora", min_length=1, description="folder to write")
+    seed: int = Field(default=0, ge=0, description=_SEED)
+    device: Device = Field(default="auto", description=_DEVICE)
 
 
 class ComposeRecipe(Section):
     """`mole compose`: trained LoRAs into one composition."""
 
     command: Literal["compose"] = "compose"
-    preset: Literal["paper"] | None = Field(None, description="a named set of values below the explicit ones")
+    preset: Literal["paper"] | None = Field(default=None, description="a named set of values below the explicit ones")
     base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
-    loras: Loras = Field((), description="the experts, in order; the built-in ones when the base is built in")
-    mode: Mode = Field("gated", description="gated, linear (Eq. 1), nla (Eq. 2) or single")
+    loras: Loras = Field(default=(), description="the experts, in order; the built-in ones when the base is built in")
+    mode: Mode = Field(default="gated", description="gated, linear (Eq. 1), nla (Eq. 2) or single")
     gate: GateConfig = Field(default_factory=GateConfig, description="the gates of mode gated")
     data: DataConfig = Field(default_factory=DataConfig, description="examples the gates learn from")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the training run of the gates")
     evaluate: EvalConfig | None = Field(
         default_factory=EvalConfig, description="scoring after composing: the test split of `data`; null for none"
     )
-    allow_partial: bool = Field(False, description="accept a LoRA some of whose keys match nothing in the base")
-    only: Names = Field((), description="mode single: the one LoRA")
-    output: str = Field("runs/compose", min_length=1, description="folder to write")
-    seed: int = Field(0, ge=0, description=_SEED)
-    device: Device = Field("auto", description=_DEVICE)
+    allow_partial: bool = Field(default=False, description="accept a LoRA some of whose keys match nothing in the base")
+    only: Names = Field(default=(), description="mode single: the one LoRA")
+    output: str = Field(default="runs/compose", min_length=1, description="folder to write")
+    seed: int = Field(default=0, ge=0, description=_SEED)
+    device: Device = Field(default="auto", description=_DEVICE)
 
     @model_validator(mode="before")
     @classmethod
@@ -92,19 +92,19 @@ class SampleRecipe(Section):
     """`mole sample`: completions of prompts."""
 
     command: Literal["sample"] = "sample"
-    composition: str | None = Field(None, description="composition folder or .safetensors")
-    base: BaseConfig | None = Field(None, description="the base; the composition's own when not given")
-    loras: Loras = Field((), description="the experts; the composition's own when not given")
-    prompts: tuple[str, ...] = Field((), description="prompts; without any, lines of stdin")
-    max_new_tokens: int = Field(64, ge=1, description="longest completion")
-    temperature: float = Field(0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus sampling")
-    mask: Names = Field((), description=_MASK)
-    only: Names = Field((), description=_ONLY)
-    output: str | None = Field(None, description="folder to write; stdout when not given")
-    seed: int = Field(0, ge=0, description=_SEED)
-    device: Device = Field("auto", description=_DEVICE)
-    batch_size: int = Field(16, ge=1, description="prompts at once")
+    composition: str | None = Field(default=None, description="composition folder or .safetensors")
+    base: BaseConfig | None = Field(default=None, description="the base; the composition's own when not given")
+    loras: Loras = Field(default=(), description="the experts; the composition's own when not given")
+    prompts: tuple[str, ...] = Field(default=(), description="prompts; without any, lines of stdin")
+    max_new_tokens: int = Field(default=64, ge=1, description="longest completion")
+    temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="nucleus sampling")
+    mask: Names = Field(default=(), description=_MASK)
+    only: Names = Field(default=(), description=_ONLY)
+    output: str | None = Field(default=None, description="folder to write; stdout when not given")
+    seed: int = Field(default=0, ge=0, description=_SEED)
+    device: Device = Field(default="auto", description=_DEVICE)
+    batch_size: int = Field(default=16, ge=1, description="prompts at once")
 
     @model_validator(mode="after")
     def _check(self) -> SampleRecipe:
@@ -116,18 +116,19 @@ class EvaluateRecipe(Section):
     """`mole evaluate`: one or many compositions on one load of the base."""
 
     command: Literal["evaluate"] = "evaluate"
-    compositions: tuple[str, ...] = Field((), description="composition folders or .safetensors")
-    base: BaseConfig | None = Field(None, description="the base; the compositions' own when not given")
-    loras: Loras = Field((), description="the experts; the compositions' own when not given")
+    compositions: tuple[str, ...] = Field(default=(), description="composition folders or .safetensors")
+    base: BaseConfig | None = Field(default=None, description="the base; the compositions' own when not given")
+    loras: Loras = Field(default=(), description="the experts; the compositions' own when not given")
     modes: tuple[Literal["base", "single", "linear", "nla"], ...] = Field(
-        (), description="static modes scored beside the compositions: base, single (each LoRA alone), linear, nla"
+        default=(),
+        description="static modes scored beside the compositions: base, single (each LoRA alone), linear, nla",
     )
     eval: EvalConfig = Field(default_factory=EvalConfig, description="how completions are scored")
-    mask: Names = Field((), description=_MASK)
-    only: Names = Field((), description=_ONLY)
-    output: str = Field("runs/evaluate", min_length=1, description="folder to write")
-    seed: int = Field(0, ge=0, description=_SEED)
-    device: Device = Field("auto", description=_DEVICE)
+    mask: Names = Field(default=(), description=_MASK)
+    only: Names = Field(default=(), description=_ONLY)
+    output: str = Field(default="runs/evaluate", min_length=1, description="folder to write")
+    seed: int = Field(default=0, ge=0, description=_SEED)
+    device: Device = Field(default="auto", description=_DEVICE)
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateRecipe:

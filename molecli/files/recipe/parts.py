@@ -27,11 +27,13 @@ class Section(BaseModel):
 class BaseConfig(Section):
     """The frozen base model. In YAML a plain string is its `id`."""
 
-    id: str = Field(BUILTIN_BASE, min_length=1, description="builtin:NAME, a folder or a hub id")
-    gguf_file: str | None = Field(None, description="name of a GGUF file inside that folder or repository")
-    dtype: Dtype = Field("auto", description="type of the base's weights; auto keeps the checkpoint's")
-    chat_template: bool = Field(True, description="format prompts with the tokenizer's chat template, if it has one")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    id: str = Field(default=BUILTIN_BASE, min_length=1, description="builtin:NAME, a folder or a hub id")
+    gguf_file: str | None = Field(default=None, description="name of a GGUF file inside that folder or repository")
+    dtype: Dtype = Field(default="auto", description="type of the base's weights; auto keeps the checkpoint's")
+    chat_template: bool = Field(
+        default=True, description="format prompts with the tokenizer's chat template, if it has one"
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
 
     @model_validator(mode="before")
     @classmethod
@@ -44,93 +46,100 @@ class LoraConfig(Section):
 
     name: str = Field(min_length=1, description="name in tables, --mask and --only")
     source: str = Field(min_length=1, description="built-in name, folder, .safetensors file or hub id")
-    weight: float = Field(1.0, allow_inf_nan=False, description="its coefficient in the static modes")
+    weight: float = Field(default=1.0, allow_inf_nan=False, description="its coefficient in the static modes")
 
 
 class DataConfig(Section):
     """Where examples come from."""
 
-    suite: SuiteName = Field("builtin", description="task suite, or jsonl for your own files")
-    data_dir: str | None = Field(None, description="folder that holds the suite's files; without it, the hub")
+    suite: SuiteName = Field(default="builtin", description="task suite, or jsonl for your own files")
+    data_dir: str | None = Field(default=None, description="folder that holds the suite's files; without it, the hub")
     files: Annotated[dict[str, str] | None, BeforeValidator(as_paths)] = Field(
-        None, description="jsonl: task -> file, or a list of files (the stem names the task)"
+        default=None, description="jsonl: task -> file, or a list of files (the stem names the task)"
     )
-    tasks: Names | None = Field(None, description="tasks of the suite; all when not given")
-    limit: int | None = Field(None, ge=1, description="at most so many examples per task")
-    split: Literal["train", "test"] = Field("train", description="split to read")
-    holdout: float = Field(0.0, ge=0.0, lt=1.0, description="fraction of the train split kept out, chosen by the seed")
+    tasks: Names | None = Field(default=None, description="tasks of the suite; all when not given")
+    limit: int | None = Field(default=None, ge=1, description="at most so many examples per task")
+    split: Literal["train", "test"] = Field(default="train", description="split to read")
+    holdout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="fraction of the train split kept out, chosen by the seed"
+    )
 
 
 class EvalDataConfig(DataConfig):
     """Where examples to score come from: the test split."""
 
-    split: Literal["train", "test"] = Field("test", description="split to read")
+    split: Literal["train", "test"] = Field(default="test", description="split to read")
 
 
 class GateConfig(Section):
     """The gates of `mode: gated`."""
 
     granularity: Literal["network", "block", "layer", "matrix"] = Field(
-        "layer", description="matrices that share a gate"
+        default="layer", description="matrices that share a gate"
     )
     input: Literal["experts", "hidden", "none"] = Field(
-        "hidden", description="what a gate sees: the experts' outputs, the site's input, or nothing (static weights)"
+        default="hidden",
+        description="what a gate sees: the experts' outputs, the site's input, or nothing (static weights)",
     )
     pool: Literal["auto", "mean", "running", "prompt", "token"] = Field(
-        "auto", description="reduction over positions; auto chooses by the kind of model"
+        default="auto", description="reduction over positions; auto chooses by the kind of model"
     )
-    head: Literal["full", "per_expert", "low_rank"] = Field("full", description="shape of the gate's weight")
-    head_rank: int = Field(8, ge=1, description="rank of the low_rank head")
-    normalize: Literal["standardize", "unit", "none"] = Field("standardize", description="of the gate's input")
-    temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False, description="(initial) softmax temperature")
-    learn_temperature: bool = Field(True, description="learn the temperature, one per gate")
-    top_k: int | None = Field(None, ge=1, description="keep the k largest gates and rescale them")
+    head: Literal["full", "per_expert", "low_rank"] = Field(default="full", description="shape of the gate's weight")
+    head_rank: int = Field(default=8, ge=1, description="rank of the low_rank head")
+    normalize: Literal["standardize", "unit", "none"] = Field(default="standardize", description="of the gate's input")
+    temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="(initial) softmax temperature")
+    learn_temperature: bool = Field(default=True, description="learn the temperature, one per gate")
+    top_k: int | None = Field(default=None, ge=1, description="keep the k largest gates and rescale them")
     absent: Literal["zero", "renormalize"] = Field(
-        "zero", description="an expert without the matrix contributes zero, or its gate is shared out"
+        default="zero", description="an expert without the matrix contributes zero, or its gate is shared out"
     )
 
 
 class TrainConfig(Section):
     """One training run of the gates."""
 
-    steps: int = Field(400, ge=1, description="optimiser steps")
-    batch_size: int = Field(16, ge=1, description="examples per step, over all processes")
-    micro_batch_size: int | None = Field(None, ge=1, description="examples at once; fewer need less memory")
-    lr: float = Field(5e-3, gt=0.0, allow_inf_nan=False, description="peak learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="of the learning rate")
-    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.0, ge=0.0, allow_inf_nan=False, description="AdamW's")
-    grad_clip: float = Field(1.0, ge=0.0, allow_inf_nan=False, description="largest gradient norm; 0 clips nothing")
-    balance: float = Field(
-        0.01, ge=0.0, allow_inf_nan=False, description="weight of the balance loss (alpha of Eq. 14)"
+    steps: int = Field(default=400, ge=1, description="optimiser steps")
+    batch_size: int = Field(default=16, ge=1, description="examples per step, over all processes")
+    micro_batch_size: int | None = Field(default=None, ge=1, description="examples at once; fewer need less memory")
+    lr: float = Field(default=5e-3, gt=0.0, allow_inf_nan=False, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="of the learning rate")
+    warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="AdamW's")
+    grad_clip: float = Field(
+        default=1.0, ge=0.0, allow_inf_nan=False, description="largest gradient norm; 0 clips nothing"
     )
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    log_every: int = Field(10, ge=1, description="steps between lines of train_log.jsonl")
+    balance: float = Field(default=0.01, ge=0.0, allow_inf_nan=False, description="weight of the balance loss (Eq. 14)")
+    checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
+    log_every: int = Field(default=10, ge=1, description="steps between lines of train_log.jsonl")
 
 
 class LoraTrainConfig(TrainConfig):
     """One training run of a LoRA: there are no gates to balance."""
 
-    lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False, description="peak learning rate")
-    balance: float = Field(0.0, ge=0.0, le=0.0, description="only gates are balanced: 0")
+    lr: float = Field(default=1e-3, gt=0.0, allow_inf_nan=False, description="peak learning rate")
+    balance: float = Field(default=0.0, ge=0.0, le=0.0, description="only gates are balanced: 0")
 
 
 class AdapterConfig(Section):
     """The LoRA that `train-lora` trains."""
 
-    rank: int = Field(8, ge=1, description="rank r")
-    alpha: float = Field(16, gt=0.0, allow_inf_nan=False, description="alpha; the update is scaled by alpha/r")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
-    targets: str | tuple[str, ...] = Field("all-linear", description="all-linear, a list of module names, or a regex")
-    rslora: bool = Field(False, description="scale by alpha/sqrt(r) (rsLoRA)")
+    rank: int = Field(default=8, ge=1, description="rank r")
+    alpha: float = Field(default=16, gt=0.0, allow_inf_nan=False, description="alpha; the update is scaled by alpha/r")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
+    targets: str | tuple[str, ...] = Field(
+        default="all-linear", description="all-linear, a list of module names, or a regex"
+    )
+    rslora: bool = Field(default=False, description="scale by alpha/sqrt(r) (rsLoRA)")
 
 
 class EvalConfig(Section):
     """How completions are scored."""
 
     data: EvalDataConfig = Field(default_factory=EvalDataConfig, description="examples to score")
-    metrics: Names | None = Field(None, description="metrics; the suite's own when not given")
-    batch_size: int = Field(32, ge=1, description="prompts at once")
-    max_new_tokens: int | None = Field(None, ge=1, description="longest completion; the suite's own when not given")
-    baselines: bool = Field(True, description="score the base, each LoRA alone, linear and nla beside it")
-    bootstrap: int = Field(1000, ge=0, description="resamples of the paired bootstrap; 0 for no intervals")
+    metrics: Names | None = Field(default=None, description="metrics; the suite's own when not given")
+    batch_size: int = Field(default=32, ge=1, description="prompts at once")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="longest completion; the suite's own when not given"
+    )
+    baselines: bool = Field(default=True, description="score the base, each LoRA alone, linear and nla beside it")
+    bootstrap: int = Field(default=1000, ge=0, description="resamples of the paired bootstrap; 0 for no intervals")
