@@ -1,0 +1,73 @@
+"""BIG-Bench Hard (Suzgun et al., 2022): 27 tasks, zero-shot, answered directly.
+
+Split: the first five rows of a task are `train` (LoRAHub learns from five examples), the rest is `test`.
+"""
+
+from __future__ import annotations
+
+from molecli.protocols import Example, Split
+from molecli.suites.lines import in_order, read_rows, task_files
+from molecli.suites.online import hub_rows
+
+TASKS = (
+    "boolean_expressions",
+    "causal_judgement",
+    "date_understanding",
+    "disambiguation_qa",
+    "dyck_languages",
+    "formal_fallacies",
+    "geometric_shapes",
+    "hyperbaton",
+    "logical_deduction_five_objects",
+    "logical_deduction_seven_objects",
+    "logical_deduction_three_objects",
+    "movie_recommendation",
+    "multistep_arithmetic_two",
+    "navigate",
+    "object_counting",
+    "penguins_in_a_table",
+    "reasoning_about_colored_objects",
+    "ruin_names",
+    "salient_translation_error_detection",
+    "snarks",
+    "sports_understanding",
+    "temporal_sequences",
+    "tracking_shuffled_objects_five_objects",
+    "tracking_shuffled_objects_seven_objects",
+    "tracking_shuffled_objects_three_objects",
+    "web_of_lies",
+    "word_sorting",
+)
+TRAIN_ROWS = 5
+HUB = "lukaemon/bbh"
+_ROOM = {"word_sorting": 128, "dyck_languages": 32}
+
+
+def prompt(question: str) -> str:
+    """The zero-shot prompt, in FLAN's question form that LoRAHub's experiments use."""
+    return f"Q: {question}\nA:"
+
+
+class BbhSuite:
+    """BIG-Bench Hard from `data_dir` (<task>.jsonl with input, target) or the hub."""
+
+    name = "bbh"
+    version = "1"
+
+    def tasks(self, data_dir: str | None = None) -> list[str]:
+        """The tasks whose files are in `data_dir`; all 27 on the hub."""
+        return list(TASKS) if data_dir is None else in_order(TASKS, task_files(data_dir))
+
+    def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
+        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
+        rows = hub_rows(HUB, task, "test") if data_dir is None else read_rows(f"{data_dir}/{task}.jsonl")
+        part = rows[:TRAIN_ROWS] if split == "train" else rows[TRAIN_ROWS:]
+        return [Example(task, prompt(row.text("input")), row.text("target")) for row in part]
+
+    def metrics(self, task: str) -> tuple[str, ...]:
+        """Exact match; LoRAHub's scoring beside it, since published numbers use either."""
+        return ("exact_match", "exact_match_lorahub")
+
+    def max_new_tokens(self, task: str) -> int:
+        """Room for an option or a number; more where the answer is a list."""
+        return _ROOM.get(task, 16)

@@ -1,0 +1,93 @@
+"""JSONL files, line by line; a line that cannot be used is named with its file and number."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molecli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One JSON object and where it stands, for messages."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def text(self, *names: str) -> str:
+        """The first of the fields `names` that is there. Raises: UsageError where none is, or it is not text."""
+        for name in names:
+            if name in self.fields:
+                value = self.fields[name]
+                if not isinstance(value, str):
+                    raise UsageError(self.where, f"the field {name!r} is not text", "Put it in double quotes.")
+                return value
+        raise UsageError(self.where, f"the field {names[0]!r} is missing", "Every line needs it.")
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """The list of texts in field `name`, () where it is not there. Raises: UsageError where it is another thing."""
+        value = self.fields.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise UsageError(self.where, f"the field {name!r} is not a list of texts", 'Write ["...", "..."].')
+        return tuple(value)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The objects of a JSONL file, or of stdin where `path` is "-"; blank lines are skipped.
+
+    Raises: UsageError where the file is missing, unreadable or empty, or a line is not a JSON object.
+    """
+    if str(path) == "-":
+        return _parsed("stdin", sys.stdin)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _parsed(str(path), file)
+    except FileNotFoundError:
+        raise UsageError(str(path), "no such file", "Check the path.") from None
+    except IsADirectoryError:
+        raise UsageError(str(path), "is a folder, not a JSONL file", "Name a file inside it.") from None
+    except UnicodeDecodeError:
+        raise UsageError(str(path), "not UTF-8 text", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise UsageError(str(path), f"cannot be read ({error.strerror})", "Check its permissions.") from None
+
+
+def rows_of(where: str, objects: Iterable[dict[str, Any]]) -> list[Row]:
+    """Rows of objects that did not come from a file; `where` names their source."""
+    return [Row(f"{where}, row {number}", fields) for number, fields in enumerate(objects, start=1)]
+
+
+def _parsed(where: str, lines: Iterable[str]) -> list[Row]:
+    rows = [_row(f"{where}, line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise UsageError(where, "holds no examples", 'Write one {"input": ..., "target": ...} per line.')
+    return rows
+
+
+def _row(where: str, line: str) -> Row:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(where, f"not JSON ({error.msg}, column {error.colno})", "Mend that line.") from None
+    if not isinstance(fields, dict):
+        raise UsageError(where, "not a JSON object", 'Write {"input": ..., "target": ...}.')
+    return Row(where, fields)
+
+
+def task_files(folder: str | Path, pattern: str = "*.jsonl") -> dict[str, Path]:
+    """Stem -> file for the JSONL files right in `folder`. Raises: UsageError where the folder is missing."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError(str(folder), "no such folder", "Check --data-dir.")
+    return {file.stem: file for file in sorted(path.glob(pattern))}
+
+
+def in_order(names: Sequence[str], present: Iterable[str]) -> list[str]:
+    """Those of `names` that are in `present`, in the order of `names`."""
+    found = set(present)
+    return [name for name in names if name in found]
