@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Protocol
 
 from molecli.catalog import builtin_lora
 from molecli.errors import UsageError
@@ -22,6 +23,16 @@ class LoraSpec:
     name: str
     source: str
     weight: float = 1.0
+
+
+class LoraLike(Protocol):
+    """What a reader needs of a LoRA's name: a LoraSpec, or a recipe's LoraConfig."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
 
 
 def parse_lora(text: str) -> LoraSpec:

@@ -1,0 +1,49 @@
+"""A LoRA file as an expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molecli.errors import MismatchError
+from molecli.experts import Expert, LowRank
+from molecli.files.adapters.coverage import check_coverage
+from molecli.files.adapters.info import AdapterInfo, read_info
+from molecli.files.adapters.settings import unsupported
+from molecli.files.adapters.weights import opened
+from molecli.files.lora_spec import LoraLike
+
+
+def read_expert(
+    spec: LoraLike,
+    matrices: Mapping[str, tuple[int, int]],
+    *,
+    allow_partial: bool = False,
+) -> Expert:
+    """The expert that `spec` names, on the base whose matrices are `matrices`: name -> (d_out, d_in).
+
+    Factors keep the type they are stored in, on the CPU, in the order of the base's matrices.
+    Raises: UsageError, MismatchError as `read_info` and `check_coverage` do, and for weights that are not finite.
+    """
+    info = read_info(spec)
+    matched = set(check_coverage(info, matrices, allow_partial=allow_partial).matched)
+    with opened(info.path) as file:
+        factors = {name: _factors(file, info, name) for name in matrices if name in matched}
+    return Expert(info.name, factors, source=info.source, sha256=info.sha256, rank=info.rank, alpha=info.alpha)
+
+
+def _factors(file: Any, info: AdapterInfo, matrix: str) -> LowRank:
+    keys = info.keys[matrix]
+    return LowRank(_tensor(file, info, keys.A), _tensor(file, info, keys.B), info.scalings[matrix])
+
+
+def _tensor(file: Any, info: AdapterInfo, key: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(key)
+    if not tensor.is_floating_point():
+        raise unsupported(info.where, f"a LoRA stored as {str(tensor.dtype).removeprefix('torch.')}")
+    if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+        raise MismatchError(info.where, f"{key!r} holds NaN or infinity", "Its training diverged: train it again.")
+    return tensor

@@ -1,0 +1,138 @@
+"""What scales a LoRA: rank, alpha and their patterns, from PEFT's configuration. All else it asks for is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from molecli.errors import MismatchError, UsageError
+
+# PEFT configuration key -> what an adapter that sets it is called. Each changes the forward pass.
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "LoRA with bias (lora_bias)",
+    "modules_to_save": "LoRA with modules_to_save",
+    "trainable_token_indices": "LoRA with trainable_token_indices",
+    "layer_replication": "LoRA with layer_replication",
+    "target_parameters": "LoRA with target_parameters",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA",
+}
+# These initialisations change the base's own weights, so the adapter fits no published base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_EMPTY: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Rank and alpha of every matrix of one LoRA; patterns are PEFT's regular expressions."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    base_model: str | None = None
+
+    def rank_of(self, matrix: str) -> int:
+        """The rank that the configuration gives `matrix`."""
+        return int(_matched(self.rank_pattern, matrix, self.rank))
+
+    def alpha_of(self, matrix: str) -> float:
+        """The alpha that the configuration gives `matrix`."""
+        return float(_matched(self.alpha_pattern, matrix, self.alpha))
+
+    def scaling(self, alpha: float, rank: int) -> float:
+        """alpha/r, or alpha/sqrt(r) for rsLoRA. Source: Kalajdzievski, arXiv:2312.03732, Eq. 6."""
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in an adapter_config.json. Raises: UsageError (unreadable), MismatchError (not JSON)."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(str(path), f"cannot be read ({error.strerror})", "Check the path and its rights.") from None
+    except ValueError as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise MismatchError(f"{path}{line}", "not valid JSON", "Export the adapter again.") from None
+    if not isinstance(config, dict):
+        raise MismatchError(str(path), "not a JSON object", "Export the adapter again.")
+    return config
+
+
+def parse_config(where: str, config: Mapping[str, Any]) -> LoraSettings:
+    """The settings that PEFT's configuration `config` gives.
+
+    Raises: UsageError naming what is not supported; MismatchError for a value that makes no sense.
+    """
+    refuse_unsupported(where, config)
+    for key in ("r", "lora_alpha"):
+        number = config.get(key)
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or number <= 0:
+            raise MismatchError(
+                where, f"{key} is {number!r}, not a positive number", f"Write the {key} it was trained with."
+            )
+    return LoraSettings(
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        rank_pattern=_pattern(where, config, "rank_pattern"),
+        alpha_pattern=_pattern(where, config, "alpha_pattern"),
+        rslora=bool(config.get("use_rslora")),
+        base_model=config.get("base_model_name_or_path") or None,
+    )
+
+
+def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
+    """Nothing, for a plain LoRA. Raises: UsageError that names the kind otherwise."""
+    kind = str(config.get("peft_type") or "LORA").upper()
+    if kind != "LORA":
+        raise unsupported(where, f"{kind} adapters")
+    for key, name in _REFUSED.items():
+        if config.get(key):
+            raise unsupported(where, name)
+    if config.get("bias", "none") != "none":
+        raise unsupported(where, f"LoRA with bias (bias: {config['bias']})")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(_CHANGES_BASE):
+        what = f"was started with {start}, which changes the base's own weights"
+        raise UsageError(
+            where, what, "Convert it: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def unsupported(where: str, name: str) -> UsageError:
+    """The error for an adapter of a kind that is not read."""
+    return UsageError(where, f"{name} is not supported", "Use a plain LoRA (or rsLoRA).")
+
+
+def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    pattern = config.get(key) or _EMPTY
+    try:
+        for expression, number in pattern.items():
+            re.compile(expression)
+            if not number > 0:
+                raise ValueError
+    except (AttributeError, TypeError, ValueError, re.error):
+        raise MismatchError(where, f"{key} is {pattern!r}", "It maps module names to positive numbers.") from None
+    return dict(pattern)
+
+
+def _matched(pattern: Mapping[str, Any], matrix: str, default: float) -> Any:
+    """PEFT's rule: the first key that matches the end of the name, from its start or after a dot.
+
+    Source: peft.utils.other.get_pattern_key.
+    """
+    for expression, number in pattern.items():
+        if re.match(rf"(.*\.)?({expression})$", matrix):
+            return number
+    return default
