@@ -1,0 +1,93 @@
+"""Training data: from a DataConfig to examples by task, a held-out part, and batches.
+
+    load_tasks   examples by task        hold_out     a part of each kept for validation
+    flatten      one list of them all    Batches      the batch of every step
+
+Everything is a pure function of the configuration and the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from molecli.errors import UsageError
+from molecli.protocols import Example
+from molecli.suites import load_suite, select_tasks
+
+if TYPE_CHECKING:
+    from molecli.files.recipe import DataConfig
+
+Tasks = dict[str, list[Example]]
+
+
+def load_tasks(data: DataConfig) -> Tasks:
+    """The examples of each task, at most `data.limit` of each, in the order of their files.
+
+    Raises: UsageError for an unknown task, an unreadable file or line, a task without examples.
+    """
+    suite = load_suite(data.suite, files=data.files)
+    tasks: Tasks = {}
+    for task in select_tasks(suite, data.tasks, data.data_dir):
+        examples = suite.load(task, data.split, data.data_dir)[: data.limit]
+        if not examples:
+            what = f"the {data.split} split of the task {task!r} is empty"
+            raise UsageError(f"suite {data.suite}", what, "Leave the task out, or check --data-dir.")
+        tasks[task] = examples
+    return tasks
+
+
+def hold_out(tasks: Mapping[str, Sequence[Example]], fraction: float, seed: int) -> tuple[Tasks, Tasks]:
+    """(to train on, held out): of each task a `fraction` chosen by the seed, both in the order of the file.
+
+    The choice depends on the task alone, not on which others are there. With a fraction above 0 both parts of a task
+    have at least one example. Raises: UsageError for a task with a single one.
+    """
+    if fraction == 0:
+        return {task: list(examples) for task, examples in tasks.items()}, {}
+    kept: Tasks = {}
+    held: Tasks = {}
+    for task, examples in tasks.items():
+        if len(examples) < 2:
+            what = f"the task {task!r} has one example, and none can be held out"
+            raise UsageError("data.holdout", what, "Give it more examples, or write data.holdout: 0.")
+        count = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+        chosen = set(random.Random(f"{seed}/holdout/{task}").sample(range(len(examples)), count))
+        kept[task] = [example for i, example in enumerate(examples) if i not in chosen]
+        held[task] = [example for i, example in enumerate(examples) if i in chosen]
+    return kept, held
+
+
+def flatten(tasks: Mapping[str, Sequence[Example]]) -> list[Example]:
+    """All tasks' examples in one list: a mixture in proportion to their sizes."""
+    return [example for examples in tasks.values() for example in examples]
+
+
+class Batches:
+    """Batches of a fixed size from step 1 on: every epoch is a fresh permutation, and batches run across its end."""
+
+    def __init__(self, examples: Sequence[Example], *, batch_size: int, seed: int) -> None:
+        if not examples:
+            raise UsageError("data", "there are no training examples", "Give a training file with at least one line.")
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self._epoch, self._order = -1, [0]
+
+    def __getitem__(self, step: int) -> list[Example]:
+        """The batch of `step`, whatever was asked for before."""
+        first = (step - 1) * self.batch_size
+        return [self._at(place) for place in range(first, first + self.batch_size)]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the examples in order: a resumed run must see the same."""
+        text = "\x1e".join(f"{e.task}\x1f{e.prompt}\x1f{e.target}" for e in self.examples)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def _at(self, place: int) -> Example:
+        epoch, index = divmod(place, len(self.examples))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self.examples)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+        return self.examples[self._order[index]]
