@@ -1,0 +1,285 @@
+"""The mixture: experts hosted on a frozen model by removable hooks, one stacked pass, one gate per site.
+
+    y = W x + (u ⊙ g[rank -> expert]) Bᵀ,   u = x Aᵀ for all experts at once
+
+Nothing of size experts x tokens x width is ever built, and no forward is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from molecli.backbones.streams import Pass, Streams
+from molecli.errors import MismatchError, RunError
+from molecli.experts import ExpertBank
+from molecli.functional.gating import rescale
+from molecli.functional.low_rank import add_expanded, project
+from molecli.protocols import Gate, Group, Reading, Site
+
+
+class _HostedSite:
+    """A site at run time: its gate, and the gate's value in the current pass."""
+
+    def __init__(self, site: Site, gate: nn.Module) -> None:
+        self.site = site
+        self.gate = gate
+        self.step = -1
+        self.value: Tensor | None = None  # as the gate returned it, experts masked
+        self.valid: Tensor | None = None
+        self.state: tuple[Tensor, Tensor] | None = None
+
+
+class _HostedGroup:
+    """Matrices that read one input: their stacked factors, and the mixed projections of the current input."""
+
+    def __init__(self, group: Group, site: _HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
+        self.site = site
+        weight = _reference(modules[group.matrices[0]])
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+        stacked = [bank.stacked(m, device=weight.device, dtype=dtype) for m in group.matrices]
+        self.A = torch.cat([s.A for s in stacked]) if len(stacked) > 1 else stacked[0].A
+        self.B = [s.B for s in stacked]
+        self.owner = torch.cat([s.owner for s in stacked])
+        self.sizes = [s.A.shape[0] for s in stacked]
+        self.present = [_indicator(bank, m, weight.device) for m in group.matrices]
+        self.x: Tensor | None = None
+        self.mixed: tuple[Tensor, ...] = ()
+        self.served = 0
+
+    def forget(self) -> None:
+        self.x, self.mixed, self.served = None, (), 0
+
+
+class Mixture:
+    """Experts on a model, weighted by a gate at each site; a context manager that leaves the model as it was.
+
+    Raises: MismatchError where a matrix that an expert adapts is not in the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: ExpertBank,
+        sites: Sequence[Site],
+        gates: Mapping[str, nn.Module],
+        *,
+        seq2seq: bool,
+        renormalize_absent: bool = False,
+    ) -> None:
+        self.model, self.bank = model, bank
+        self.sites = tuple(sites)
+        modules = dict(model.named_modules())
+        for matrix in bank.matrices:
+            if matrix not in modules:
+                raise MismatchError(matrix, "the LoRAs adapt this matrix, and the base has none of that name")
+        self._modules = modules
+        self._streams = Streams(model, seq2seq=seq2seq)
+        self._renormalize_absent = renormalize_absent
+        self._hosted = {site.name: _HostedSite(site, gates[site.name]) for site in sites}
+        self._groups: list[_HostedGroup] = []
+        self._handles: list[RemovableHandle] = []
+        self._keep: Tensor | None = None
+        self._off = False
+        for hosted in self._hosted.values():
+            hosted.gate.to(_reference(modules[hosted.site.matrices[0]]).device)
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Mixture:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        if self._handles:
+            raise RunError("mixture", "it is attached already", "Leave its context first.")
+        self._handles += self._streams.attach(self._forget)
+        for hosted in self._hosted.values():
+            for group in hosted.site.groups:
+                live = _HostedGroup(group, hosted, self.bank, self._modules)
+                self._groups.append(live)
+                for index, matrix in enumerate(group.matrices):
+                    self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
+
+    def detach(self) -> None:
+        """Take every hook off; the model is the base again, bit for bit."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._groups = [], []
+
+    # -- what a user asks of it --------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.bank.names
+
+    def mask(self, *names: str) -> None:
+        """Switch off exactly the named experts, and all others on; the gates of these are rescaled to sum to 1."""
+        off = {self.bank.index(name) for name in names}
+        keep = torch.tensor([0.0 if i in off else 1.0 for i in range(len(self.bank))])
+        self._keep = keep.to(_reference(self.model).device) if off else None
+        self._off = len(off) == len(self.bank)
+        for hosted in self._hosted.values():
+            hosted.step, hosted.value = -1, None
+
+    def only(self, *names: str) -> None:
+        """Keep the named experts and switch off the others."""
+        kept = {self.bank.names[self.bank.index(name)] for name in names}
+        self.mask(*(name for name in self.bank.names if name not in kept))
+
+    def gates(self) -> dict[str, Tensor]:
+        """{site: [batch, expert]} of the last forward pass, averaged over the tokens that are not padding."""
+        return {name: mean.detach() for name, mean in self._means()}
+
+    def usage(self) -> Tensor:
+        """q [N]: the gate values averaged over sites and sequences, with gradient (MoLE, Eq. 15)."""
+        return torch.stack([mean.mean(0) for _, mean in self._means()]).mean(0)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The gates' trainable parameters as `site/<name>/<parameter>`."""
+        return {
+            f"site/{name}/{key}": parameter
+            for name, hosted in self._hosted.items()
+            for key, parameter in hosted.gate.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything the gates are, as `site/<name>/<tensor>`."""
+        return {
+            f"site/{name}/{key}": tensor.detach()
+            for name, hosted in self._hosted.items()
+            for key, tensor in hosted.gate.state_dict().items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the gates from `tensors`. Raises: MismatchError for a missing, surplus or misshapen tensor."""
+        own = self.state_dict()
+        for key in (*own, *tensors):
+            if key not in tensors or key not in own:
+                what = "is missing" if key not in tensors else "belongs to no site of this model"
+                raise MismatchError(key, f"the gate tensor {what}", "The composition was made for another base or other LoRAs.")
+            if own[key].shape != tensors[key].shape:
+                shapes = f"{tuple(tensors[key].shape)}, and the model needs {tuple(own[key].shape)}"
+                raise MismatchError(key, f"the gate tensor has shape {shapes}")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
+
+    def gate_modules(self) -> dict[str, nn.Module]:
+        """{site: gate}."""
+        return {name: hosted.gate for name, hosted in self._hosted.items()}
+
+    # -- one forward pass --------------------------------------------------------------------------------------------
+
+    def _hook(self, group: _HostedGroup, index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+            if self._off:
+                return None
+            if group.x is not args[0]:
+                self._mix(group, args[0])
+            y = add_expanded(y, group.mixed[index], group.B[index])
+            group.served += 1
+            if group.served == len(group.B):
+                group.forget()
+            return y
+
+        return hook
+
+    def _mix(self, group: _HostedGroup, x: Tensor) -> None:
+        """Project x for every matrix of the group and weight each rank by its expert's gate."""
+        u = project(x, group.A)
+        value = self._value(group.site, x, u)
+        group.x, group.served = x, 0
+        weights = self._per_rank(group, value).to(u.dtype)
+        if weights.dim() == 2:
+            weights = weights.unsqueeze(1)  # one per sequence: the same for all its tokens
+        if weights.dim() == 3:
+            weights = _fit_batch(weights, x)
+        group.mixed = (u * weights).split(group.sizes, dim=-1)
+
+    def _per_rank(self, group: _HostedGroup, value: Tensor) -> Tensor:
+        if not self._renormalize_absent or all(bool(p.all()) for p in group.present):
+            return value[..., group.owner]
+        parts = [rescale(value, present) for present in group.present]
+        owners = group.owner.split(group.sizes)
+        return torch.cat([part[..., owner] for part, owner in zip(parts, owners, strict=True)], dim=-1)
+
+    def _value(self, hosted: _HostedSite, x: Tensor, u: Tensor) -> Tensor:
+        """The site's gate in this pass, computed when its first matrix is called."""
+        current = self._streams.of(hosted.site.stream)
+        if hosted.value is not None and hosted.step == current.step:
+            return hosted.value
+        gate: Gate = hosted.gate  # type: ignore[assignment]
+        if gate.constant:
+            hosted.step, hosted.value = current.step, gate(None, self._keep)
+            return hosted.value
+        if current.past and gate.per_sequence and hosted.site.stream == "decoder":
+            if hosted.value is None:
+                raise RunError("generation", "the cache holds tokens from before the experts were attached or masked", "Start with an empty cache.")
+            hosted.step = current.step  # decided at prefill, then fixed
+            return hosted.value
+        reading = self._reading(hosted, current, x, u)
+        value = gate(reading, self._keep)
+        hosted.step, hosted.value, hosted.state = current.step, value, reading.state
+        return value
+
+    def _reading(self, hosted: _HostedSite, current: Pass, x: Tensor, u: Tensor) -> Reading:
+        memory = hosted.site.stream == "memory"
+        valid, prompt = (current.memory_valid,) * 2 if memory else (current.valid, current.prompt)
+        if valid is None or prompt is None:
+            raise RunError("mixture", "the experts were called outside the model they are attached to", "Call the model itself.")
+        hosted.valid = valid
+        batch, tokens = valid.shape
+        return Reading(
+            x.reshape(batch, tokens, -1),
+            u.reshape(batch, tokens, -1),
+            valid,
+            prompt,
+            memory=current.memory if hosted.site.stream == "decoder" else None,
+            memory_valid=current.memory_valid,
+            state=hosted.state if current.past else None,
+        )
+
+    def _forget(self) -> None:
+        for group in self._groups:
+            group.forget()
+
+    def _means(self) -> Iterator[tuple[str, Tensor]]:
+        for name, hosted in self._hosted.items():
+            if hosted.value is None:
+                continue
+            value = hosted.value
+            if value.dim() == 3:
+                assert hosted.valid is not None
+                weight = hosted.valid.unsqueeze(-1).to(value.dtype)
+                value = (value * weight).sum(1) / weight.sum(1).clamp_min(1)
+            yield name, value if value.dim() == 2 else value.unsqueeze(0)
+
+
+def _reference(module: nn.Module) -> Tensor:
+    return next(module.parameters())
+
+
+def _indicator(bank: ExpertBank, matrix: str, device: torch.device) -> Tensor:
+    present = torch.zeros(len(bank), device=device)
+    present[list(bank.present(matrix))] = 1.0
+    return present
+
+
+def _fit_batch(weights: Tensor, x: Tensor) -> Tensor:
+    """Weights [b, t, R] for an input [B, T, d] (beams repeat each sequence) or [B*T, d] (flattened by the model)."""
+    if x.dim() == 2:
+        tokens = x.shape[0] // weights.shape[0]
+        return weights.expand(-1, tokens, -1).reshape(x.shape[0], -1)
+    if x.shape[0] != weights.shape[0]:
+        return weights.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
+    return weights

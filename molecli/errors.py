@@ -1,0 +1,33 @@
+"""User errors: one family, turned into a message and an exit code at one place (`molecli.cli.app`)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class UserError(Exception):
+    """A mistake the user can mend, said as *where: what is wrong. What to do.*"""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, where: str, what: str, remedy: str = "") -> None:
+        self.where, self.what, self.remedy = where, what, remedy
+        super().__init__(f"{where}: {what}." + (f" {remedy}" if remedy else ""))
+
+
+class RunError(UserError):
+    """Failed while running."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """The command line or the recipe is wrong."""
+
+    exit_code = 2
+
+
+class MismatchError(UserError):
+    """Base, LoRAs and gates do not belong together, or a file is damaged."""
+
+    exit_code = 3

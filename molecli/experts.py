@@ -1,0 +1,114 @@
+"""Experts: trained LoRAs as low-rank factors, and the bank that stacks them along rank.
+
+Axis legend, used in every shape annotation of the package:
+  B batch, T tokens, N experts, r rank of one expert, R = sum of the ranks at one matrix,
+  d_in / d_out width of an adapted matrix, d any feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from molecli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One LoRA at one matrix: `delta = scaling * B @ A`; A is [r, d_in], B is [d_out, r]."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """The dense update, [d_out, d_in]. For references and merging; the engine never builds it."""
+        return self.scaling * (self.B @ self.A)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A named, frozen LoRA: its factors by matrix name, and where it came from."""
+
+    name: str
+    factors: Mapping[str, LowRank]
+    source: str = ""
+    sha256: str = ""
+    rank: int = 0
+    alpha: float = 0.0
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return tuple(self.factors)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """All experts at one matrix, concatenated along rank; scalings are folded into B.
+
+    A: [R, d_in]; B: [d_out, R]; owner: [R], the index of the expert that each rank belongs to.
+    """
+
+    A: Tensor
+    B: Tensor
+    owner: Tensor
+
+
+class ExpertBank:
+    """N experts in a fixed order, stacked per matrix (mixed ranks need no padding)."""
+
+    def __init__(self, experts: Sequence[Expert]) -> None:
+        names = [expert.name for expert in experts]
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError("--loras", f"the name {name!r} is used twice", "Give each LoRA its own name: name=PATH.")
+        self.experts = tuple(experts)
+        self.names = tuple(names)
+        self.matrices = tuple(dict.fromkeys(m for expert in experts for m in expert.factors))
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def index(self, name: str) -> int:
+        """The position of the expert called `name`. Raises: UsageError for an unknown name."""
+        if name not in self.names:
+            raise UsageError(name, "no such LoRA in this composition", f"Known: {', '.join(self.names)}.")
+        return self.names.index(name)
+
+    def present(self, matrix: str) -> tuple[int, ...]:
+        """Indices of the experts that adapt `matrix`."""
+        return tuple(i for i, expert in enumerate(self.experts) if matrix in expert.factors)
+
+    def width(self, matrix: str) -> int:
+        """d_in of `matrix`, read off the factors."""
+        return self.experts[self.present(matrix)[0]].factors[matrix].A.shape[1]
+
+    def owner(self, matrix: str) -> Tensor:
+        """[R], the index of the expert that each rank at `matrix` belongs to."""
+        ranks = [(i, self.experts[i].factors[matrix].rank) for i in self.present(matrix)]
+        return torch.cat([torch.full((rank,), i, dtype=torch.long) for i, rank in ranks])
+
+    def stacked(self, matrix: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stacked:
+        """The experts at `matrix` as one pair of factors; an expert absent there contributes nothing."""
+        members = [(i, self.experts[i].factors[matrix]) for i in self.present(matrix)]
+        A = torch.cat([f.A.to(device=device, dtype=dtype) for _, f in members])
+        # Scale in float32 before the cast: a bf16 product of scaling and B would round twice.
+        B = torch.cat([(f.scaling * f.B.float()).to(device=device, dtype=dtype) for _, f in members], dim=1)
+        return Stacked(A, B, self.owner(matrix).to(device))
+
+    def permuted(self, order: Sequence[int]) -> ExpertBank:
+        """The same experts in another order."""
+        return ExpertBank([self.experts[i] for i in order])
+
+    def renamed(self, index: int, name: str) -> ExpertBank:
+        """The same bank with expert `index` called `name`."""
+        experts = list(self.experts)
+        experts[index] = replace(experts[index], name=name)
+        return ExpertBank(experts)

@@ -1,0 +1,143 @@
+"""The small protocols that let backbones, suites, metrics and methods stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Family = Literal["seq2seq", "causal"]
+Split = Literal["train", "test"]
+Granularity = Literal["network", "block", "layer", "matrix"]
+Stream = Literal["encoder", "decoder", "memory"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of work: `prompt` goes in, any of `references` may come out; `target` is trained on."""
+
+    task: str
+    prompt: str
+    target: str
+    references: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return self.references or (self.target,)
+
+
+class Backbone(Protocol):
+    """A frozen model that hosts experts."""
+
+    family: Family
+    model: nn.Module
+    tokenizer: Any
+    name: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Adaptable matrices: module name -> (d_out, d_in), whatever layout the layer stores."""
+        ...
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Model inputs for teacher forcing: input_ids, attention_mask, labels (-100 is not scored)."""
+        ...
+
+    def token_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy over the scored tokens and their number (both scalars)."""
+        ...
+
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> list[str]:
+        """Completions of one batch of prompts, special tokens removed."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A string that tells this base from another; see `functional.fingerprint`."""
+        ...
+
+
+class Metric(Protocol):
+    """score one completion against its answers, in [0, 1] or [0, 100]; see `metrics`."""
+
+    def __call__(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]: ...
+
+
+class Suite(Protocol):
+    """A named, versioned set of tasks."""
+
+    name: str
+    version: str
+
+    def tasks(self, data_dir: str | None) -> list[str]: ...
+
+    def load(self, task: str, split: Split, data_dir: str | None) -> list[Example]: ...
+
+    def metrics(self, task: str) -> tuple[str, ...]: ...
+
+    def max_new_tokens(self, task: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that read the same input tensor, so that one GEMM projects them all."""
+
+    matrices: tuple[str, ...]
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class Site:
+    """Matrices under one gate, as groups in call order; the first group is the entry the gate looks at."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return tuple(m for group in self.groups for m in group.matrices)
+
+    @property
+    def entry(self) -> Group:
+        return self.groups[0]
+
+    @property
+    def stream(self) -> Stream:
+        return self.entry.stream
+
+
+@dataclass
+class Reading:
+    """What a gate sees at its site's entry: B sequences of T tokens.
+
+    x: [B, T, d_in], the entry's input; u: [B, T, R], that input projected onto every expert's A;
+    valid, prompt: [B, T], which tokens are not padding, and which belong to the prompt;
+    memory: [B, S, d], the encoder's output where the site sits in a seq2seq decoder, with memory_valid [B, S];
+    state: what `running` pooling left behind after an earlier chunk of the same sequences.
+    """
+
+    x: Tensor
+    u: Tensor
+    valid: Tensor
+    prompt: Tensor
+    memory: Tensor | None = None
+    memory_valid: Tensor | None = None
+    state: tuple[Tensor, Tensor] | None = None
+
+
+class Gate(Protocol):
+    """Weights for the experts at one site.
+
+    Returns [N] (the same for every input), [B, N] (one per sequence) or [B, T, N] (one per token). `keep` [N] is 0 for
+    masked experts. `per_sequence` gates stay as the prompt set them; `constant` ones need no reading.
+    """
+
+    per_sequence: bool
+    constant: bool
+
+    def __call__(self, reading: Reading | None, keep: Tensor | None = None) -> Tensor: ...
