@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from molecli.errors import MismatchError, UsageError
 from molecli.experts import Expert, ExpertBank
 from molecli.files.atomic import write_text, write_with
+from molecli.files.tensor_file import opened
 
 FORMAT, FORMAT_VERSION = "mole", "1"
 TENSORS_FILE, RECIPE_FILE = "composition.safetensors", "recipe.yaml"
@@ -193,14 +193,8 @@ def check_base(
 
 
 def _read(file: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
-    try:
-        with file.open("rb"), safe_open(str(file), framework="pt") as opened:
-            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise UsageError(str(file), f"cannot be read ({error.strerror})", "Check the path and its rights.") from None
-    except SafetensorError as error:
-        what = f"a damaged safetensors file ({str(error).removeprefix('Error while deserializing header: ')})"
-        raise MismatchError(str(file), what, _AGAIN) from None
+    with opened(file, remedy=_AGAIN) as tensors:
+        return tensors.metadata() or {}, {name: tensors.get_tensor(name) for name in list(tensors.keys())}
 
 
 def _present(file: Path, metadata: Mapping[str, str], key: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from molecli.errors import MismatchError, UsageError
 from molecli.files.adapters.settings import LoraSettings, parse_config, read_config
 from molecli.files.adapters.source import CONFIG_FILE, canonical_source, resolve_source, weights_file
-from molecli.files.adapters.weights import Keys, factor_keys, factor_shapes, metadata_of, opened, sha256_of
+from molecli.files.adapters.weights import Keys, factor_keys, factor_shapes, metadata_of, opened_lora, sha256_of
 from molecli.files.lora_spec import LoraLike
 
 # Metadata keys under which a single file may carry PEFT's configuration as JSON; the first is diffusers'.
@@ -52,7 +52,7 @@ def read_info(spec: LoraLike) -> AdapterInfo:
     """
     path = weights_file(resolve_source(spec))
     where = f"{spec.name} ({path})"
-    with opened(path) as file:
+    with opened_lora(path) as file:
         keys = factor_keys(where, list(file.keys()))
         shapes = {m: (file.get_slice(k.A).get_shape(), file.get_slice(k.B).get_shape()) for m, k in keys.items()}
         settings = _settings(where, path, metadata_of(file))

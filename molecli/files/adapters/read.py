@@ -13,7 +13,7 @@ from molecli.experts import Expert, LowRank
 from molecli.files.adapters.coverage import check_coverage
 from molecli.files.adapters.info import AdapterInfo, read_info
 from molecli.files.adapters.settings import unsupported
-from molecli.files.adapters.weights import opened
+from molecli.files.adapters.weights import opened_lora
 from molecli.files.lora_spec import LoraLike
 
 
@@ -30,7 +30,7 @@ def read_expert(
     """
     info = read_info(spec)
     matched = set(check_coverage(info, matrices, allow_partial=allow_partial).matched)
-    with opened(info.path) as file:
+    with opened_lora(info.path) as file:
         factors = {name: _factors(file, info, name) for name in matrices if name in matched}
     return Expert(info.name, factors, source=info.source, sha256=info.sha256, rank=info.rank, alpha=info.alpha)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from molecli.errors import MismatchError, UsageError
+from molecli.errors import MismatchError
 from molecli.files.adapters.settings import unsupported
+from molecli.files.tensor_file import opened
 
 PEFT_PREFIX = "base_model.model."
+AGAIN = "Download or export it again."
 _CHUNK_BYTES = 1 << 20
 # A part of a key -> the kind of adapter that holds it
 _FOREIGN = {
@@ -40,23 +40,9 @@ class Keys:
     alpha: str | None = None
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """The safetensors file at `path`. Raises: UsageError (unreadable), MismatchError (damaged)."""
-    try:
-        # Opened by Python first: its OSError carries the reason, safetensors' does not.
-        with path.open("rb") as stream:
-            pointer = stream.read(32).startswith(b"version https://git-lfs")
-    except OSError as error:
-        raise UsageError(str(path), f"cannot be read ({error.strerror})", "Check the path and its rights.") from None
-    if pointer:
-        raise MismatchError(str(path), "a Git LFS pointer, not the file itself", "Run git lfs pull.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        what = f"a damaged safetensors file ({str(error).removeprefix('Error while deserializing header: ')})"
-        raise MismatchError(str(path), what, "Download or export it again.") from None
+def opened_lora(path: Path) -> AbstractContextManager[Any]:
+    """The LoRA file at `path`, opened. Raises: UsageError (unreadable), MismatchError (damaged)."""
+    return opened(path, remedy=AGAIN)
 
 
 def sha256_of(path: Path) -> str:
@@ -68,7 +54,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def factor_keys(where: str, names: Iterator[str] | list[str]) -> dict[str, Keys]:
+def factor_keys(where: str, names: Iterable[str]) -> dict[str, Keys]:
     """matrix name -> its keys, in the file's order.
 
     Raises: UsageError naming a kind of adapter that is not read; MismatchError when half of a pair is missing.
@@ -80,7 +66,7 @@ def factor_keys(where: str, names: Iterator[str] | list[str]) -> dict[str, Keys]
     for matrix, parts in found.items():
         for part in ("A", "B"):
             if part not in parts:
-                raise MismatchError(where, f"lora_{part} of {matrix!r} is missing", "Download or export it again.")
+                raise MismatchError(where, f"lora_{part} of {matrix!r} is missing", AGAIN)
     if not found:
         raise MismatchError(where, "holds no LoRA", "Name a LoRA that was trained and saved.")
     return {matrix: Keys(parts["A"], parts["B"], parts.get("alpha")) for matrix, parts in found.items()}
@@ -92,7 +78,7 @@ def factor_shapes(where: str, matrix: str, a: list[int], b: list[int]) -> tuple[
         raise unsupported(where, f"LoRA on a convolution ({matrix})")
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
         what = f"lora_A {a} and lora_B {b} of {matrix!r} do not multiply"
-        raise MismatchError(where, what, "Download or export it again.")
+        raise MismatchError(where, what, AGAIN)
     return a[0], b[0], a[1]
 
 

@@ -77,12 +77,11 @@ def _origin(loc: Sequence[int | str], layers: Layers) -> str:
 
 
 def _depth(tree: Any, loc: Sequence[int | str]) -> int:
+    """How many keys of `loc` the tree holds, from its root."""
     for depth, part in enumerate(loc):
-        if isinstance(tree, Mapping) and part in tree:
+        try:
             tree = tree[part]
-        elif isinstance(tree, (list, tuple)) and isinstance(part, int) and part < len(tree):
-            tree = tree[part]
-        else:
+        except (KeyError, IndexError, TypeError):
             return depth
     return len(loc)
 

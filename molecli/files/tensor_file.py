@@ -1,0 +1,36 @@
+"""Safetensors files, opened so that a missing, unreadable or damaged one is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from molecli.errors import MismatchError, UsageError
+
+_HEADER_ERROR = "Error while deserializing header: "
+
+
+@contextmanager
+def opened(path: Path, *, remedy: str) -> Iterator[Any]:
+    """The safetensors file at `path`; tensors are read one by one, to the CPU.
+
+    Raises: UsageError when it cannot be read; MismatchError, with `remedy`, when it is damaged.
+    """
+    try:
+        # Opened by Python first: its OSError carries the reason, safetensors' does not.
+        with path.open("rb") as stream:
+            pointer = stream.read(32).startswith(b"version https://git-lfs")
+    except OSError as error:
+        raise UsageError(str(path), f"cannot be read ({error.strerror})", "Check the path and its rights.") from None
+    if pointer:
+        raise MismatchError(str(path), "a Git LFS pointer, not the file itself", "Run git lfs pull.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        reason = str(error).removeprefix(_HEADER_ERROR)
+        raise MismatchError(str(path), f"a damaged safetensors file ({reason})", remedy) from None
