@@ -1,0 +1,56 @@
+"""How a LoRA is written: name=PATH@WEIGHT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from molecli.files.lora_spec import LoraSpec, parse_lora, parse_loras
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("runs/a", LoraSpec("a", "runs/a")),
+        ("runs/a/", LoraSpec("a", "runs/a/")),
+        ("x=runs/a", LoraSpec("x", "runs/a")),
+        ("x=runs/a@0.7", LoraSpec("x", "runs/a", 0.7)),
+        ("runs/a@-1e-2", LoraSpec("a", "runs/a", -0.01)),
+        ("deep/style.v1.safetensors", LoraSpec("style.v1", "deep/style.v1.safetensors")),
+        ("org/some-lora", LoraSpec("some-lora", "org/some-lora")),
+        ("x=org/some-lora@2", LoraSpec("x", "org/some-lora", 2.0)),
+        ("runs/lr=1e-3/lora", LoraSpec("lora", "runs/lr=1e-3/lora")),
+        ("x=runs/lr=1e-3/lora", LoraSpec("x", "runs/lr=1e-3/lora")),
+        ("runs@home/lora", LoraSpec("lora", "runs@home/lora")),
+    ],
+)
+def test_a_lora_is_parsed(text: str, spec: LoraSpec) -> None:
+    assert parse_lora(text) == spec
+
+
+def test_a_list_is_split_at_commas() -> None:
+    assert parse_loras(["runs/a,x=runs/b@2", "c"])[:2] == (LoraSpec("a", "runs/a"), LoraSpec("x", "runs/b", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a=", "--loras a=: no path after the name. Write name=PATH or name=PATH@WEIGHT."),
+        ("a=x@", "--loras a=x@: the weight '' is not a number. Write name=PATH@0.7."),
+        ("a=x@heavy", "--loras a=x@heavy: the weight 'heavy' is not a number. Write name=PATH@0.7."),
+        ("a=x@nan", "--loras a=x@nan: the weight 'nan' is not a number. Write name=PATH@0.7."),
+        (
+            "a b=x",
+            "--loras a b=x: 'a b' is not a usable name (letters, digits, '_', '-' and '.'). Give it one: name=PATH.",
+        ),
+        ("..", "--loras ..: '..' is not a usable name (letters, digits, '_', '-' and '.'). Give it one: name=PATH."),
+    ],
+)
+def test_a_malformed_lora_is_explained(text: str, message: str, explained: Any) -> None:
+    explained(lambda: parse_lora(text), 2, message)
+
+
+def test_a_repeated_name_is_explained(explained: Any) -> None:
+    message = "--loras: the name 'a' is used twice. Give each LoRA its own name: name=PATH."
+    explained(lambda: parse_loras(["one/a", "two/a"]), 2, message)
