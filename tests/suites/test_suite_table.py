@@ -1,0 +1,60 @@
+"""The table of suites: every row loads, unknown names are met with the nearest one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from molecli.errors import UsageError
+from molecli.metrics import METRICS
+from molecli.suites import SUITES, load_suite, select_tasks
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name != "jsonl"])
+def test_every_suite_loads_and_names_known_metrics_and_room_for_each_task(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.name == name
+    assert suite.version
+    tasks = suite.tasks(None)
+    assert tasks
+    for task in tasks:
+        assert suite.metrics(task)
+        assert set(suite.metrics(task)) <= set(METRICS)
+        assert suite.max_new_tokens(task) > 0
+
+
+def test_a_mistyped_suite_names_the_nearest_one() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_suite("bhb")
+    assert str(caught.value) == "--suite: no suite is called 'bhb'. Did you mean 'bbh'?"
+
+
+def test_files_are_for_the_jsonl_suite_alone() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_suite("bbh", files=["mine.jsonl"])
+    assert str(caught.value) == "data.files: the suite 'bbh' has its own files. Write suite: jsonl to read yours."
+
+
+def test_tasks_are_selected_in_the_order_asked_for_and_once() -> None:
+    suite = load_suite("bbh")
+    assert select_tasks(suite, ["snarks", "navigate", "snarks"], None) == ["snarks", "navigate"]
+    assert select_tasks(suite, None, None) == suite.tasks(None)
+
+
+def test_a_mistyped_task_names_the_nearest_one() -> None:
+    with pytest.raises(UsageError) as caught:
+        select_tasks(load_suite("bbh"), ["navigat"], None)
+    assert str(caught.value) == "suite bbh: no task is called 'navigat'. Did you mean 'navigate'?"
+
+
+def test_a_folder_without_any_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        select_tasks(load_suite("bbh"), None, str(tmp_path))
+    assert str(caught.value) == f"{tmp_path}: no task of the suite 'bbh' is there. Check --data-dir."
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        select_tasks(load_suite("nli"), None, str(tmp_path / "gone"))
+    assert str(caught.value) == f"{tmp_path / 'gone'}: no such folder. Check --data-dir."
