@@ -1,0 +1,162 @@
+"""What the text backbones share: adaptable matrices, padding, the summed loss, length limits and decoding settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from molecli.errors import UsageError
+
+UNSCORED = -100
+Side = Literal["left", "right"]
+
+
+def adaptable_matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module name -> (d_out, d_in) of every linear layer but the output head; also on the meta device.
+
+    GPT-2's Conv1D stores its weight as [d_in, d_out]; the shape here is (d_out, d_in) all the same.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):
+            found[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            d_in, d_out = module.weight.shape
+            found[name] = (d_out, d_in)
+    return found
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """The same model in eval mode; none of its parameters trains."""
+    return model.eval().requires_grad_(False)
+
+
+def pad(
+    rows: Sequence[Sequence[int]], value: int, *, side: Literal["left", "right"] = "right"
+) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both [B, longest row]; the mask is 0 on padding."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return ids, mask
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of cross-entropies over the scored labels, their number); logits [B, T, V] stand beside labels [B, T]."""
+    # In float32: a sum over many tokens in bf16 would lose the small terms.
+    flat = logits.float().flatten(0, 1)
+    total = nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=UNSCORED, reduction="sum")
+    return total, (labels != UNSCORED).sum()
+
+
+def mean_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum over the examples of each one's mean cross-entropy, their number): a short answer counts like a long one."""
+    flat = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=UNSCORED, reduction="none"
+    )
+    counts = (labels != UNSCORED).sum(1)
+    means = flat.view_as(labels).sum(1) / counts.clamp_min(1)
+    return means.sum(), torch.tensor(len(labels), device=labels.device)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The most tokens that the model has positions for; None where positions are relative without end (T5)."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_lengths(lengths: Iterable[int], limit: int | None, *, room: int = 0, names: Sequence[str] = ()) -> None:
+    """Raises: UsageError for the first text of more than `limit - room` tokens; it is never cut silently."""
+    if limit is None:
+        return
+    for i, length in enumerate(lengths):
+        if length + room > limit:
+            where = names[i] if names else f"prompt {i + 1}"
+            asked = f"{length} tokens" + (f" and {room} new ones" if room else "")
+            remedy = "Shorten it" + (" or lower --max-new-tokens." if room else ".")
+            raise UsageError(where, f"{asked} do not fit in this base's limit of {limit}", remedy)
+
+
+def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Ids that end a completion: the generation config's (instruction-tuned models list several) and eos."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How one batch is completed: greedy at temperature 0, else plain sampling that `seed` makes repeatable."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError("--max-new-tokens", f"{self.max_new_tokens} is less than 1", "Write 1 or more.")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError("--temperature", f"{self.temperature} is no temperature", "Write 0 for greedy, or more.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError("--top-p", f"{self.top_p} is not in (0, 1]", "Write 1 to keep every token.")
+
+    def complete(self, model: nn.Module, ids: Tensor, mask: Tensor, *, stop: Sequence[int], pad_id: int) -> Tensor:
+        """What `model.generate` returns for prompts ids, mask [B, T]: up to max_new_tokens more each."""
+        device = next(model.parameters()).device
+        settings = self._settings(stop, pad_id)
+        with torch.no_grad(), seeded(self.seed, device):
+            return model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )
+
+    def _settings(self, stop: Sequence[int], pad_id: int) -> GenerationConfig:
+        """Every setting that a checkpoint's own generation config may carry (beams, penalties, top-k) is neutral here.
+
+        transformers fills in what is left out, and scores would then depend on a file nobody looked at.
+        """
+        sampling = self.temperature > 0
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(stop) or None,
+            pad_token_id=pad_id,
+            use_cache=self.use_cache,
+            do_sample=sampling,
+            temperature=self.temperature if sampling else 1.0,
+            top_p=self.top_p if sampling else 1.0,
+            top_k=0 if sampling else 50,  # 50 is what transformers takes for unset in greedy decoding
+            num_beams=1,
+            num_return_sequences=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            length_penalty=1.0,
+            early_stopping=False,
+            min_length=0,
+        )
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Inside, random numbers follow `seed`; afterwards the generators are as they were. None changes nothing."""
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
