@@ -9,22 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from peft_parity import matrices_of
+from torch import Tensor
 
 from molecli.errors import UserError
 
 Explained = Callable[..., None]
-
-
-def matrices_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Adaptable matrices of a test model: name -> (d_out, d_in)."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "lm_head" not in name:
-            found[name] = (module.out_features, module.in_features)
-        elif type(module).__name__ == "Conv1D":
-            found[name] = (module.weight.shape[1], module.weight.shape[0])
-    return found
 
 
 @pytest.fixture

@@ -45,9 +45,13 @@ def test_a_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
 
 
 def test_a_folder_never_appears_when_the_block_raises(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "run") as part:
-        (part / "a.txt").write_text("1")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with atomic_folder(tmp_path / "run") as part:
+            (part / "a.txt").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,4 +92,7 @@ def test_rows_are_appended_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     append_jsonl(path, {"step": 1})
     append_jsonl(path, {"step": 2, "note": "é"})
-    assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == [{"step": 1}, {"step": 2, "note": "é"}]
+    assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == [
+        {"step": 1},
+        {"step": 2, "note": "é"},
+    ]

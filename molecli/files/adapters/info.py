@@ -53,9 +53,10 @@ def read_info(spec: LoraLike) -> AdapterInfo:
     path = weights_file(resolve_source(spec))
     where = f"{spec.name} ({path})"
     with opened_lora(path) as file:
+        # The configuration first: it names an unsupported kind better than the tensors' keys do.
+        settings = _settings(where, path, metadata_of(file))
         keys = factor_keys(where, list(file.keys()))
         shapes = {m: (file.get_slice(k.A).get_shape(), file.get_slice(k.B).get_shape()) for m, k in keys.items()}
-        settings = _settings(where, path, metadata_of(file))
         stored = {m: float(file.get_tensor(k.alpha)) for m, k in keys.items() if k.alpha is not None}
     sizes = {matrix: factor_shapes(where, matrix, a, b) for matrix, (a, b) in shapes.items()}
     ranks = {matrix: rank for matrix, (rank, _, _) in sizes.items()}

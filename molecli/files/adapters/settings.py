@@ -96,7 +96,7 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
     """Nothing, for a plain LoRA. Raises: UsageError that names the kind otherwise."""
     kind = str(config.get("peft_type") or "LORA").upper()
     if kind != "LORA":
-        raise unsupported(where, f"{kind} adapters")
+        raise unsupported(where, f"the adapter type {kind}")
     for key, name in _REFUSED.items():
         if config.get(key):
             raise unsupported(where, name)

@@ -59,6 +59,10 @@ def factor_keys(where: str, names: Iterable[str]) -> dict[str, Keys]:
 
     Raises: UsageError naming a kind of adapter that is not read; MismatchError when half of a pair is missing.
     """
+    names = list(names)
+    for part, kind in _FOREIGN.items():
+        if any(part in name for name in names):
+            raise unsupported(where, kind)
     found: dict[str, dict[str, str]] = {}
     for name in names:
         matrix, part = _split(where, name)
@@ -89,9 +93,6 @@ def metadata_of(file: Any) -> Mapping[str, str]:
 
 def _split(where: str, key: str) -> tuple[str, str]:
     """(matrix, "A", "B" or "alpha") of one key. Raises: UsageError for a key of another kind of adapter."""
-    for part, kind in _FOREIGN.items():
-        if part in key:
-            raise unsupported(where, kind)
     bare = key.removeprefix(PEFT_PREFIX)
     matrix, dot, last = bare.rpartition(".")
     if dot and last == "alpha":

@@ -8,38 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
+from peft_parity import SETTINGS, assert_same_deltas, matrices_of, peft_deltas
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from molecli.files.adapters import LoraSpec, read_expert, read_info
-from tests.files.conftest import matrices_of
-
-
-def peft_deltas(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """ΔW by matrix as PEFT computes it, [d_out, d_in] whatever the layer's layout."""
-    adapted = peft.PeftModel.from_pretrained(model, str(folder)).base_model.model
-    deltas = {}
-    for name, module in adapted.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            delta = module.get_delta_weight("default")
-            deltas[name] = delta.T if module.fan_in_fan_out else delta
-    return deltas
-
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "rank_pattern": {"rank_pattern": {"q": 2, "block.1.*.wo": 7}},
-    "alpha_pattern": {"alpha_pattern": {r"decoder\..*\.v": 3, "o": 32}},
-    "both patterns, rslora": {
-        "use_rslora": True,
-        "rank_pattern": {"^encoder.block.0.layer.0.SelfAttention.q": 3, "k": 5},
-        "alpha_pattern": {"k": 20, "encoder.block.0.layer.0.SelfAttention.q": 1},
-    },
-}
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -61,16 +35,7 @@ def test_every_delta_equals_pefts_on_other_bases(
     assert_same_deltas({m: f.delta() for m, f in expert.factors.items()}, peft_deltas(model, folder))
 
 
-def assert_same_deltas(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(delta.abs().max() > 0.01 for delta in theirs.values())
-    for name, delta in theirs.items():
-        torch.testing.assert_close(ours[name], delta, rtol=1e-6, atol=1e-7)
-
-
-def test_the_patterns_change_what_is_read(
-    tiny_t5: Any, make_peft_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_patterns_change_what_is_read(tiny_t5: Any, make_peft_adapter: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_peft_adapter(tiny_t5.model, tmp_path / "x", rank=4, alpha=8, **SETTINGS["both patterns, rslora"])
     info = read_info(LoraSpec("x", str(folder)))
     first = "encoder.block.0.layer.0.SelfAttention"

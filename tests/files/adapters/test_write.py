@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft_parity import SETTINGS, assert_same_deltas, matrices_of, peft_deltas
 
 from molecli.experts import LowRank
 from molecli.files.adapters import LoraSpec, read_expert, write_peft
-from tests.files.adapters.test_read import SETTINGS, assert_same_deltas, peft_deltas
-from tests.files.conftest import matrices_of
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -32,9 +31,7 @@ def test_what_was_read_is_written_back_and_loaded_by_peft(
         assert low_rank.scaling == again.factors[name].scaling
 
 
-def test_a_transposed_base_loads_it_too(
-    make_tiny: Any, make_peft_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_transposed_base_loads_it_too(make_tiny: Any, make_peft_adapter: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_peft_adapter(make_tiny("gpt2").model, tmp_path / "x", rank=3, alpha=5)
     expert = read_expert(LoraSpec("x", str(folder)), matrices_of(make_tiny("gpt2").model))
     written = write_peft(tmp_path / "y", expert.factors, "gpt2", task_type="CAUSAL_LM", fan_in_fan_out=True)
