@@ -53,6 +53,10 @@ class Backbone(Protocol):
         """Summed cross-entropy over the scored tokens and their number (both scalars)."""
         ...
 
+    def example_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The examples' mean cross-entropies, summed, and the number of examples (both scalars)."""
+        ...
+
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> list[str]:
         """Completions of one batch of prompts, special tokens removed."""
         ...

@@ -139,9 +139,11 @@ class Mixture:
         """{site: [batch, expert]} of the last forward pass, averaged over the tokens that are not padding."""
         return {name: mean.detach() for name, mean in self._means()}
 
-    def usage(self) -> Tensor:
-        """q [N]: the gate values averaged over sites and sequences, with gradient (MoLE, Eq. 15)."""
-        return torch.stack([mean.mean(0) for _, mean in self._means()]).mean(0)
+    def stacked_gates(self) -> Tensor:
+        """[M sites, B, N], as `gates`, but with gradient: what the balance loss is built from (MoLE, Eq. 15)."""
+        values = [mean for _, mean in self._means()]
+        batch = max(value.shape[0] for value in values)
+        return torch.stack([value.expand(batch, -1) for value in values])
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The gates' trainable parameters as `site/<name>/<parameter>`."""

@@ -383,7 +383,7 @@ def test_the_balance_loss_carries_gradient(model: nn.Module, kind: str, experts:
 
     with gated(model, experts, granularity="block", input="hidden", pool="prompt") as mixture:
         model(**inputs(kind))
-        loss = balance_loss(mixture.usage())
+        loss = balance_loss(mixture.stacked_gates().mean((0, 1)))
         loss.backward()
         gradients = [p.grad for p in mixture.named_parameters().values()]
     assert float(loss) > 3 * torch.log(torch.tensor(3.0)) - 1e-5  # least, N log N, at uniform usage

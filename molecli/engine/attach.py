@@ -1,0 +1,93 @@
+"""Experts and compositions on a live model: the Python API (`molecli.attach`) and what the commands build on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from molecli.backbones.hosting import Mixture
+from molecli.backbones.text import adaptable_matrices
+from molecli.engine.mixing import build_mixture
+from molecli.errors import UsageError
+from molecli.experts import Expert, ExpertBank
+from molecli.files.adapters import LoraLike, LoraSpec, parse_loras, read_expert
+from molecli.files.composition import Composition, check_base, check_experts, load_composition
+from molecli.files.recipe import GateConfig
+from molecli.functional.fingerprint import fingerprint, same_base
+
+Loras = Mapping[str, str] | Iterable[str]
+
+
+def attach(
+    model: nn.Module,
+    *,
+    loras: Loras | None = None,
+    composition: str | Path | None = None,
+    mode: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    only: str | None = None,
+    gate: GateConfig | None = None,
+    allow_partial: bool = False,
+) -> Mixture:
+    """The LoRAs on `model` as a context manager; inside it, the model's own API runs the mixture.
+
+        with attach(model, loras={"a": "loras/a", "b": "loras/b"}, composition="runs/ab") as mixture:
+            model.generate(**inputs)
+
+    `loras` maps names to folders, files or hub ids (or lists `name=PATH@WEIGHT`); a composition remembers its own.
+    With a composition its gates or weights are loaded and checked against base and LoRAs; without, `mode` says how
+    to compose (default linear). Raises: UsageError, MismatchError.
+    """
+    if composition is not None:
+        if mode is not None or weights is not None or gate is not None:
+            raise UsageError("attach", "a composition brings its own mode, weights and gates", "Leave those out.")
+        return attach_composition(model, load_composition(composition), loras=_specs(loras) if loras else None)
+    specs = _specs(loras or ())
+    if not specs:
+        raise UsageError("attach", "no LoRA is named", "Write loras={'a': 'path/to/a'}.")
+    experts = read_experts(model, specs, allow_partial=allow_partial)
+    own = {spec.name: spec.weight for spec in specs} | dict(weights or {})
+    return build_mixture(model, experts, mode=mode or "linear", gate=gate, weights=own, only=only)
+
+
+def read_experts(model: nn.Module, loras: Sequence[LoraLike], *, allow_partial: bool = False) -> list[Expert]:
+    """The experts that `loras` name, checked against the matrices of `model`."""
+    matrices = adaptable_matrices(model)
+    return [read_expert(lora, matrices, allow_partial=allow_partial) for lora in loras]
+
+
+def attach_composition(
+    model: nn.Module,
+    composition: Composition,
+    *,
+    loras: Sequence[LoraLike] | None = None,
+    base: str = "",
+    experts: Sequence[Expert] | None = None,
+) -> Mixture:
+    """The composition on `model`, its base and LoRAs checked; `experts` saves reading the LoRAs again.
+
+    Raises: MismatchError where base, LoRAs or gates are not those it was made of.
+    """
+    check_base(composition, fingerprint(model), same_base, base=base)
+    if experts is None:
+        own = [LoraSpec(record.name, record.source) for record in composition.experts]
+        # A LoRA that only partly matched was accepted when the composition was made; its matrices are compared below.
+        experts = read_experts(model, loras or own, allow_partial=True)
+    check_experts(composition, ExpertBank(experts))
+    mixture = build_mixture(
+        model,
+        experts,
+        mode=composition.mode,
+        gate=GateConfig.model_validate(composition.gate) if composition.gate else None,
+        only=composition.settings.get("only"),
+    )
+    mixture.load_state_dict(composition.tensors)
+    return mixture
+
+
+def _specs(loras: Loras) -> tuple[LoraSpec, ...]:
+    if isinstance(loras, Mapping):
+        return tuple(LoraSpec(name, str(source)) for name, source in loras.items())
+    return parse_loras(loras)
