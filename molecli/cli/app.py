@@ -1,0 +1,124 @@
+"""The `mole` program: its commands, and the one place where errors become messages and exit codes.
+
+A command's module is imported when the command is named, and torch when it runs: `mole --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from molecli import __version__
+from molecli.cli import console
+from molecli.errors import UserError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+# name -> (module:Typer app, one line of help; it is the first line of the command's own help)
+COMMANDS = {
+    "train-lora": ("molecli.cli.train_lora:app", "Train one LoRA on a frozen base."),
+    "compose": ("molecli.cli.compose:app", "Compose trained LoRAs, by learned gates or a fixed mixture."),
+    "sample": ("molecli.cli.sample:app", "Complete prompts with a composition, single LoRAs or the bare base."),
+    "evaluate": ("molecli.cli.evaluate:app", "Score compositions on a suite of tasks, on one load of the base."),
+    "inspect-gates": ("molecli.cli.inspect_gates:app", "Show what the gates of a composition do."),
+    "recipe": ("molecli.cli.recipe:app", "List, copy and check recipes."),
+}
+
+
+class LazyCommands(TyperGroup):
+    """A group that lists its commands without importing them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = typer.main.get_command(getattr(importlib.import_module(module), attribute))
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help) for name, (_, help) in COMMANDS.items()])
+
+
+app = typer.Typer(
+    name="mole",
+    cls=LazyCommands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mole {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compose trained LoRAs: learned gates and fixed mixtures on one frozen base."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one command line: 0, 1, 2, 3 or 130, after its message if it has one."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="mole", standalone_mode=False)
+        sys.stdout.flush()
+        # Typer turns an interrupt inside a command into code 130 and says nothing.
+        return _report("interrupted: what was finished is kept", code) if code == EXIT_INTERRUPTED else code or 0
+    except KeyboardInterrupt:
+        return _report("interrupted: what was finished is kept", EXIT_INTERRUPTED)
+    except UserError as error:
+        return _report(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader of a pipe went away (`mole ... | head`): there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        if hasattr(error, "format_message"):  # Typer's own usage errors
+            return _report(_usage_message(error), EXIT_USAGE)
+        return _report(_unexpected_message(error), EXIT_FAILED)
+
+
+def main() -> None:
+    """The entry point of the `mole` program."""
+    sys.exit(run())
+
+
+def _report(message: str, code: int) -> int:
+    running = console.current()
+    running.close()
+    if running.verbose and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    print(f"mole: {message}", file=sys.stderr)
+    return code
+
+
+def _usage_message(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "mole"
+    return f"{error.format_message().rstrip('.')}. See `{path} --help`."
+
+
+def _unexpected_message(error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    hint = "" if console.current().verbose else " Run again with --verbose for the traceback."
+    return f"unexpected {type(error).__name__}: {first.rstrip('.')}.{hint}"

@@ -1,0 +1,81 @@
+"""`mole inspect-gates`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from molecli.cli.options import BASE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Switch, recipe_command
+from molecli.cli.runs import is_recipe, started
+from molecli.cli.single import single
+from molecli.errors import UsageError
+from molecli.files.recipe import EvaluateRecipe
+
+EXAMPLES_PER_TASK = 64
+
+FLAGS = (
+    *BASE,
+    *LORAS,
+    Flag("--suite", "eval.data.suite", "without one, the data that the composition was scored on", default=""),
+    Flag("--data-dir", "eval.data.data_dir", metavar="DIR"),
+    Flag("--files", "eval.data.files", "with commas between; implies --suite jsonl", metavar="FILES"),
+    Flag("--tasks", "eval.data.tasks", metavar="TASKS"),
+    Flag("--split", "eval.data.split"),
+    Flag("--limit", "eval.data.limit", default=str(EXAMPLES_PER_TASK)),
+    Flag("--batch-size", "eval.batch_size"),
+    *MASK,
+    Switch("--csv", "print CSV on stdout: task, site, expert, weight, entropy"),
+    Switch("--png", "also draw the heatmap of sites by experts into FILE", kind=str, metavar="FILE"),
+    *SEED_AND_DEVICE,
+    *SAVE,
+)
+TARGET = ("COMPOSITION", "The folder of a composition, or its .safetensors.")
+
+
+@recipe_command("inspect-gates", target=TARGET, flags=FLAGS, model="evaluate")
+def inspect_gates(request: Request) -> None:
+    """Show what the gates of a composition do.
+
+    Prints the mean weight of each expert by site and by task, the gates' entropy and dead experts. With --output also
+    writes gates.json, gates.csv, gates.png (sites by experts) and entropy.png (over training).
+    """
+    if not request.targets:
+        raise UsageError("mole inspect-gates", "no composition is named", "Name the output folder of mole compose.")
+    target = request.targets[0]
+    file = target if is_recipe(target) else None
+    recipe = request.recipe(file, more={} if file else _own_data(target, request))
+    assert isinstance(recipe, EvaluateRecipe)
+    if len(recipe.compositions) != 1:
+        raise UsageError(target, f"it names {len(recipe.compositions)} compositions, not one", "Name the composition.")
+    if "output" not in request.overrides:
+        _inspect(recipe, request, save=False)
+        return
+    with started(recipe, request, file=file) as ready:
+        _inspect(ready, request, save=True)
+
+
+def _inspect(recipe: EvaluateRecipe, request: Request, *, save: bool) -> None:
+    from molecli.engine.heatmap import heatmap_png
+    from molecli.engine.inspect import as_csv, report_lines, run_inspect
+
+    report = run_inspect(recipe, progress=request.console.progress, save=save)
+    if request.switches["png"]:
+        heatmap_png(report, request.switches["png"])
+    text = as_csv(report) if request.switches["csv"] else "\n".join(report_lines(report)) + "\n"
+    request.console.result(report.document(), lambda: print(text, end=""))
+
+
+def _own_data(path: str, request: Request) -> dict[str, Any]:
+    """The composition, and as the data to look at what its own recipe scored, unless a suite is named."""
+    import yaml
+
+    from molecli.files.composition import load_composition
+
+    more: dict[str, Any] = {"compositions": [path], "eval.data.limit": EXAMPLES_PER_TASK}
+    if "eval.data.suite" not in request.overrides:
+        own = yaml.safe_load(load_composition(path).recipe)
+        data = (own.get("evaluate") or {}).get("data") or own["data"]
+        more |= {f"eval.data.{key}": value for key, value in data.items() if key not in ("limit", "holdout")}
+    return more
+
+
+app = single(inspect_gates)

@@ -1,0 +1,230 @@
+"""Flags made from recipe fields: type, choices, default and help text come from the field, so nothing is said twice.
+
+    Flag              one flag and the recipe key it overrides
+    Switch            one flag that is no recipe key
+    Request           what a command was asked to do
+    recipe_command    a command function whose signature is built from flags
+
+Shared flags: BASE, LORAS, GATE, TRAIN, SEED_AND_DEVICE.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from molecli.cli import console
+from molecli.cli.console import Console
+from molecli.files.recipe import RECIPES, Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag that overrides the recipe key `key`; `note` follows the field's description in the help.
+
+    `default` replaces the default that the help shows, where the program and not the field decides; "" shows none.
+    """
+
+    name: str
+    key: str
+    note: str = ""
+    metavar: str | None = None
+    default: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        return self.name.lstrip("-").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A flag outside the recipe; its value is in `Request.switches`."""
+
+    name: str
+    help: str
+    kind: Any = bool
+    metavar: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        return self.name.lstrip("-").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One command line, read: the positional arguments, the recipe overrides, and how to run."""
+
+    model: str
+    targets: tuple[str, ...]
+    overrides: dict[str, Any]
+    sets: tuple[str, ...]
+    switches: dict[str, Any]
+    console: Console = field(repr=False)
+
+    @property
+    def resume(self) -> bool:
+        return bool(self.switches.get("resume"))
+
+    def recipe(self, file: str | None, *, more: dict[str, Any] | None = None, sets: Sequence[str] = ()) -> Recipe:
+        """The recipe in `file` (None: the defaults) under `more`, the flags, `sets` and `--set`."""
+        return load_recipe(file, self.model, {**(more or {}), **self.overrides}, (*sets, *self.sets))
+
+
+BASE = (
+    Flag("--base", "base.id", metavar="BASE"),
+    Flag("--gguf-file", "base.gguf_file", metavar="NAME"),
+    Flag("--dtype", "base.dtype"),
+)
+LORAS = (Flag("--loras", "loras", "each PATH, name=PATH or name=PATH@WEIGHT, with commas between", metavar="LORAS"),)
+GATE = (
+    Flag("--granularity", "gate.granularity"),
+    Flag("--gate-input", "gate.input"),
+    Flag("--pool", "gate.pool"),
+    Flag("--head", "gate.head"),
+    Flag("--top-k", "gate.top_k"),
+)
+TRAIN = (
+    Flag("--steps", "train.steps"),
+    Flag("--batch-size", "train.batch_size"),
+    Flag("--micro-batch-size", "train.micro_batch_size"),
+    Flag("--lr", "train.lr"),
+    Flag("--checkpoint-every", "train.checkpoint_every"),
+)
+DATA = (
+    Flag("--suite", "data.suite"),
+    Flag("--data-dir", "data.data_dir", metavar="DIR"),
+    Flag("--files", "data.files", "with commas between; implies --suite jsonl", metavar="FILES"),
+    Flag("--tasks", "data.tasks", metavar="TASKS"),
+    Flag("--limit", "data.limit"),
+)
+MASK = (Flag("--mask", "mask", metavar="NAMES"), Flag("--only", "only", metavar="NAMES"))
+SEED_AND_DEVICE = (Flag("--seed", "seed"), Flag("--device", "device"))
+_OVERWRITE = Switch("--overwrite", "replace what an earlier run left in the output folder")
+OUTPUT = (Flag("--output", "output", metavar="DIR", default="runs/COMMAND-TIME"), _OVERWRITE)
+SAVE = (Flag("--output", "output", "without one nothing is written", metavar="DIR", default=""), _OVERWRITE)
+RECIPE = ("RECIPE", "A .yaml file, a run's folder or the name of a shipped recipe.")
+RESUME = Switch("--resume", "continue from the newest checkpoint in the output folder")
+DRY_RUN = Switch("--dry-run", "show the resolved plan; load no weights, write nothing")
+_EVERYWHERE = (
+    Switch("--json", "print one JSON document on stdout and nothing else there"),
+    Switch("--quiet", "no progress and no notes on stderr"),
+    Switch("--verbose", "notes on every step, and tracebacks, on stderr"),
+)
+
+
+def recipe_command(
+    command: str,
+    *,
+    target: tuple[str, str],
+    many: bool = False,
+    flags: Sequence[Flag | Switch] = (),
+    model: str | None = None,
+) -> Callable[[Callable[[Request], None]], Callable[..., None]]:
+    """A decorator: the function of a `Request` becomes a Typer command with these flags.
+
+    `target` is the positional argument's metavar and help; `model` names the recipe when it is not the command's own.
+    """
+    recipe_model = RECIPES[model or command]
+    everything = (*flags, *_EVERYWHERE)
+
+    def decorate(function: Callable[[Request], None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            function(_request(model or command, everything, values))
+
+        parameters = [_target_parameter(target, many), *(_parameter(flag, recipe_model) for flag in everything)]
+        parameters.append(_keyword("set", list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=_SET_HELP)))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
+        return run
+
+    return decorate
+
+
+_SET_HELP = "override any recipe key, e.g. --set train.warmup_steps=5; may be repeated"
+
+
+def _request(model: str, flags: Sequence[Flag | Switch], values: dict[str, Any]) -> Request:
+    overrides: dict[str, Any] = {}
+    switches: dict[str, Any] = {}
+    for flag in flags:
+        value = values[flag.parameter]
+        if isinstance(flag, Switch):
+            switches[flag.parameter] = value
+        elif value is not None:
+            overrides[flag.key] = value
+    _imply_jsonl(overrides)
+    named = {name: bool(switches.pop(name)) for name in ("json", "quiet", "verbose")}
+    target = values["target"] or ()
+    targets = (target,) if isinstance(target, str) else tuple(target)
+    return Request(model, targets, overrides, tuple(values["set"] or ()), switches, console.start(**named))
+
+
+def _imply_jsonl(overrides: dict[str, Any]) -> None:
+    """Own files are read by suite jsonl, unless another suite was named beside them."""
+    for key in [key for key in overrides if key.rpartition(".")[2] == "files"]:
+        overrides[key] = [part.strip() for part in overrides[key].split(",") if part.strip()]
+        overrides.setdefault(key.removesuffix("files") + "suite", "jsonl")
+
+
+def _target_parameter(target: tuple[str, str], many: bool) -> inspect.Parameter:
+    metavar, help = target
+    argument = typer.Argument(metavar=metavar, help=help, show_default=False)
+    return _keyword("target", list[str] | None if many else str | None, argument)
+
+
+def _parameter(flag: Flag | Switch, model: type[BaseModel]) -> inspect.Parameter:
+    if isinstance(flag, Switch):
+        kind = flag.kind if flag.kind is bool else flag.kind | None
+        option = typer.Option(flag.name, help=flag.help, metavar=flag.metavar, show_default=False)
+        return _keyword(flag.parameter, kind, option, False if flag.kind is bool else None)
+    found, default = _field(model, flag.key)
+    text = "; ".join(part for part in (found.description or "", flag.note) if part)
+    shown = default if flag.default is None else flag.default
+    if shown is not None and shown is not False and shown not in ("", ()):
+        text += f" [default: {shown}]"
+    kind, choices = _kind(found.annotation)
+    metavar = flag.metavar or choices
+    name = f"{flag.name}/--no-{flag.name.lstrip('-')}" if kind is bool and default else flag.name
+    return _keyword(flag.parameter, kind | None, typer.Option(name, help=text, metavar=metavar, show_default=False))
+
+
+def _keyword(name: str, kind: Any, option: Any, default: Any = None) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _field(model: type[BaseModel], key: str) -> tuple[FieldInfo, Any]:
+    """The field of a dotted key, and its default: None where a section on the way is optional and off."""
+    *sections, last = key.split(".")
+    known = True
+    for part in sections:
+        section = model.model_fields[part]
+        known = known and section.default is not None
+        model = next(inner for inner in _types(section.annotation) if hasattr(inner, "model_fields"))
+    found = model.model_fields[last]
+    return found, found.default if known and not found.is_required() and found.default_factory is None else None
+
+
+def _types(annotation: Any) -> tuple[Any, ...]:
+    """The types in an annotation such as `int | None` or `Annotated[...]`, None left out."""
+    inner = tuple(t for t in get_args(annotation) if t is not type(None))
+    return inner or (annotation,)
+
+
+def _kind(annotation: Any) -> tuple[Any, str | None]:
+    """The type that Typer parses and the metavar; what is neither number nor switch stays text for the recipe."""
+    inner = _types(annotation)
+    if len(inner) == 1 and inner[0] is not annotation and not isinstance(inner[0], str):
+        return _kind(inner[0])
+    if all(isinstance(choice, str) for choice in inner):
+        return str, "|".join(inner)
+    if inner[0] in (int, float, bool):
+        return inner[0], {int: "N", float: "X", bool: None}[inner[0]]
+    return str, "TEXT"

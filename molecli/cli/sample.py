@@ -1,0 +1,86 @@
+"""`mole sample`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from molecli.cli.options import BASE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Switch, recipe_command
+from molecli.cli.runs import is_recipe, started
+from molecli.cli.single import single
+from molecli.errors import UsageError
+from molecli.files.recipe import SampleRecipe
+
+FLAGS = (
+    Switch("--prompt", "a prompt; may be repeated; - reads stdin", kind=list[str], metavar="TEXT"),
+    Switch(
+        "--prompts-file",
+        "prompts, one a line, or .jsonl with `prompt` or `input`; - reads stdin",
+        kind=str,
+        metavar="FILE",
+    ),
+    *BASE,
+    *LORAS,
+    *MASK,
+    Flag("--max-new-tokens", "max_new_tokens"),
+    Flag("--temperature", "temperature"),
+    Flag("--top-p", "top_p"),
+    Flag("--batch-size", "batch_size"),
+    *SEED_AND_DEVICE,
+    *SAVE,
+)
+TARGET = ("RECIPE | COMPOSITION | -", "A recipe (.yaml), a composition (folder or .safetensors), or - for stdin.")
+
+
+@recipe_command("sample", target=TARGET, flags=FLAGS)
+def sample(request: Request) -> None:
+    """Complete prompts with a composition, single LoRAs or the bare base.
+
+    Completions go to stdout, one a line in the order of the prompts; with --output also to samples.jsonl there.
+    """
+    target = request.targets[0] if request.targets else None
+    file = target if target is not None and is_recipe(target) else None
+    more: dict[str, Any] = {}
+    if target not in (None, "-", file):
+        more["composition"] = target
+    prompts = _prompts(request, from_stdin=target == "-")
+    if prompts:
+        more["prompts"] = prompts
+    recipe = request.recipe(file, more=more)
+    assert isinstance(recipe, SampleRecipe)
+    if not recipe.prompts:
+        raise UsageError(
+            "mole sample", "there is no prompt", "Write --prompt TEXT, --prompts-file FILE, or - for stdin."
+        )
+    if recipe.output is None:
+        _complete(recipe, request)
+        return
+    with started(recipe, request, file=file) as ready:
+        _complete(ready, request)
+
+
+def _complete(recipe: SampleRecipe, request: Request) -> None:
+    from molecli.engine.sample import run_sample
+
+    samples = run_sample(recipe, progress=request.console.progress)
+    request.console.result([sample.document() for sample in samples], lambda: _show([s.text for s in samples]))
+
+
+def _show(texts: list[str]) -> None:
+    for text in texts:
+        print(text)
+
+
+def _prompts(request: Request, *, from_stdin: bool) -> list[str]:
+    from molecli.cli.prompts import read_prompts
+
+    given = list(request.switches["prompt"] or [])
+    sources = ["-"] if from_stdin else []
+    sources += [text for text in given if text == "-"]
+    if request.switches["prompts_file"]:
+        sources.append(request.switches["prompts_file"])
+    if sources.count("-") > 1:
+        raise UsageError("-", "stdin is read only once", "Write - in one place.")
+    return [text for text in given if text != "-"] + [prompt for source in sources for prompt in read_prompts(source)]
+
+
+app = single(sample)

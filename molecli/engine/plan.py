@@ -1,0 +1,263 @@
+"""What a run would do, checked without loading weights: `--dry-run`, and the first look of every run.
+
+make_plan    recipe -> Plan; raises what the run itself would raise for a wrong recipe, LoRA or data file
+Plan         what is known beforehand: LoRAs, matrices, gates, steps, passes, memory
+plan_lines   a Plan as text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import ceil
+from typing import Any
+
+import torch
+from torch import nn
+
+from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
+from molecli.backbones.text import adaptable_matrices
+from molecli.engine.data import hold_out, load_tasks
+from molecli.engine.mixing import build_mixture
+from molecli.errors import UsageError
+from molecli.experts import Expert, LowRank
+from molecli.files.adapters import AdapterInfo, Coverage, check_coverage, read_info
+from molecli.files.composition import load_composition
+from molecli.files.recipe import ComposeRecipe, DataConfig, EvaluateRecipe, Recipe, TrainLoraRecipe
+
+# A guess at the length of an example, prompt and target: real lengths need the tokenizer and every line.
+TOKENS_PER_EXAMPLE = 256
+# AdamW keeps a float32 parameter, its gradient and two moments.
+BYTES_PER_TRAINED = 16
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """One LoRA and how much of the base it adapts."""
+
+    name: str
+    source: str
+    rank: int
+    alpha: float
+    matched: int
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do. Counts are numbers of things, memory is in bytes; None where it does not apply."""
+
+    command: str
+    base: str
+    parameters: int
+    dtype: str
+    adaptable_matrices: int
+    adapted_matrices: int
+    mode: str | None = None
+    loras: tuple[LoraPlan, ...] = ()
+    sites: int | None = None
+    trained_parameters: int = 0
+    steps: int | None = None
+    passes: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    compositions: tuple[dict[str, Any], ...] = ()
+    memory: dict[str, int] = field(default_factory=dict)
+    output: str | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """The plan as JSON would hold it."""
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The plan of `recipe`. Raises: UsageError and MismatchError as the run would."""
+    if isinstance(recipe, ComposeRecipe):
+        return _plan_compose(recipe)
+    if isinstance(recipe, TrainLoraRecipe):
+        return _plan_train_lora(recipe)
+    if isinstance(recipe, EvaluateRecipe):
+        return _plan_evaluate(recipe)
+    raise UsageError(f"mole {recipe.command}", "it has no dry run", "Leave out --dry-run.")
+
+
+def _plan_compose(recipe: ComposeRecipe) -> Plan:
+    infos = [read_info(lora) for lora in recipe.loras]
+    skeleton = load_skeleton(recipe.base)
+    shapes = adaptable_matrices(skeleton)
+    covered = [check_coverage(info, shapes, allow_partial=recipe.allow_partial) for info in infos]
+    experts = [_outline(info, found) for info, found in zip(infos, covered, strict=True)]
+    mixture = build_mixture(skeleton, experts, mode=recipe.mode, gate=recipe.gate, only=next(iter(recipe.only), None))
+    trained = sum(p.numel() for p in mixture.named_parameters().values()) if recipe.mode == "gated" else 0
+    examples, passes = {}, {}
+    if recipe.mode == "gated":
+        examples["train"] = _count_examples(recipe.data, recipe.seed)
+        micro = recipe.train.micro_batch_size or recipe.train.batch_size
+        passes["train"] = recipe.train.steps * ceil(recipe.train.batch_size / micro)
+    if recipe.evaluate is not None:
+        examples["evaluate"] = _count_examples(recipe.evaluate.data)
+        methods = 1 + (3 + len(recipe.loras) if recipe.evaluate.baselines else 0)
+        passes["evaluate"] = methods * ceil(examples["evaluate"] / recipe.evaluate.batch_size)
+    return Plan(
+        command=recipe.command,
+        mode=recipe.mode,
+        loras=tuple(_lora_plan(info, found) for info, found in zip(infos, covered, strict=True)),
+        adapted_matrices=len(mixture.bank.matrices),
+        sites=len(mixture.sites) if recipe.mode == "gated" else None,
+        trained_parameters=trained,
+        steps=recipe.train.steps if recipe.mode == "gated" else None,
+        passes=passes,
+        examples=examples,
+        memory=_memory(recipe, skeleton, shapes, _factor_count(experts), trained),
+        **_shared(recipe, skeleton, shapes),
+    )
+
+
+def _plan_train_lora(recipe: TrainLoraRecipe) -> Plan:
+    from molecli.engine.train_lora import target_matrices  # imports PEFT, which the other plans can do without
+
+    skeleton = load_skeleton(recipe.base)
+    shapes = adaptable_matrices(skeleton)
+    targets = target_matrices(recipe.adapter.targets, shapes)
+    trained = sum(recipe.adapter.rank * sum(shapes[name]) for name in targets)
+    micro = recipe.train.micro_batch_size or recipe.train.batch_size
+    return Plan(
+        command=recipe.command,
+        adapted_matrices=len(targets),
+        trained_parameters=trained,
+        steps=recipe.train.steps,
+        passes={"train": recipe.train.steps * ceil(recipe.train.batch_size / micro)},
+        examples={"train": _count_examples(recipe.data, recipe.seed)},
+        memory=_memory(recipe, skeleton, shapes, 0, trained),
+        **_shared(recipe, skeleton, shapes),
+    )
+
+
+def _plan_evaluate(recipe: EvaluateRecipe) -> Plan:
+    compositions = [(path, load_composition(path)) for path in recipe.compositions]
+    base = recipe.base or _base_of([composition.recipe for _, composition in compositions])
+    skeleton = load_skeleton(base)
+    shapes = adaptable_matrices(skeleton)
+    infos = [read_info(lora) for lora in recipe.loras]
+    covered = [check_coverage(info, shapes) for info in infos]
+    count = _count_examples(recipe.eval.data)
+    methods = len(compositions) + sum(len(infos) if mode == "single" else 1 for mode in recipe.modes)
+    return Plan(
+        command=recipe.command,
+        loras=tuple(_lora_plan(info, found) for info, found in zip(infos, covered, strict=True)),
+        adapted_matrices=len({m for _, c in compositions for expert in c.experts for m in expert.matrices}),
+        passes={"evaluate": methods * ceil(count / recipe.eval.batch_size)},
+        examples={"evaluate": count},
+        compositions=tuple(
+            {"path": path, "mode": c.mode, "base": c.base, "experts": list(c.names)} for path, c in compositions
+        ),
+        **_shared(recipe.model_copy(update={"base": base}), skeleton, shapes),
+    )
+
+
+def _base_of(recipes: Sequence[str]) -> Any:
+    """The base that the compositions' own recipes name; the built-in one without any."""
+    import yaml
+
+    from molecli.files.recipe import BaseConfig
+
+    return BaseConfig.model_validate(yaml.safe_load(recipes[0])["base"]) if recipes else BaseConfig()
+
+
+def _outline(info: AdapterInfo, found: Coverage) -> Expert:
+    """The LoRA as an expert whose factors have shapes and no memory: one zero, seen at every place."""
+    zero = torch.zeros(1, 1)
+    factors = {
+        name: LowRank(
+            zero.expand(info.ranks[name], info.matrices[name][1]),
+            zero.expand(info.matrices[name][0], info.ranks[name]),
+            info.scalings[name],
+        )
+        for name in found.matched
+    }
+    return Expert(info.name, factors, info.source, info.sha256, info.rank, info.alpha)
+
+
+def _lora_plan(info: AdapterInfo, found: Coverage) -> LoraPlan:
+    return LoraPlan(info.name, info.source, info.rank, info.alpha, len(found.matched), found.unmatched)
+
+
+def _count_examples(data: DataConfig, seed: int = 0) -> int:
+    kept, _ = hold_out(load_tasks(data), data.holdout, seed)
+    return sum(map(len, kept.values()))
+
+
+def _shared(recipe: Any, skeleton: nn.Module, shapes: Shapes) -> dict[str, Any]:
+    return {
+        "base": recipe.base.id,
+        "parameters": _count(skeleton.parameters()),
+        "dtype": _dtype_name(recipe),
+        "adaptable_matrices": len(shapes),
+        "output": recipe.output,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def _memory(recipe: Any, skeleton: nn.Module, shapes: Shapes, factors: int, trained: int) -> dict[str, int]:
+    """Estimated bytes at the peak of a training step: base, stacked experts, what trains, one copy of activations."""
+    width = getattr(torch, _dtype_name(recipe)).itemsize
+    at_once = recipe.train.micro_batch_size or recipe.train.batch_size
+    tokens = at_once * TOKENS_PER_EXAMPLE
+    vocabulary = int(getattr(skeleton.config, "vocab_size", 0))
+    parts = {
+        "base": _count(skeleton.parameters()) * width,
+        "experts": factors * width,
+        "trained": trained * BYTES_PER_TRAINED,
+        # Each matrix keeps its input and its output; the loss keeps the logits and their gradient in float32.
+        "activations": tokens * (sum(map(sum, shapes.values())) * width + vocabulary * 8),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _dtype_name(recipe: Any) -> str:
+    return str(pick_dtype(recipe.base.dtype, pick_device(recipe.device))).removeprefix("torch.")
+
+
+def _count(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _factor_count(experts: Sequence[Expert]) -> int:
+    return sum(f.A.numel() + f.B.numel() for expert in experts for f in expert.factors.values())
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan as lines of text."""
+    lines = [
+        f"base      {plan.base}: {plan.parameters:,} parameters, {plan.dtype}",
+        f"matrices  {plan.adapted_matrices} adapted of {plan.adaptable_matrices}",
+    ]
+    for lora in plan.loras:
+        missing = f", {len(lora.unmatched)} not in this base" if lora.unmatched else ""
+        lines.append(f"lora      {lora.name}: rank {lora.rank}, alpha {lora.alpha:g}, {lora.matched} matrices{missing}")
+    for composition in plan.compositions:
+        names = ", ".join(composition["experts"])
+        lines.append(f"compose   {composition['path']}: {composition['mode']} of {names}")
+    if plan.mode:
+        sites = f", {plan.sites} sites" if plan.sites is not None else ""
+        lines.append(f"mode      {plan.mode}{sites}")
+    if plan.steps is not None:
+        lines.append(f"training  {plan.trained_parameters:,} parameters, {plan.steps} steps")
+    for part, count in plan.examples.items():
+        lines.append(
+            f"{part:9} {count:,} examples" + (f", {plan.passes[part]:,} passes" if part in plan.passes else "")
+        )
+    if plan.memory:
+        parts = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory.items() if name != "total")
+        lines.append(f"memory    about {_size(plan.memory['total'])} ({parts}; {TOKENS_PER_EXAMPLE} tokens an example)")
+    lines.append(f"output    {plan.output}")
+    return lines
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

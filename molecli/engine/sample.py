@@ -1,0 +1,107 @@
+"""Completions of prompts: from a composition, a single LoRA, or the bare base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molecli.backbones.hosting import Mixture
+from molecli.backbones.loading import load_backbone
+from molecli.engine.attach import attach
+from molecli.errors import UsageError
+from molecli.files.atomic import write_text
+from molecli.files.composition import Composition, load_composition
+from molecli.files.recipe import BaseConfig, SampleRecipe
+from molecli.protocols import Backbone
+
+# label, done, total
+Progress = Callable[[str, int, int], None]
+SAMPLES_FILE = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and its completion."""
+
+    prompt: str
+    text: str
+
+    def document(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def run_sample(recipe: SampleRecipe, *, progress: Progress | None = None) -> list[Sample]:
+    """The completions of `recipe.prompts`, in order; with `recipe.output` also written to samples.jsonl there.
+
+    Raises: UsageError where it is not clear which experts to use; MismatchError where they do not fit.
+    """
+    if not recipe.prompts:
+        raise UsageError("prompts", "there is none", "Write at least one.")
+    composition = load_composition(recipe.composition) if recipe.composition else None
+    backbone = load_backbone(base_of(recipe.base, composition), recipe.device)
+    with _experts(recipe, composition, backbone) as mixture:
+        if mixture is not None:
+            switch(mixture, mask=recipe.mask, only=recipe.only)
+        texts = _complete(backbone, recipe, progress)
+    samples = [Sample(prompt, text) for prompt, text in zip(recipe.prompts, texts, strict=True)]
+    if recipe.output is not None:
+        lines = (json.dumps(sample.document(), ensure_ascii=False) + "\n" for sample in samples)
+        write_text(Path(recipe.output) / SAMPLES_FILE, "".join(lines))
+    return samples
+
+
+def base_of(base: BaseConfig | None, composition: Composition | None) -> BaseConfig:
+    """The base that was named, else the one the composition was made on, else the built-in one."""
+    if base is not None:
+        return base
+    if composition is None:
+        return BaseConfig()
+    return BaseConfig.model_validate(yaml.safe_load(composition.recipe)["base"])
+
+
+def switch(mixture: Mixture, *, mask: tuple[str, ...], only: tuple[str, ...]) -> None:
+    """Switches experts off: those in `mask`, and with `only` all that it does not name. Raises: UsageError."""
+    kept = {mixture.names[mixture.bank.index(name)] for name in only} if only else set(mixture.names)
+    off = {mixture.names[mixture.bank.index(name)] for name in mask}
+    mixture.mask(*(name for name in mixture.names if name in off or name not in kept))
+
+
+def _experts(
+    recipe: SampleRecipe, composition: Composition | None, backbone: Backbone
+) -> AbstractContextManager[Mixture | None]:
+    loras: dict[str, Any] = {lora.name: lora.source for lora in recipe.loras}
+    if composition is not None:
+        return attach(backbone.model, loras=loras or None, composition=recipe.composition)
+    if not loras:
+        if recipe.mask or recipe.only:
+            raise UsageError("--mask", "there is no LoRA to switch off", "Name a composition, or --loras.")
+        return nullcontext()
+    if len(loras) > 1 and len(recipe.only) != 1:
+        what = f"{len(loras)} LoRAs and no composition that says how they mix"
+        raise UsageError("--loras", what, "Make one with mole compose, or name one LoRA with --only.")
+    weights = {lora.name: lora.weight for lora in recipe.loras}
+    return attach(backbone.model, loras=loras, mode="linear", weights=weights)
+
+
+def _complete(backbone: Backbone, recipe: SampleRecipe, progress: Progress | None) -> list[str]:
+    texts: list[str] = []
+    total = len(recipe.prompts)
+    for start in range(0, total, recipe.batch_size):
+        batch = recipe.prompts[start : start + recipe.batch_size]
+        texts += backbone.generate(
+            batch,
+            max_new_tokens=recipe.max_new_tokens,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            # Its own seed for each batch: with one for all, equal prompts in two batches would complete alike.
+            seed=recipe.seed + start if recipe.temperature > 0 else None,
+        )
+        if progress is not None:
+            progress("sample", len(texts), total)
+    return texts
