@@ -1,0 +1,118 @@
+"""What an evaluation compares: the base, each LoRA alone, the fixed mixtures, and compositions, each attached in turn.
+
+Everything is built and checked before the first method is scored, so that a mismatch shows at once.
+Contents: Method, static_methods, composition_methods, distinct, folder_names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from molecli.backbones.hosting import Mixture
+from molecli.engine.attach import attach_composition
+from molecli.engine.mixing import build_mixture
+from molecli.engine.sample import switch
+from molecli.errors import UsageError
+from molecli.experts import Expert
+from molecli.files.adapters import LoraLike
+from molecli.files.composition import Composition
+
+STATIC = ("base", "single", "linear", "nla")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One column of the table: its name, and the context in which the model is scored; `single` is a LoRA alone."""
+
+    name: str
+    context: AbstractContextManager[Any]
+    single: bool = False
+
+
+def static_methods(
+    model: nn.Module,
+    experts: Sequence[Expert],
+    *,
+    modes: Sequence[str] = STATIC,
+    weights: Mapping[str, float] | None = None,
+    mask: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> list[Method]:
+    """The methods of `modes` that need no training; `mask` and `only` act on the mixtures of several LoRAs.
+
+    Raises: UsageError where a mode needs LoRAs and there are none.
+    """
+    methods = []
+    for mode in modes:
+        if mode != "base" and not experts:
+            raise UsageError("--modes", f"{mode!r} needs LoRAs, and none are named", "Write --loras a=PATH,b=PATH.")
+        if mode == "base":
+            methods.append(Method("base", nullcontext()))
+        elif mode == "single":
+            for expert in experts:
+                # Eq. 1 of one LoRA with weight 1: the LoRA as it was trained.
+                methods.append(Method(expert.name, build_mixture(model, [expert], mode="linear"), single=True))
+        else:
+            mixture = build_mixture(model, experts, mode=mode, weights=weights)
+            methods.append(_switched(mode, mixture, mask, only))
+    return methods
+
+
+def composition_methods(
+    model: nn.Module,
+    compositions: Mapping[str, Composition],
+    *,
+    loras: Sequence[LoraLike] = (),
+    experts: Sequence[Expert] = (),
+    mask: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> list[Method]:
+    """One method per composition, under its name here; `experts` already read are not read again.
+
+    Raises: MismatchError where a composition does not belong to this model or these LoRAs.
+    """
+    read = {(expert.name, expert.source): expert for expert in experts}
+    methods = []
+    for name, composition in compositions.items():
+        own = [read.get((record.name, record.source)) for record in composition.experts]
+        known = [expert for expert in own if expert is not None]
+        given = known if not loras and len(known) == len(own) else None
+        mixture = attach_composition(model, composition, loras=list(loras) or None, experts=given)
+        methods.append(_switched(name, mixture, mask, only))
+    return methods
+
+
+def distinct(methods: Iterable[Method]) -> dict[str, Method]:
+    """The methods by name; a name that is taken (a LoRA called "base") gets a number."""
+    named: dict[str, Method] = {}
+    for method in methods:
+        name, number = method.name, 2
+        while name in named:
+            name, number = f"{method.name} ({number})", number + 1
+        named[name] = method
+    return named
+
+
+def folder_names(paths: Sequence[str]) -> dict[str, str]:
+    """Name -> path: a composition is called after its folder, or its whole path where two folders have one name."""
+    names = [_folder_name(path) for path in paths]
+    return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
+
+
+def _switched(name: str, mixture: Mixture, mask: Sequence[str], only: Sequence[str]) -> Method:
+    if not mask and not only:
+        return Method(name, mixture)
+    switch(mixture, mask=tuple(mask), only=tuple(only))
+    kept = f" only {', '.join(only)}" if only else ""
+    return Method(name + kept + (f" without {', '.join(mask)}" if mask else ""), mixture)
+
+
+def _folder_name(path: str) -> str:
+    place = Path(path).resolve()
+    return place.parent.name if place.name == "composition.safetensors" else place.stem

@@ -1,0 +1,143 @@
+"""What an evaluation leaves behind: results.json and samples_<task>.jsonl, close to lm-eval's.
+
+`results` holds the scores of the method that was asked for ({task: {"exact_match,none": ..}}), where lm-eval's readers
+look for them; `methods` holds those of every method, `average` their means over tasks in percent, and `comparisons` the
+paired bootstrap. Samples keep prompts and raw outputs, so that another scoring needs no second run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from molecli import __version__
+from molecli.engine.scoring import TaskResult
+from molecli.files.atomic import write_text
+from molecli.functional.bootstrap import Interval, paired_bootstrap, standard_error
+from molecli.metrics import metric_row
+
+Methods = Mapping[str, Sequence[TaskResult]]
+_UNSAFE = re.compile(r"[^\w.-]+")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """first − second in percentage points, averaged over tasks, with its bootstrap interval."""
+
+    first: str
+    second: str
+    difference: float
+    low: float
+    high: float
+    level: float
+
+    def __str__(self) -> str:
+        share = f"{100 * self.level:.0f}%"
+        return f"{self.first} − {self.second}: {self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}] ({share})"
+
+
+def compare(methods: Methods, subject: str, *, samples: int, seed: int) -> list[Comparison]:
+    """`subject` against every other method scored on the same examples; [] without samples."""
+    if samples == 0:
+        return []
+    first = methods[subject]
+    rows = []
+    for name, results in methods.items():
+        if name != subject:
+            interval = _interval(first, results, samples, seed)
+            rows.append(Comparison(subject, name, interval.estimate, interval.low, interval.high, interval.level))
+    return rows
+
+
+def _interval(first: Sequence[TaskResult], second: Sequence[TaskResult], samples: int, seed: int) -> Interval:
+    # One seed for every pair: adding a method to the run leaves the other intervals as they are.
+    generator = torch.Generator().manual_seed(seed)
+    one, other = ([torch.tensor(result.percents) for result in results] for results in (first, second))
+    return paired_bootstrap(one, other, generator=generator, samples=samples)
+
+
+def average(results: Sequence[TaskResult]) -> float:
+    """The mean over tasks of the main score, in percent."""
+    return fmean(result.percent for result in results)
+
+
+def document(
+    methods: Methods, subject: str, *, suite: tuple[str, str], comparisons: Sequence[Comparison], config: Any = None
+) -> dict[str, Any]:
+    """The content of results.json; `suite` is its name and version, `config` the resolved recipe."""
+    shown = methods[subject]
+    names = sorted({metric for result in shown for metric in result.scores})
+    return {
+        "model_name": subject,
+        "results": _scores(shown),
+        "methods": {name: _scores(results) for name, results in methods.items()},
+        "average": {name: average(results) for name, results in methods.items()},
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "versions": {result.task: suite[1] for result in shown},
+        "metric_versions": {name: metric_row(name).version for name in names},
+        "higher_is_better": {r.task: {m: metric_row(m).direction == "higher" for m in r.scores} for r in shown},
+        "n-samples": {r.task: {"original": len(r.examples), "effective": len(r.examples)} for r in shown},
+        "suite": suite[0],
+        "molecli_version": __version__,
+        "config": config,
+    }
+
+
+def _scores(results: Sequence[TaskResult]) -> dict[str, dict[str, Any]]:
+    tasks = {}
+    for result in results:
+        row: dict[str, Any] = {"alias": result.task}
+        for metric, value in result.values.items():
+            row[f"{metric},none"] = value
+            # The error of the mean of sentence scores says nothing of corpus BLEU: lm-eval writes N/A likewise.
+            mean = metric_row(metric).aggregate is None
+            row[f"{metric}_stderr,none"] = standard_error(torch.tensor(result.scores[metric])) if mean else "N/A"
+        tasks[result.task] = row
+    return tasks
+
+
+def write(folder: str | Path, content: Mapping[str, Any], methods: Methods) -> Path:
+    """The path of results.json; every file is written whole or not at all."""
+    for task, path in samples_paths(folder, content["results"]).items():
+        write_text(path, "".join(_sample_lines(methods, task)))
+    # Last: a reader that finds results.json finds its samples too.
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    return write_text(Path(folder) / "results.json", text + "\n")
+
+
+def samples_paths(folder: str | Path, tasks: Iterable[str]) -> dict[str, Path]:
+    """Task -> samples_<task>.jsonl, with whatever a file name should not hold replaced."""
+    paths: dict[str, Path] = {}
+    for task in tasks:
+        stem = "samples_" + _UNSAFE.sub("_", task)
+        # "a b" and "a/b" are two tasks: neither may overwrite the other's samples.
+        taken = {path.stem for path in paths.values()}
+        names = (stem, *(f"{stem}-{n}" for n in range(2, len(taken) + 2)))
+        paths[task] = Path(folder) / f"{next(name for name in names if name not in taken)}.jsonl"
+    return paths
+
+
+def _sample_lines(methods: Methods, task: str) -> list[str]:
+    lines = []
+    for method, results in methods.items():
+        for result in (r for r in results if r.task == task):
+            for i, example in enumerate(result.examples):
+                row = {
+                    "doc_id": i,
+                    "method": method,
+                    "prompt": example.prompt,
+                    "target": example.target,
+                    "answers": list(example.answers),
+                    "resps": [[result.outputs[i]]],
+                    "filtered_resps": [result.completions[i]],
+                    **{metric: scores[i] for metric, scores in result.scores.items()},
+                }
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return lines

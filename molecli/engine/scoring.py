@@ -1,0 +1,135 @@
+"""Scoring: completions of a frozen backbone, as it stands, against the answers of each task.
+
+Knows nothing of compositions: whoever calls attaches what is to be scored (see `engine.evaluate`).
+Contents: TaskResult, evaluate, completion, own_lora.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from molecli.errors import UsageError
+from molecli.metrics import aggregate, load_metric, metric_row
+from molecli.protocols import Backbone, Example
+
+# label, done, total
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's examples, what came out, and the scores by metric (the main one first), example by example."""
+
+    task: str
+    examples: tuple[Example, ...]
+    outputs: tuple[str, ...]
+    completions: tuple[str, ...]
+    scores: Mapping[str, tuple[float, ...]]
+    values: Mapping[str, float]
+
+    @property
+    def metric(self) -> str:
+        """The main metric."""
+        return next(iter(self.scores))
+
+    @property
+    def percent(self) -> float:
+        """The task's main score in [0, 100]."""
+        return 100 * self.values[self.metric] / metric_row(self.metric).upper
+
+    @property
+    def percents(self) -> list[float]:
+        """The main scores of the examples, in [0, 100]."""
+        upper = metric_row(self.metric).upper
+        return [100 * score / upper for score in self.scores[self.metric]]
+
+
+def evaluate(
+    backbone: Backbone,
+    tasks: Mapping[str, Sequence[Example]],
+    *,
+    metrics: Mapping[str, Sequence[str]],
+    max_new_tokens: Mapping[str, int],
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    label: str = "evaluate",
+) -> list[TaskResult]:
+    """The results of every task, in the order of `tasks`; greedy decoding.
+
+    Raises: UsageError for an unknown metric or a task without examples, before anything is generated.
+    """
+    for task, examples in tasks.items():
+        for metric in metrics[task]:
+            load_metric(metric)
+        if not examples:
+            raise UsageError(f"task {task}", "there are no examples to score", "Check its file and the split.")
+    total, done = sum(len(examples) for examples in tasks.values()), 0
+    results = []
+    for task, examples in tasks.items():
+
+        def step(count: int, before: int = done) -> None:
+            if progress is not None:
+                progress(label, before + count, total)
+
+        outputs = generate(
+            backbone, examples, max_new_tokens=max_new_tokens[task], batch_size=batch_size, progress=step
+        )
+        results.append(score(task, examples, outputs, metrics[task]))
+        done += len(examples)
+    return results
+
+
+def generate(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """The raw outputs, in the order of `examples`."""
+    # Longest first: prompts of like length share a batch, and what does not fit in memory fails at once.
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
+    outputs = [""] * len(examples)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        made = backbone.generate([examples[i].prompt for i in batch], max_new_tokens=max_new_tokens)
+        for i, output in zip(batch, made, strict=True):
+            outputs[i] = output
+        progress(start + len(batch))
+    return outputs
+
+
+def score(task: str, examples: Sequence[Example], outputs: Sequence[str], metrics: Sequence[str]) -> TaskResult:
+    """The outputs of one task, scored by every metric."""
+    answers = [example.answers for example in examples]
+    completions = [completion(output, accepted) for output, accepted in zip(outputs, answers, strict=True)]
+    scores = {metric: tuple(load_metric(metric)(completions, answers)) for metric in metrics}
+    values = {metric: aggregate(metric, completions, answers, scores[metric]) for metric in metrics}
+    return TaskResult(task, tuple(examples), tuple(outputs), tuple(completions), scores, values)
+
+
+def completion(output: str, answers: Sequence[str]) -> str:
+    """The part of an output that is scored: its first line, unless an answer itself has several.
+
+    A base model that was never taught to stop goes on after its answer; the raw output is kept beside it.
+    """
+    text = output.strip()
+    if any("\n" in answer.strip() for answer in answers):
+        return text
+    return text.partition("\n")[0].rstrip()
+
+
+def own_lora(
+    methods: Mapping[str, Sequence[TaskResult]], owners: Mapping[str, str] | None = None
+) -> list[TaskResult] | None:
+    """Each task's result under its own LoRA alone: `owners` says whose (task -> method), else the namesake's.
+
+    None where a task has no LoRA of its own.
+    """
+    tasks = [result.task for result in next(iter(methods.values()), [])]
+    by_task = {name: {result.task: result for result in results} for name, results in methods.items()}
+    owned = [by_task.get((owners or {}).get(task, task), {}).get(task) for task in tasks]
+    found = [result for result in owned if result is not None]
+    return found if tasks and len(found) == len(tasks) else None

@@ -1,0 +1,92 @@
+"""results.json and samples: lm-eval's shape, whole files, seeded intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from molecli.engine.results import average, compare, document, samples_paths, write
+from molecli.engine.scoring import TaskResult, score
+from molecli.protocols import Example
+
+ANSWERS = ["yes", "no", "yes", "no"]
+
+
+def results(*outputs: str) -> list[TaskResult]:
+    examples = [Example("talk", f"prompt {i}", target) for i, target in enumerate(ANSWERS)]
+    return [score("talk", examples, outputs, ["exact_match", "bleu"])]
+
+
+METHODS = {"base": results("yes", "yes", "yes", "yes"), "gated": results("yes", "no", "yes", "no\nmore")}
+
+
+def test_results_hold_scores_and_errors_under_lm_evals_names() -> None:
+    content = document(METHODS, "base", suite=("jsonl", "1"), comparisons=[], config={"seed": 0})
+    row = content["results"]["talk"]
+    assert row["exact_match,none"] == 0.5
+    assert row["exact_match_stderr,none"] == pytest.approx(0.288675)
+    assert row["bleu_stderr,none"] == "N/A"
+    assert content["methods"]["gated"]["talk"]["exact_match,none"] == 1.0
+    assert content["average"] == {"base": 50.0, "gated": 100.0}
+    assert content["model_name"] == "base"
+    assert content["versions"] == {"talk": "1"}
+    assert content["n-samples"]["talk"]["effective"] == 4
+    assert content["metric_versions"] == {"bleu": "1", "exact_match": "1"}
+    assert content["config"] == {"seed": 0}
+    json.dumps(content, allow_nan=False)
+
+
+def test_comparisons_are_paired_seeded_and_in_points() -> None:
+    (one,) = compare(METHODS, "gated", samples=500, seed=1)
+    assert (one.first, one.second, one.difference) == ("gated", "base", 50.0)
+    assert 0.0 <= one.low <= 50.0 <= one.high <= 100.0
+    assert compare(METHODS, "gated", samples=500, seed=1) == [one]
+    assert str(one) == f"gated − base: +50.0 [{one.low:+.1f}, {one.high:+.1f}] (95%)"
+    assert compare(METHODS, "gated", samples=0, seed=1) == []
+
+
+def test_another_method_leaves_an_interval_as_it_was() -> None:
+    more = {"other": results("a", "b", "c", "d"), **METHODS}
+    assert compare(more, "gated", samples=200, seed=0)[-1] == compare(METHODS, "gated", samples=200, seed=0)[0]
+
+
+def test_samples_keep_prompt_raw_output_and_score_of_every_method(tmp_path: Path) -> None:
+    content = document(METHODS, "gated", suite=("jsonl", "1"), comparisons=[])
+    path = write(tmp_path / "run", content, METHODS)
+    assert json.loads(path.read_text(encoding="utf-8")) == content
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples_talk.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 8
+    last = lines[-1]
+    assert (last["method"], last["doc_id"], last["prompt"], last["target"]) == ("gated", 3, "prompt 3", "no")
+    assert (last["resps"], last["filtered_resps"], last["exact_match"]) == ([["no\nmore"]], ["no"], 1.0)
+
+
+def test_an_interrupted_write_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = document(METHODS, "gated", suite=("jsonl", "1"), comparisons=[])
+    path = write(tmp_path, content, METHODS)
+    before = path.read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, {**content, "model_name": "other"}, METHODS)
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "samples_talk.jsonl"}
+
+
+def test_no_two_tasks_share_a_samples_file() -> None:
+    paths = samples_paths("out", ["reverse french", "reverse/french", "a_b", "translation_en-de"])
+    assert [path.name for path in paths.values()] == [
+        "samples_reverse_french.jsonl",
+        "samples_reverse_french-2.jsonl",
+        "samples_a_b.jsonl",
+        "samples_translation_en-de.jsonl",
+    ]
+
+
+def test_the_average_weighs_tasks_equally() -> None:
+    assert average([*METHODS["base"], *METHODS["gated"]]) == 75.0
