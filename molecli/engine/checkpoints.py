@@ -2,18 +2,20 @@
 
     RUN/checkpoints/step-000100/state.safetensors      keys: parameter/NAME, optimizer/KEY/NAME
 
-The random state is not kept: the loop reseeds at every step from (seed, step).
+The random state is not kept: the loop reseeds at every step from (seed, step). When a run's result is written its
+checkpoints go, and report.json says that it is finished.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,9 +24,15 @@ from torch import Tensor
 from molecli.errors import UsageError
 from molecli.files.atomic import atomic_folder
 
+if TYPE_CHECKING:
+    from molecli.files.recipe import Recipe
+
 FOLDER = "checkpoints"
+REPORT_FILE = "report.json"
 STATE_FILE = "state.safetensors"
 FORMAT = "mole-checkpoint"
+# Settings of TrainConfig that may change between a run and its resumption.
+FREE_SETTINGS = frozenset({"checkpoint_every", "log_every", "micro_batch_size"})
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -81,6 +89,30 @@ def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any], run: Pat
         if found != wanted:
             what = f"{key} is {wanted!r} now and was {found!r} when step {checkpoint.step} was saved"
             raise UsageError(f"--resume {run}", what, "Restore that setting, or start again with --overwrite.")
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """A hash of what decides a run's result: not where it is written, on what device, or how often it is logged."""
+    tree = recipe.model_dump(mode="json", exclude={"output", "device"})
+    for name in FREE_SETTINGS:
+        tree.get("train", {}).pop(name, None)
+    text = json.dumps(tree, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished_report(run: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The report of a finished run, whose checkpoints are gone; None where it is still to finish.
+
+    Raises: UsageError if it was another recipe that finished there.
+    """
+    path = Path(run) / REPORT_FILE
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report.get("recipe_digest") != recipe_digest(recipe):
+        what = "the run there is finished, and its recipe was another"
+        raise UsageError(f"--resume {run}", what, "Choose another --output, or start again with --overwrite.")
+    return report
 
 
 def _read(path: Path) -> Checkpoint | None:

@@ -13,18 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from molecli.engine.checkpoints import (
+    FREE_SETTINGS,
     Checkpoint,
     check_same_run,
     discard_checkpoints,
@@ -32,9 +30,11 @@ from molecli.engine.checkpoints import (
     save_checkpoint,
 )
 from molecli.engine.data import Batches
+from molecli.engine.interrupts import interrupts_deferred
 from molecli.engine.ranks import StepContext, accelerator_for, share_from_main, sum_gradients
+from molecli.engine.train_log import Record as Record
+from molecli.engine.train_log import append_records, begin_log
 from molecli.errors import RunError, UsageError
-from molecli.files.atomic import write_text
 from molecli.protocols import Example
 
 if TYPE_CHECKING:
@@ -42,20 +42,17 @@ if TYPE_CHECKING:
 
     from molecli.files.recipe import TrainConfig
 
-LOG_FILE = "train_log.jsonl"
-Record = dict[str, float]
-
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The *summed* task loss of some examples and the number of scored tokens it is over.
+    """The *summed* task loss of some examples and the number of things (scored tokens, or examples) it is over.
 
     extras are means over the examples, for the log; leave them on their device, they are read every log_every steps.
 
     regulariser is added to the mean task loss. Over ranks it is exact if whatever it takes of the batch goes through
     `context.global_mean` (and what depends on parameters alone is divided by `context.world`), because gradients are
     summed over ranks. Departs: with several micro batches a step it is the mean of the micro batches' regularisers,
-    weighted by their tokens, which for a non-linear function of a batch mean is not that function of the whole
+    weighted by their counts, which for a non-linear function of a batch mean is not that function of the whole
     batch's mean. The task loss is exact in every case.
     """
 
@@ -69,10 +66,8 @@ LossFunction = Callable[[Sequence[Example], StepContext], StepLoss]
 StepCallback = Callable[[int], "Mapping[str, float] | None"]
 
 
-class Progress(Protocol):
-    """Told after every step; `record` is the newest one read from the device and may lag by log_every steps."""
-
-    def __call__(self, step: int, steps: int, record: Mapping[str, float]) -> None: ...
+# (label, steps done, steps in all), told after every step.
+Progress = Callable[[str, int, int], None]
 
 
 def train(
@@ -90,7 +85,7 @@ def train(
     gradient_check: Literal["every", "any"] = "every",
     unchecked: Collection[str] = (),
 ) -> list[Record]:
-    """Trains `parameters` in place; returns a record per step (loss, lr, grad_norm, tokens, extras), resumed ones too.
+    """Trains `parameters` in place; returns a record per step (loss, lr, grad_norm, count, extras), resumed ones too.
 
     Writes `train_log.jsonl` and `checkpoints/` (the last step's included) under `folder`. What `on_step` returns
     joins that step's record. At the first step every parameter not in `unchecked` must have a nonzero gradient, or
@@ -117,7 +112,7 @@ def train(
             if on_step is not None:
                 loop.note(on_step(step) or {})
             if progress is not None:
-                progress(step, settings.steps, loop.history[-1] if loop.history else {})
+                progress("training", step, settings.steps)
             loop.read_and_save()
     except KeyboardInterrupt:
         loop.save_interrupted()
@@ -162,7 +157,7 @@ class _Loop:
         self.gradient_check, self.unchecked = gradient_check, unchecked
         self.batches = Batches(examples, batch_size=settings.batch_size, seed=seed)
         self.optimizer = torch.optim.AdamW(
-            list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay
+            list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.completed = self.saved = 0
         self.history: list[Record] = []
@@ -180,10 +175,7 @@ class _Loop:
         elif main:
             discard_checkpoints(self.folder)
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            step = found.step if found else 0
-            self.history = _truncate_log(self.folder / LOG_FILE, step) if resume else []
-            write_text(self.folder / LOG_FILE, _lines(self.history))
+            self.history = begin_log(self.folder, keep_until=found.step if found else 0)
             # Ranks must start alike even if their initialisation was not: rank 0's state goes to all.
             found = found or Checkpoint(0, {n: p.detach().cpu() for n, p in self.parameters.items()})
         found, self.history = share_from_main((found, self.history), self.accelerator)  # type: ignore[misc]
@@ -207,8 +199,8 @@ class _Loop:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
-        free = {"checkpoint_every", "log_every", "micro_batch_size"}
-        kept = {f"train.{k}": v for k, v in self.settings.model_dump(mode="json").items() if k not in free}
+        settings = self.settings.model_dump(mode="json", exclude=set(FREE_SETTINGS))
+        kept = {f"train.{key}": value for key, value in settings.items()}
         shapes = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
         hashes = {"hash of the training data": self.batches.digest, "hash of the parameters' shapes": _digest(shapes)}
         return kept | {"seed": self.seed} | hashes
@@ -221,7 +213,12 @@ class _Loop:
         rate = learning_rate(step, self.settings)
         torch.manual_seed(_step_seed(self.seed, step, self.accelerator.process_index))
         self.optimizer.zero_grad(set_to_none=True)
-        means = self.backward(context)
+        try:
+            means = self.backward(context)
+        except torch.OutOfMemoryError:
+            size = self.settings.micro_batch_size or self.settings.batch_size // context.world
+            remedy = f"Write --set train.micro_batch_size={max(1, size // 2)}."
+            raise RunError(f"train step {step}", f"{size} examples at once do not fit in memory", remedy) from None
         if step == 1:
             self.check_gradients()
         parameters = list(self.parameters.values())
@@ -230,7 +227,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         numbers = torch.stack([*means.values(), norm.float().to(self.accelerator.device)])
-        with _interrupts_deferred():
+        with interrupts_deferred():
             self.optimizer.step()
             self.completed = step
             self.unread.append(({"step": step, "lr": rate}, [*means, "grad_norm"], numbers))
@@ -241,7 +238,7 @@ class _Loop:
         for examples in self.micro_batches(context.step):
             loss = self.loss_fn(examples, context)
             count = torch.as_tensor(loss.count, dtype=torch.float32, device=self.accelerator.device).detach()
-            objective, logged = loss.sum.float(), {"loss": loss.sum.detach().float(), "tokens": count}
+            objective, logged = loss.sum.float(), {"loss": loss.sum.detach().float(), "count": count}
             if loss.regulariser is not None:
                 regulariser = loss.regulariser() if callable(loss.regulariser) else loss.regulariser
                 # Gradients are divided by the global count at the end, so the regulariser enters multiplied by the
@@ -257,14 +254,14 @@ class _Loop:
         return self.normalise(sums, context)
 
     def normalise(self, sums: Mapping[str, Tensor], context: StepContext) -> dict[str, Tensor]:
-        """Adds gradients and sums over the ranks and divides both by the global token count."""
+        """Adds gradients and sums over the ranks and divides both by the global count."""
         totals = dict(zip(sums, context.total(torch.stack(list(sums.values()))), strict=True))
-        tokens = totals["tokens"]
+        count = totals["count"]
         sum_gradients(self.parameters.values(), self.accelerator)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         for gradient in gradients:
-            gradient.div_(tokens)
-        divisors = {"tokens": 1, "loss": tokens, "regulariser": tokens}
+            gradient.div_(count)
+        divisors = {"count": 1, "loss": count, "regulariser": count}
         return {name: total / divisors.get(name, self.settings.batch_size) for name, total in totals.items()}
 
     def micro_batches(self, step: int) -> Iterator[Sequence[Example]]:
@@ -296,7 +293,7 @@ class _Loop:
         """Reads records when log_every says so, and saves when checkpoint_every does, or at the last step."""
         last = self.completed == self.settings.steps
         due = last or self.completed % self.settings.checkpoint_every == 0
-        with _interrupts_deferred():
+        with interrupts_deferred():
             if due or self.completed == 1 or self.completed % self.settings.log_every == 0:
                 self.read()
             if due:
@@ -316,13 +313,12 @@ class _Loop:
             self.check_finite(record)
         self.history += records
         if self.accelerator.is_main_process:
-            with (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-                log.write(_lines(records))
+            append_records(self.folder, records)
 
     def check_finite(self, record: Record) -> None:
         """Raises RunError if the record's loss or gradient norm is not finite."""
         where = f"train step {record['step']:.0f}"
-        if record["tokens"] == 0:
+        if record["count"] == 0:
             raise RunError(where, "no token of the batch is scored", "Check that the training targets are not empty.")
         for name, words in (("loss", "loss"), ("regulariser", "regulariser"), ("grad_norm", "gradient norm")):
             if not math.isfinite(record.get(name, 0.0)):
@@ -351,40 +347,6 @@ class _Loop:
         except RunError:
             return
         self.save()
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Holds Ctrl-C back inside, so that an interrupt never finds half of the parameters updated."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number)) or signal.SIG_DFL
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if pending:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _truncate_log(path: Path, step: int) -> list[Record]:
-    """The records up to `step`; a line that a kill cut short ends them."""
-    records: list[Record] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] > step:
-            break
-        records.append(record)
-    return records
-
-
-def _lines(records: Sequence[Record]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def _digest(value: object) -> str:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from molecli.errors import UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,10 +25,11 @@ def accelerator_for(device: str = "auto") -> Accelerator:
     """
     from accelerate import Accelerator
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device != "auto" and not available.get(device, False):
-        known = ", ".join(["auto", *(name for name, there in available.items() if there)])
-        raise UsageError("--device", f"{device!r} is not available here", f"Use one of: {known}.")
+    if device != "auto":
+        # Imported here: it brings all of transformers, which a loop over other models does not need.
+        from molecli.backbones.loading import pick_device
+
+        pick_device(device)
     # The base has its own dtype and the trained parameters are float32: accelerate's autocast stays out of it.
     return Accelerator(cpu=device == "cpu", mixed_precision="no")
 

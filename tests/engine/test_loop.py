@@ -91,21 +91,21 @@ def test_training_lowers_the_loss_and_logs_every_step_once(tmp_path: Path) -> No
     history = train_toy(tmp_path, Toy(), settings=toy_settings(steps=30, lr=0.05))
     assert history == log_of(tmp_path)
     assert [record["step"] for record in history] == list(range(1, 31))
-    assert {"loss", "lr", "grad_norm", "tokens", "regulariser", "entropy"} <= set(history[0])
+    assert {"loss", "lr", "grad_norm", "count", "regulariser", "entropy"} <= set(history[0])
     first, last = history[:5], history[-5:]
     assert sum(r["loss"] for r in last) < sum(r["loss"] for r in first)
 
 
 def test_what_on_step_returns_joins_the_record_and_progress_hears_every_step(tmp_path: Path) -> None:
-    heard: list[tuple[int, int]] = []
+    heard: list[tuple[str, int, int]] = []
     history = train_toy(
         tmp_path,
         Toy(),
         on_step=lambda step: {"validation": step / 2} if step % 4 == 0 else None,
-        progress=lambda step, steps, record: heard.append((step, steps)),
+        progress=lambda label, step, steps: heard.append((label, step, steps)),
     )
     assert [r["validation"] for r in history if "validation" in r] == [2.0, 4.0]
-    assert heard == [(step, 8) for step in range(1, 9)]
+    assert heard == [("training", step, 8) for step in range(1, 9)]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -316,5 +316,5 @@ def test_training_without_examples_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UsageError, match="--device: 'tpu' is not available here"):
+    with pytest.raises(UsageError, match="--device tpu: no such device"):
         accelerator_for("tpu")

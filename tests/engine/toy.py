@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from molecli.engine.loop import StepLoss, train
-from molecli.engine.ranks import StepContext, accelerator_for
+from molecli.engine.ranks import StepContext
 from molecli.files.recipe import TrainConfig
 from molecli.functional.balance import balance_loss
 from molecli.protocols import Example
@@ -69,7 +70,7 @@ def train_toy(folder: Path, toy: Toy, **options: Any) -> list[dict[str, float]]:
     """Trains a toy on CPU; `settings`, `loss_fn` and every option of `train` can be given."""
     values: dict[str, Any] = {
         "parameters": dict(toy.named_parameters()), "loss_fn": toy.loss, "examples": toy_examples(),
-        "settings": toy_settings(), "seed": 3, "folder": folder, "accelerator": accelerator_for("cpu"),
+        "settings": toy_settings(), "seed": 3, "folder": folder, "accelerator": Accelerator(cpu=True),
     }  # fmt: skip
     return train(**(values | options))
 
@@ -92,7 +93,7 @@ def main() -> None:
 
     settings = toy_settings(steps=arguments.steps, micro_batch_size=arguments.micro)
     train_toy(arguments.folder, toy, settings=settings, loss_fn=loss, resume=arguments.resume)
-    if accelerator_for("cpu").is_main_process:
+    if Accelerator(cpu=True).is_main_process:
         save_file({name: p.detach() for name, p in toy.named_parameters()}, arguments.folder / "result.safetensors")
 
 
