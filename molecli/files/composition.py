@@ -154,7 +154,7 @@ def check_experts(composition: Composition, bank: ExpertBank) -> None:
     Raises: MismatchError naming the first expert that differs, and how.
     """
     if len(bank) != len(composition.experts):
-        what = f"{len(bank)} LoRAs are given, the composition was made with {len(composition.experts)}"
+        what = f"the number of LoRAs is {len(bank)}, the composition was made with {len(composition.experts)}"
         raise MismatchError("--loras", what, _expected(composition))
     if sorted(bank.names) == sorted(composition.names) and bank.names != composition.names:
         raise MismatchError("--loras", f"the order is {', '.join(bank.names)}", _expected(composition))

@@ -6,11 +6,14 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Protocol
 
 from molecli.catalog import builtin_lora
 from molecli.errors import UsageError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _WEIGHTED = re.compile(r"(?P<source>.+)@(?P<weight>[^@/\\]*)")
@@ -48,7 +51,10 @@ def parse_lora(text: str) -> LoraSpec:
     source, weight = _split_weight(text, rest.strip())
     if not source:
         raise UsageError(f"--loras {text}", "no path after the name", "Write name=PATH or name=PATH@WEIGHT.")
-    name = name.strip() if equals and name else default_name(source)
+    shipped = builtin_meant(source)
+    if shipped is not None:
+        source = shipped[0]  # the real name: a recipe that says it outlives a change of the letters
+    name = name.strip() if equals and name else _default_name(source)
     check_name(name, text)
     return LoraSpec(name, source, weight)
 
@@ -60,13 +66,11 @@ def parse_loras(texts: Iterable[str]) -> tuple[LoraSpec, ...]:
     return specs
 
 
-def default_name(source: str) -> str:
-    """The name a LoRA gets when none is written: the real built-in name, the folder's, the stem or the repository's."""
-    builtin = builtin_lora(source)
-    if builtin is not None:
-        return builtin[0]
-    last = PurePath(source.rstrip("/\\")).name
-    return last.removesuffix(".safetensors")
+def builtin_meant(source: str) -> tuple[str, Path] | None:
+    """(real name, folder) of the built-in LoRA that `source` names; None where a LoRA of one's own lies there."""
+    path = Path(source).expanduser()
+    own = path.is_file() or any((path / marker).is_file() for marker in (CONFIG_FILE, WEIGHTS_FILE))
+    return None if own else builtin_lora(source)
 
 
 def check_name(name: str, text: str) -> None:
@@ -86,6 +90,11 @@ def check_distinct(names: Iterable[str]) -> None:
         if name in seen:
             raise UsageError("--loras", f"the name {name!r} is used twice", "Give each LoRA its own name: name=PATH.")
         seen.add(name)
+
+
+def _default_name(source: str) -> str:
+    """The name a LoRA gets when none is written: the built-in name, the folder's, the stem or the repository's."""
+    return PurePath(source.rstrip("/\\")).name.removesuffix(".safetensors")
 
 
 def _split_weight(text: str, rest: str) -> tuple[str, float]:

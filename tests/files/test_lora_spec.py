@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from molecli import catalog
+from molecli.files.adapters import resolve_source
 from molecli.files.lora_spec import LoraSpec, parse_lora, parse_loras
 
 
@@ -27,6 +30,38 @@ from molecli.files.lora_spec import LoraSpec, parse_lora, parse_loras
 )
 def test_a_lora_is_parsed(text: str, spec: LoraSpec) -> None:
     assert parse_lora(text) == spec
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and a package with the built-in LoRAs `alphabet` and `number`."""
+    for name in ("alphabet", "number"):
+        folder = tmp_path / "package" / "builtin" / "loras" / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(catalog, "package_folder", lambda: tmp_path / "package")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "package" / "builtin" / "loras"
+
+
+def test_letters_stand_for_the_builtin_loras_in_order(shipped: Path) -> None:
+    assert parse_loras(["a,b@2"]) == (LoraSpec("alphabet", "alphabet"), LoraSpec("number", "number", 2.0))
+    assert parse_lora("x=builtin:b") == LoraSpec("x", "number")
+    assert resolve_source(LoraSpec("x", "number")) == shipped / "number"
+
+
+def test_a_lora_of_ones_own_comes_before_a_builtin_one(shipped: Path) -> None:
+    Path("a").mkdir()
+    assert parse_lora("a").name == "alphabet"  # an empty folder is no LoRA
+    (Path("a") / "adapter_config.json").write_text("{}")
+    assert parse_lora("a") == LoraSpec("a", "a")
+    assert resolve_source(LoraSpec("a", "a")) == Path("a")
+
+
+def test_a_mistyped_builtin_name_is_corrected(shipped: Path, explained: Any) -> None:
+    message = "numbr: no such built-in LoRA, folder or file. Did you mean 'number'?"
+    explained(lambda: resolve_source(LoraSpec("numbr", "numbr")), 2, message)
 
 
 def test_a_list_is_split_at_commas() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from molecli.errors import MismatchError, UsageError
 from molecli.files.adapters.settings import LoraSettings, parse_config, read_config
-from molecli.files.adapters.source import CONFIG_FILE, canonical_source, resolve_source, weights_file
+from molecli.files.adapters.source import canonical_source, resolve_source, weights_file
 from molecli.files.adapters.weights import Keys, factor_keys, factor_shapes, metadata_of, opened_lora, sha256_of
-from molecli.files.lora_spec import LoraLike
+from molecli.files.lora_spec import CONFIG_FILE, LoraLike
 
 # Metadata keys under which a single file may carry PEFT's configuration as JSON; the first is diffusers'.
 _CONFIG_KEYS = ("lora_adapter_metadata", "adapter_config", "peft_config", "config")

@@ -6,13 +6,10 @@ import os
 import re
 from pathlib import Path
 
-from molecli.catalog import builtin_lora, builtin_loras
+from molecli.catalog import builtin_loras
 from molecli.errors import RunError, UsageError
-from molecli.files.lora_spec import LoraLike
+from molecli.files.lora_spec import CONFIG_FILE, WEIGHTS_FILE, LoraLike, builtin_meant
 from molecli.files.near import near
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -21,15 +18,15 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 def resolve_source(spec: LoraLike) -> Path:
     """The folder or the .safetensors file that `spec.source` names, downloaded from the hub if it must be.
 
-    A path that exists comes before a built-in name, which comes before a hub id.
+    A LoRA of one's own comes before a built-in name, any other path before a hub id.
     Raises: UsageError when there is nothing there; RunError when the hub cannot be reached.
     """
+    builtin = builtin_meant(spec.source)
+    if builtin is not None:
+        return builtin[1]
     path = Path(spec.source).expanduser()
     if path.exists():
         return path
-    builtin = builtin_lora(spec.source)
-    if builtin is not None:
-        return builtin[1]
     if _HUB_ID.fullmatch(spec.source) and path.suffix not in (".safetensors", *_PICKLES):
         return _download(spec.source)
     nearest = near(spec.source, builtin_loras())
@@ -39,11 +36,11 @@ def resolve_source(spec: LoraLike) -> Path:
 
 def canonical_source(spec: LoraLike) -> str:
     """`spec.source` in a form that holds from any working folder: local paths made absolute."""
+    builtin = builtin_meant(spec.source)
+    if builtin is not None:
+        return builtin[0]
     path = Path(spec.source).expanduser()
-    if path.exists():
-        return path.resolve().as_posix()
-    builtin = builtin_lora(spec.source)
-    return builtin[0] if builtin is not None else spec.source
+    return path.resolve().as_posix() if path.exists() else spec.source
 
 
 def weights_file(path: Path) -> Path:

@@ -13,9 +13,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from molecli.experts import LowRank
-from molecli.files.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from molecli.files.adapters.weights import PEFT_PREFIX
 from molecli.files.atomic import atomic_folder
+from molecli.files.lora_spec import CONFIG_FILE, WEIGHTS_FILE
 
 
 def write_peft(

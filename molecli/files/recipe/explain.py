@@ -41,8 +41,8 @@ def explain(error: ValidationError, model: type[BaseModel], layers: Layers) -> U
     # An unknown key first: a mistyped key often makes a second mistake, the missing right one.
     first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
     loc = tuple(part for part in first["loc"] if _is_written(part))
-    where, path = _origin(loc, layers), ".".join(str(part) for part in loc)
-    kind, value = first["type"], first.get("input")
+    kind, value, path = first["type"], first.get("input"), ".".join(str(part) for part in loc)
+    where = _origin(loc[:-1] if kind == "missing" else loc, layers)
     if kind == "extra_forbidden":
         return UsageError(where, f"unknown key {path!r}", _nearest_key(model, loc))
     if kind == "missing":

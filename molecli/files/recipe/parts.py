@@ -7,14 +7,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from molecli.catalog import BUILTIN_BASE
+from molecli.errors import UsageError
+from molecli.files.near import suggestion
 from molecli.files.recipe.shorthand import as_base, as_names, as_paths
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-SuiteName = Literal["builtin", "bbh", "nli", "instruction_induction", "jsonl"]
+
+
+def known_suite(name: str) -> str:
+    """`name`, if every part of it between `+` is a suite. Raises: UsageError that names the nearest."""
+    for part in name.split("+"):
+        if part not in SUITE_NAMES:
+            raise UsageError("--suite", f"no suite is called {part!r}", suggestion(part, SUITE_NAMES))
+    return name
+
+
+SUITE_NAMES = ("builtin", "bbh", "nli", "instruction_induction", "jsonl")
+SuiteName = Annotated[str, AfterValidator(known_suite)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 
 
@@ -52,7 +65,9 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """Where examples come from."""
 
-    suite: SuiteName = Field(default="builtin", description="task suite, or jsonl for your own files")
+    suite: SuiteName = Field(
+        default="builtin", description="task suite, several joined by +, or jsonl for your own files"
+    )
     data_dir: str | None = Field(default=None, description="folder that holds the suite's files; without it, the hub")
     files: Annotated[dict[str, str] | None, BeforeValidator(as_paths)] = Field(
         default=None, description="jsonl: task -> file, or a list of files (the stem names the task)"
