@@ -93,6 +93,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `mole` alone: its message is the help
+            print(str(error), file=sys.stderr)
+            return EXIT_USAGE
         if hasattr(error, "format_message"):  # Typer's own usage errors
             return _report(_usage_message(error), EXIT_USAGE)
         return _report(_unexpected_message(error), EXIT_FAILED)

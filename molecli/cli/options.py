@@ -219,12 +219,12 @@ def _types(annotation: Any) -> tuple[Any, ...]:
 
 
 def _kind(annotation: Any) -> tuple[Any, str | None]:
-    """The type that Typer parses and the metavar; what is neither number nor switch stays text for the recipe."""
+    """The type that Typer parses and the metavar. Only switches are typed: all else the recipe checks and explains."""
     inner = _types(annotation)
     if len(inner) == 1 and inner[0] is not annotation and not isinstance(inner[0], str):
         return _kind(inner[0])
     if all(isinstance(choice, str) for choice in inner):
         return str, "|".join(inner)
-    if inner[0] in (int, float, bool):
-        return inner[0], {int: "N", float: "X", bool: None}[inner[0]]
-    return str, "TEXT"
+    if inner[0] is bool:
+        return bool, None
+    return str, {int: "N", float: "X"}.get(inner[0], "TEXT")
