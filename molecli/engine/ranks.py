@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
