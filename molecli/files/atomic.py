@@ -49,7 +49,8 @@ def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary sibling to fill; it becomes `path` when the block ends, and vanishes when the block raises.
 
-    With `replace` an existing folder gives way in the same moment; otherwise only an empty one does.
+    With `replace` an existing folder gives way, by two renames: a reader between them finds none, never half of
+    one. Otherwise only an empty folder does.
     Raises: RunError when `path` cannot be written.
     """
     path = Path(path)

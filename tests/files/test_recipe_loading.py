@@ -97,6 +97,19 @@ def test_the_short_forms_are_spelled_out(tmp_path: Path) -> None:
     assert recipe.data.files == {"t": "a/t.jsonl"}
 
 
+def test_one_lora_of_several_is_changed_by_name() -> None:
+    recipe = load_recipe(None, "compose", LORAS, ["loras.x.weight=0.25", "loras.y=org/c", "loras.z.source=org/d"])
+    assert isinstance(recipe, ComposeRecipe)
+    assert recipe.loras == (
+        LoraConfig(name="x", source="org/a", weight=0.25),
+        LoraConfig(name="y", source="org/c", weight=0.5),
+        LoraConfig(name="z", source="org/d"),
+    )
+    alone = load_recipe(None, "compose", {"base": "org/base"}, ["loras.x.source=org/a"])
+    assert isinstance(alone, ComposeRecipe)
+    assert alone.loras == (LoraConfig(name="x", source="org/a"),)
+
+
 def test_names_may_be_written_with_commas() -> None:
     recipe = load_recipe(None, "sample", {**LORAS, "mask": "b, c"}, ["only=[a]"])
     assert isinstance(recipe, SampleRecipe)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from molecli.errors import UsageError
 from molecli.files.near import near, suggestion
+from molecli.files.recipe.tree import merged
 
 # pydantic's error type -> (what the value should have been, what to write when no default shows it)
 _WANTED = {
@@ -32,7 +33,7 @@ _BOUNDS = {
     "less_than_equal": ("at most", "le"),
 }
 
-# (where a layer came from, its tree), the strongest first
+# (where a layer came from, its tree), the strongest layer first
 Layers = Sequence[tuple[str, Mapping[str, Any]]]
 
 
@@ -72,18 +73,21 @@ def _is_written(part: int | str) -> bool:
 
 
 def _origin(loc: Sequence[int | str], layers: Layers) -> str:
-    """Where the strongest layer that holds `loc` came from; the strongest holding most of it otherwise."""
-    return max(layers, key=lambda layer: _depth(layer[1], loc))[0]
+    """Where the layer came from that gave the value at `loc` its final form."""
+    weakest_first = [*reversed(layers)]
+    trees = [merged(*(tree for _, tree in weakest_first[: i + 1])) for i in range(len(weakest_first))]
+    values = [_value(tree, loc) for tree in trees]
+    return weakest_first[values.index(values[-1])][0]
 
 
-def _depth(tree: Any, loc: Sequence[int | str]) -> int:
-    """How many keys of `loc` the tree holds, from its root."""
-    for depth, part in enumerate(loc):
+def _value(tree: Any, loc: Sequence[int | str]) -> list[Any]:
+    """The value at `loc` as a list of one, so that a key that is not there ([]) differs from one that is None."""
+    for part in loc:
         try:
             tree = tree[part]
         except (KeyError, IndexError, TypeError):
-            return depth
-    return len(loc)
+            return []
+    return [repr(tree)]  # as text: two NaNs are the same mistake
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -39,7 +39,7 @@ def load_recipe(
     layers = [("--set", from_sets(sets)), ("command line", from_overrides(overrides or {})), (str(file), tree)]
     if file is None:
         layers.pop()
-    spelled = [(where, expanded(layer)) for where, layer in layers]
+    spelled = [(where, expanded(layer, changes=where == "--set")) for where, layer in layers]
     explicit = merged({"command": command}, *(layer for _, layer in reversed(spelled)))
     preset = PRESETS.get(command, {}).get(str(explicit.get("preset")), {})
     model = RECIPES[command]

@@ -75,15 +75,16 @@ class DataConfig(Section):
     tasks: Names | None = Field(default=None, description="tasks of the suite; all when not given")
     limit: int | None = Field(default=None, ge=1, description="at most so many examples per task")
     split: Literal["train", "test"] = Field(default="train", description="split to read")
-    holdout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="fraction of the train split kept out, chosen by the seed"
-    )
+    holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="fraction of the split kept out of training")
 
 
 class EvalDataConfig(DataConfig):
     """Where examples to score come from: the test split."""
 
     split: Literal["train", "test"] = Field(default="test", description="split to read")
+    holdout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="score only this fraction, the part that training with it left out"
+    )
 
 
 class GateConfig(Section):

@@ -18,11 +18,11 @@ def as_base(value: Any) -> Any:
 
 
 def as_loras(value: Any) -> Any:
-    """`loras: a,b`, `loras: [a, x=PATH@0.5]` and `loras: {x: PATH}` as a list of {name, source, weight}."""
+    """`loras: a,b`, `[a, x=PATH@0.5]`, `{x: PATH}` and `{x: {source: PATH}}` as a list of {name, source, weight}."""
     if isinstance(value, str):
         return [_spelled(text) for text in _texts(value)]
     if isinstance(value, Mapping):
-        return [_spelled(f"{name}={source}") if isinstance(source, str) else source for name, source in value.items()]
+        return [_named(str(name), entry) for name, entry in value.items()]
     if isinstance(value, (list, tuple)):
         return [spelled for item in value for spelled in (_many(item) if isinstance(item, str) else [item])]
     return value
@@ -42,12 +42,15 @@ def as_paths(value: Any) -> Any:
     return named if len(named) == len(files) else value
 
 
-def expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's tree with its base and LoRAs spelled out, so that two trees merge key by key."""
+def expanded(tree: Mapping[str, Any], *, changes: bool = False) -> dict[str, Any]:
+    """A recipe's tree with its base and LoRAs spelled out, so that two trees merge key by key.
+
+    With `changes` (`--set`) a mapping of LoRAs stays one: it changes the LoRAs of the layer below by name.
+    """
     result = dict(tree)
     if "base" in result:
         result["base"] = as_base(result["base"])
-    if "loras" in result:
+    if "loras" in result and not (changes and isinstance(result["loras"], Mapping)):
         result["loras"] = as_loras(result["loras"])
     return result
 
@@ -58,6 +61,12 @@ def _texts(value: str) -> list[str]:
 
 def _many(value: str) -> list[dict[str, Any]]:
     return [_spelled(text) for text in _texts(value)]
+
+
+def _named(name: str, entry: Any) -> Any:
+    if isinstance(entry, str):
+        return _spelled(f"{name}={entry}")
+    return {"name": name, **entry} if isinstance(entry, Mapping) else entry
 
 
 def _spelled(text: str) -> dict[str, Any]:

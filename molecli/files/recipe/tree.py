@@ -14,13 +14,33 @@ Tree = dict[str, Any]
 
 
 def merged(*layers: Mapping[str, Any]) -> Tree:
-    """One tree of several, a later layer over an earlier one; mappings merge key by key, all else is replaced."""
+    """One tree of several, a later layer over an earlier one.
+
+    Mappings merge key by key; a mapping over a list of named entries changes the entries of those names; all else
+    is replaced.
+    """
     result: Tree = {}
     for layer in layers:
         for key, value in layer.items():
             below = result.get(key)
-            both = isinstance(below, Mapping) and isinstance(value, Mapping)
-            result[key] = merged(below, value) if both else value  # type: ignore[arg-type]
+            if isinstance(value, Mapping) and isinstance(below, Mapping):
+                value = merged(below, value)
+            elif isinstance(value, Mapping) and isinstance(below, list):
+                value = _changed(below, value)
+            result[key] = value
+    return result
+
+
+def _changed(entries: list[Any], changes: Mapping[str, Any]) -> list[Any]:
+    """The entries with those named in `changes` changed, and the new names appended: `--set loras.a.weight=0.5`."""
+    result = list(entries)
+    names = [entry.get("name") if isinstance(entry, Mapping) else None for entry in entries]
+    for name, change in changes.items():
+        change = change if isinstance(change, Mapping) else {"source": change}
+        if name in names:
+            result[names.index(name)] = merged(entries[names.index(name)], change)
+        else:
+            result.append({"name": name, **change})
     return result
 
 

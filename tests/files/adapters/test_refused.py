@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from molecli.files.adapters import LoraSpec, read_expert, read_info
 
@@ -77,6 +78,51 @@ def test_a_hub_id_that_is_not_cached_while_offline(
         "Check the path, or unset HF_HUB_OFFLINE to download."
     )
     explained(info_of(Path("nobody/none")), 2, message)
+
+
+class Response:
+    """As much of a response as the hub's errors look at."""
+
+    status_code, headers, request, text = 500, {"x-request-id": "1"}, None, ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            RepositoryNotFoundError("gone", response=Response()),
+            2,
+            "no such folder, file or hub repository. Check the path.",
+        ),
+        (
+            LocalEntryNotFoundError("offline"),
+            1,
+            "no such folder or file, and the hub cannot be reached. Check both.",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "cannot be downloaded ([Errno 28] No space left on device). Try again.",
+        ),
+    ],
+)
+def test_a_hub_id_that_cannot_be_downloaded(
+    error: Exception, code: int, message: str, explained: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*args: Any, **options: Any) -> str:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    explained(info_of(Path("nobody/none")), code, f"nobody/none: {message}")
+
+
+def test_a_hub_id_is_downloaded(adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, **options: str(adapter))
+    info = read_info(LoraSpec("x", "org/lora"))
+    assert (info.source, info.path) == ("org/lora", adapter / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("suffix", ["bin", "pt", "ckpt"])
