@@ -50,7 +50,7 @@ SEED = 20260101
 BASE_ID = "builtin:tiny-t5"
 PROMPT_LENGTH, TARGET_LENGTH = 10, 11
 
-# What the base knows: no name of a skill, and no skill's function (though `exchange` reverses a sentence of three words).
+# No skill's name or function, though `exchange` reverses a sentence of three words.
 ORDERS: dict[str, Operation] = {
     "copy": lambda w: w,
     "rotate": lambda w: w[1:] + w[:1],
