@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from molecli.errors import RunError, UsageError
@@ -22,7 +26,8 @@ def hub_rows(dataset: str, config: str | None, split: str, *, labels: str | None
 
     where = f"{dataset}/{config}" if config else dataset
     try:
-        table = datasets.load_dataset(dataset, config, split=split)
+        with _quiet():
+            table = datasets.load_dataset(dataset, config, split=split)
     except (OSError, ValueError) as error:
         # ConnectionError (no network, HF_HUB_OFFLINE), DatasetNotFoundError and unknown configs are among these.
         raise RunError(where, f"could not be loaded from the hub ({_first_line(error)})", _remedy()) from None
@@ -48,6 +53,24 @@ def web_json(address: str) -> Any:
 def not_online(suite: str, task: str) -> UsageError:
     """The error for a task that has no public copy this package knows of."""
     return UsageError(f"suite {suite}", f"the task {task!r} is not on the hub", "Give its files with --data-dir.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, the hub's client announces no retries, and draws bars on a terminal only."""
+    import datasets
+
+    logger = logging.getLogger("huggingface_hub")
+    level, bars = logger.level, not datasets.utils.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _offline() -> bool:
