@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,19 +30,27 @@ def read_expert(
     info = read_info(spec)
     matched = set(check_coverage(info, matrices, allow_partial=allow_partial).matched)
     with opened_lora(info.path) as file:
-        factors = {name: _factors(file, info, name) for name in matrices if name in matched}
+        tensors = {key: file.get_tensor(key) for name in matched for key in (info.keys[name].A, info.keys[name].B)}
+    _check_finite(info, tensors)
+    factors = {name: _low_rank(info, tensors, name) for name in matrices if name in matched}
     return Expert(info.name, factors, source=info.source, sha256=info.sha256, rank=info.rank, alpha=info.alpha)
 
 
-def _factors(file: Any, info: AdapterInfo, matrix: str) -> LowRank:
+def _low_rank(info: AdapterInfo, tensors: Mapping[str, Tensor], matrix: str) -> LowRank:
     keys = info.keys[matrix]
-    return LowRank(_tensor(file, info, keys.A), _tensor(file, info, keys.B), info.scalings[matrix])
+    return LowRank(tensors[keys.A], tensors[keys.B], info.scalings[matrix])
 
 
-def _tensor(file: Any, info: AdapterInfo, key: str) -> Tensor:
-    tensor: Tensor = file.get_tensor(key)
-    if not tensor.is_floating_point():
-        raise unsupported(info.where, f"a LoRA stored as {str(tensor.dtype).removeprefix('torch.')}")
-    if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+def _check_finite(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:
+    """Nothing, when every entry is a finite floating-point number. Raises: UsageError, MismatchError otherwise."""
+    extremes = []
+    for tensor in tensors.values():
+        if not tensor.is_floating_point():
+            raise unsupported(info.where, f"a LoRA stored as {str(tensor.dtype).removeprefix('torch.')}")
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no arithmetic
+        # The smallest and largest entries carry any NaN or infinity: one pass, no mask of the tensor's size.
+        extremes += [extreme.float() for extreme in torch.aminmax(wide)]
+    finite = torch.stack(extremes).isfinite().view(-1, 2).all(dim=1)
+    if not finite.all():
+        key = list(tensors)[int((~finite).nonzero()[0])]
         raise MismatchError(info.where, f"{key!r} holds NaN or infinity", "Its training diverged: train it again.")
-    return tensor

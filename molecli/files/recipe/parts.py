@@ -34,7 +34,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 class Section(BaseModel):
     """A frozen part of a recipe in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Validators are built at first use, not at import: `mole --help` needs only the fields.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class BaseConfig(Section):
