@@ -114,7 +114,7 @@ def test_thirty_two_small_loras_load_in_under_two_seconds(
 ) -> None:
     matrices = matrices_of(tiny_t5.model)
     folders = [make_peft_adapter(tiny_t5.model, tmp_path / f"lora{i}", rank=8, seed=i) for i in range(4)]
-    start = time.perf_counter()
+    start = time.process_time()  # the work itself: a busy machine must not fail it
     experts = [read_expert(LoraSpec(f"e{i}", str(folders[i % 4])), matrices) for i in range(32)]
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert len(experts) == 32
