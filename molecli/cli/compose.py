@@ -53,7 +53,7 @@ def compose(request: Request) -> None:
     recipe = request.recipe(file, sets=("evaluate=null",) if request.switches["no_evaluate"] else ())
     assert isinstance(recipe, ComposeRecipe)
     if request.switches["dry_run"]:
-        show_plan(recipe, request)
+        show_plan(recipe, request, file=file)
         return
     with started(recipe, request, file=file) as ready:
         from molecli.engine.compose import run_compose

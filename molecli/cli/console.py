@@ -24,23 +24,25 @@ class Console:
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    # Among several processes only the first speaks.
+    silent: bool = field(default_factory=lambda: os.environ.get("RANK", "0") != "0")
     _bars: Progress | None = field(default=None, init=False, repr=False)
     _tasks: dict[str, TaskID] = field(default_factory=dict, init=False, repr=False)
     _started: float = field(default_factory=time.monotonic, init=False, repr=False)
 
     def note(self, text: str) -> None:
         """One line on stderr, unless --quiet."""
-        if not self.quiet:
+        if not (self.quiet or self.silent):
             print(text, file=sys.stderr, flush=True)
 
     def detail(self, text: str) -> None:
         """One line on stderr, with --verbose only."""
-        if self.verbose:
+        if self.verbose and not self.silent:
             print(text, file=sys.stderr, flush=True)
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Draws or moves the bar called `label`; nothing where stderr is no terminal, or with --quiet."""
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet or self.silent or not sys.stderr.isatty():
             return
         # A bar that flashes by tells nothing: work shorter than this stays silent.
         if self._bars is None and time.monotonic() - self._started < SHOW_AFTER_S:
@@ -53,6 +55,8 @@ class Console:
     def result(self, document: Any, show: Callable[[], None]) -> None:
         """Prints `document` as the one JSON document with --json, else calls `show`."""
         self.close()
+        if self.silent:
+            return
         if self.json:
             json.dump(document, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False, default=str)
             sys.stdout.write("\n")

@@ -52,7 +52,7 @@ def evaluate(request: Request) -> None:
     recipe = request.recipe(file, more=more)
     assert isinstance(recipe, EvaluateRecipe)
     if request.switches["dry_run"]:
-        show_plan(recipe, request)
+        show_plan(recipe, request, file=file)
         return
     with started(recipe, request, file=file) as ready:
         from molecli.engine.evaluate import run_evaluate

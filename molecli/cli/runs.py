@@ -11,6 +11,7 @@ from typing import TypeVar
 from molecli import catalog
 from molecli.cli.options import Request
 from molecli.errors import UsageError
+from molecli.files.atomic import write_text
 from molecli.files.recipe import (
     ComposeRecipe,
     EvaluateRecipe,
@@ -20,6 +21,7 @@ from molecli.files.recipe import (
     dump_recipe,
 )
 
+RECIPE_FILE = "recipe.yaml"
 R = TypeVar("R", TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe)
 
 
@@ -28,7 +30,7 @@ def recipe_file(request: Request) -> str | None:
     if request.targets:
         return request.targets[0]
     output = request.overrides.get("output")
-    if request.resume and output and (Path(output) / "recipe.yaml").is_file():
+    if request.resume and output and (Path(output) / RECIPE_FILE).is_file():
         return str(output)
     return None
 
@@ -38,33 +40,62 @@ def is_recipe(target: str) -> bool:
     return target.endswith((".yaml", ".yml")) or (target in catalog.recipes() and not Path(target).exists())
 
 
-def show_plan(recipe: Recipe, request: Request) -> None:
-    """Prints what the run would do (--dry-run)."""
+def show_plan(recipe: Recipe, request: Request, *, file: str | None = None) -> None:
+    """Prints what the run would do (--dry-run), or fails as the run would."""
+    from molecli.engine import output
     from molecli.engine.plan import make_plan, plan_lines
 
-    plan = make_plan(recipe)
+    folder = output_folder(recipe, request, file)
+    output.check(folder, **_permissions(request))
+    plan = make_plan(recipe.model_copy(update={"output": folder}))
     request.console.result(plan.document(), lambda: print("\n".join(plan_lines(plan))))
 
 
 @contextmanager
 def started(recipe: R, request: Request, *, file: str | None = None) -> Iterator[R]:
-    """The recipe with its output folder made, checked and recorded there; says afterwards where the run is."""
-    from molecli.engine import output
-    from molecli.files.atomic import write_text
+    """The recipe with its output folder made, checked and recorded there; says afterwards where the run is.
 
+    A run that fails before it wrote anything leaves no folder behind, so that it can be repeated as it was written.
+    """
     folder = output_folder(recipe, request, file)
     ready = recipe.model_copy(update={"output": folder})
-    switches = {"overwrite": bool(request.switches.get("overwrite")), "resume": request.resume}
+    record, existed = Path(folder) / RECIPE_FILE, Path(folder).exists()
     if is_main_process():
-        output.claim(folder, **switches, resumable="resume" in request.switches)
-        write_text(Path(folder) / "recipe.yaml", dump_recipe(ready))
+        _claim(ready, request, folder)
+        # A run that is resumed has its record; should the recipes differ, the engine says so.
+        if not record.exists():
+            write_text(record, dump_recipe(ready))
     try:
         yield ready
-    except KeyboardInterrupt:
-        if "resume" in request.switches:
-            request.console.note(f"{folder}: interrupted. Write --resume to continue.")
+    except BaseException as error:
+        if is_main_process() and [path.name for path in Path(folder).iterdir()] == [RECIPE_FILE]:
+            record.unlink()
+            if not existed:
+                Path(folder).rmdir()
+        elif isinstance(error, KeyboardInterrupt) and "resume" in request.switches:
+            request.console.note(f"{folder}: to go on, write the same command with --resume --output {folder}")
         raise
     request.console.note(f"Written: {folder}")
+
+
+def _claim(recipe: Recipe, request: Request, folder: str) -> None:
+    from molecli.engine import output
+
+    permissions = _permissions(request)
+    if permissions["overwrite"] and Path(folder).is_dir() and not isinstance(recipe, SampleRecipe):
+        from molecli.engine.plan import make_plan
+
+        make_plan(recipe)  # A recipe that cannot run must not cost the results that are there.
+    output.claim(folder, **permissions)
+
+
+def _permissions(request: Request) -> dict[str, bool]:
+    """What the flags allow to be done with a folder that is not empty."""
+    return {
+        "overwrite": bool(request.switches.get("overwrite")),
+        "resume": request.resume,
+        "resumable": "resume" in request.switches,
+    }
 
 
 def output_folder(recipe: Recipe, request: Request, file: str | None) -> str:
@@ -76,7 +107,7 @@ def output_folder(recipe: Recipe, request: Request, file: str | None) -> str:
 
     given = str(recipe.output)
     default = type(recipe).model_fields["output"].default
-    repeated = file is not None and _same(_record(file), Path(given) / "recipe.yaml") and not request.resume
+    repeated = file is not None and _same(_record(file), Path(given) / RECIPE_FILE) and not request.resume
     overwrite = bool(request.switches.get("overwrite"))
     if "output" in request.overrides or not (given == default or (repeated and not overwrite)):
         return given
@@ -93,7 +124,7 @@ def is_main_process() -> bool:
 
 def _record(file: str) -> Path:
     path = Path(file)
-    return path / "recipe.yaml" if path.is_dir() else path
+    return path / RECIPE_FILE if path.is_dir() else path
 
 
 def _same(a: Path, b: Path) -> bool:

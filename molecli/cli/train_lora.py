@@ -46,7 +46,7 @@ def train_lora(request: Request) -> None:
     recipe = request.recipe(file)
     assert isinstance(recipe, TrainLoraRecipe)
     if request.switches["dry_run"]:
-        show_plan(recipe, request)
+        show_plan(recipe, request, file=file)
         return
     with started(recipe, request, file=file) as ready:
         from molecli.engine.train_lora import run_train_lora

@@ -64,9 +64,7 @@ def test_the_folder_holds_json_csv_pictures_and_the_recipe(inspected: tuple[dict
     assert (folder / "recipe.yaml").is_file()
 
 
-def test_the_recorded_recipe_repeats_the_run(
-    inspected: tuple[dict[str, Any], Path], mole: Callable[..., Any]
-) -> None:
+def test_the_recorded_recipe_repeats_the_run(inspected: tuple[dict[str, Any], Path], mole: Callable[..., Any]) -> None:
     report, folder = inspected
     ran = mole("inspect-gates", folder / "recipe.yaml", "--json")
     assert ran.code == 0, ran.err

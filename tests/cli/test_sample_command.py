@@ -107,7 +107,6 @@ def test_a_jsonl_line_without_its_field_is_named(mole: Callable[..., Any], tmp_p
     file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     ran = mole("sample", "--prompts-file", file)
     assert ran.err == (
-        f"mole: {file}:2: neither 'prompt' nor 'input' holds a text. "
-        'Write {"prompt": "..."} on each line.\n'
+        f"mole: {file}:2: neither 'prompt' nor 'input' holds a text. Write {{\"prompt\": \"...\"}} on each line.\n"
     )
     assert ran.code == 2
