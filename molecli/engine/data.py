@@ -1,6 +1,6 @@
 """Training data: from a DataConfig to examples by task, a held-out part, and batches.
 
-    load_tasks   examples by task        hold_out     a part of each kept for validation
+    load_tasks   examples by task        hold_out     a part of each kept for validation (split_tasks: both at once)
     flatten      one list of them all    Batches      the batch of every step
 
 Everything is a pure function of the configuration and the seed.
@@ -37,6 +37,18 @@ def load_tasks(data: DataConfig) -> Tasks:
             raise UsageError(f"suite {data.suite}", what, "Leave the task out, or check --data-dir.")
         tasks[task] = examples
     return tasks
+
+
+def split_tasks(data: DataConfig) -> tuple[Tasks, Tasks]:
+    """(to train on, held out) of what `data` names, at most `data.limit` of each task in either part.
+
+    Which examples are held out depends on the task and the fraction alone, so that a LoRA, the gates over it and an
+    evaluation agree on it whatever their seeds and limits.
+    """
+    whole = load_tasks(data.model_copy(update={"limit": None}))
+    kept, held = hold_out(whole, data.holdout, seed=0)
+    limited = [{task: rows[: data.limit] for task, rows in part.items()} for part in (kept, held)]
+    return limited[0], limited[1]
 
 
 def hold_out(tasks: Mapping[str, Sequence[Example]], fraction: float, seed: int) -> tuple[Tasks, Tasks]:

@@ -17,7 +17,7 @@ from torch import nn
 from molecli.backbones.loading import load_backbone
 from molecli.catalog import BUILTIN_PREFIX, builtin_loras
 from molecli.engine.attach import read_experts
-from molecli.engine.data import Tasks, load_tasks
+from molecli.engine.data import Tasks, load_tasks, split_tasks
 from molecli.engine.methods import STATIC, Method, composition_methods, distinct, folder_names, static_methods
 from molecli.engine.results import compare, document, write
 from molecli.engine.sample import base_of
@@ -75,7 +75,7 @@ def make_bench(config: EvalConfig) -> Bench:
     for name in config.metrics or ():
         metric_row(name)
     suite = load_suite(config.data.suite, files=config.data.files)
-    tasks = load_tasks(config.data)
+    tasks = load_tasks(config.data) if config.data.holdout == 0 else split_tasks(config.data)[1]
     return Bench(
         tasks,
         {task: config.metrics or suite.metrics(task) for task in tasks},

@@ -17,13 +17,13 @@ from torch import nn
 
 from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
 from molecli.backbones.text import adaptable_matrices
-from molecli.engine.data import hold_out, load_tasks
+from molecli.engine.data import load_tasks, split_tasks
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError
 from molecli.experts import Expert, LowRank
 from molecli.files.adapters import AdapterInfo, Coverage, check_coverage, read_info
 from molecli.files.composition import load_composition
-from molecli.files.recipe import ComposeRecipe, DataConfig, EvaluateRecipe, Recipe, TrainLoraRecipe
+from molecli.files.recipe import ComposeRecipe, DataConfig, EvalDataConfig, EvaluateRecipe, Recipe, TrainLoraRecipe
 
 # A guess at the length of an example, prompt and target: real lengths need the tokenizer and every line.
 TOKENS_PER_EXAMPLE = 256
@@ -92,7 +92,7 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
     trained = sum(p.numel() for p in mixture.named_parameters().values()) if recipe.mode == "gated" else 0
     examples, passes = {}, {}
     if recipe.mode == "gated":
-        examples["train"] = _count_examples(recipe.data, recipe.seed)
+        examples["train"] = _count_examples(recipe.data)
         micro = recipe.train.micro_batch_size or recipe.train.batch_size
         passes["train"] = recipe.train.steps * ceil(recipe.train.batch_size / micro)
     if recipe.evaluate is not None:
@@ -128,7 +128,7 @@ def _plan_train_lora(recipe: TrainLoraRecipe) -> Plan:
         trained_parameters=trained,
         steps=recipe.train.steps,
         passes={"train": recipe.train.steps * ceil(recipe.train.batch_size / micro)},
-        examples={"train": _count_examples(recipe.data, recipe.seed)},
+        examples={"train": _count_examples(recipe.data)},
         memory=_memory(recipe, skeleton, shapes, 0, trained),
         **_shared(recipe, skeleton, shapes),
     )
@@ -183,9 +183,9 @@ def _lora_plan(info: AdapterInfo, found: Coverage) -> LoraPlan:
     return LoraPlan(info.name, info.source, info.rank, info.alpha, len(found.matched), found.unmatched)
 
 
-def _count_examples(data: DataConfig, seed: int = 0) -> int:
-    kept, _ = hold_out(load_tasks(data), data.holdout, seed)
-    return sum(map(len, kept.values()))
+def _count_examples(data: DataConfig) -> int:
+    tasks = load_tasks(data) if data.holdout == 0 else split_tasks(data)[isinstance(data, EvalDataConfig)]
+    return sum(map(len, tasks.values()))
 
 
 def _shared(recipe: Any, skeleton: nn.Module, shapes: Shapes) -> dict[str, Any]:

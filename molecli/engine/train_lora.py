@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from molecli import __version__
 from molecli.backbones.loading import load_backbone
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, finished_report, recipe_digest
-from molecli.engine.data import Tasks, flatten, hold_out, load_tasks
+from molecli.engine.data import Tasks, flatten, split_tasks
 from molecli.engine.loop import LossFunction, Progress, Record, StepLoss, train
 from molecli.engine.ranks import StepContext, accelerator_for, share_from_main
 from molecli.errors import UsageError
@@ -55,7 +55,7 @@ def run_train_lora(
     done: Any = share_from_main(found, accelerator)
     if done is not None:
         return done
-    tasks, held_out = hold_out(load_tasks(recipe.data), recipe.data.holdout, recipe.seed)
+    tasks, held_out = split_tasks(recipe.data)
     backbone = load_backbone(recipe.base, accelerator.device)
     start_s = time.monotonic()
     with adapted(backbone, recipe.adapter, seed=recipe.seed) as model:

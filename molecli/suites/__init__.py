@@ -19,10 +19,14 @@ SUITES: dict[str, str] = {
 
 
 def load_suite(name: str, *, files: Mapping[str, str] | Sequence[str] | None = None) -> Suite:
-    """The suite called `name`; `files` (task -> path, or paths whose stems name the tasks) is for `jsonl` alone.
+    """The suite called `name`, or several joined by `+`; `files` (task -> path, or paths whose stems name the tasks) is for `jsonl` alone.
 
     Raises: UsageError for an unknown suite, or for files given to another suite.
     """
+    if "+" in name:
+        from molecli.suites.union import UnionSuite
+
+        return UnionSuite([load_suite(part) for part in name.split("+")])
     if name not in SUITES:
         raise UsageError("--suite", f"no suite is called {name!r}", suggestion(name, SUITES))
     module, attribute = SUITES[name].split(":")

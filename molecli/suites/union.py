@@ -1,0 +1,55 @@
+"""Several suites as one, `a+b`: a mixture of all their tasks; each reads from the folder of its own name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from molecli.errors import UsageError
+from molecli.protocols import Example, Split, Suite
+
+
+class UnionSuite:
+    """The tasks of `suites`, under their own names; `data_dir` holds one folder per suite, named after it.
+
+    Raises: UsageError where two suites have a task of one name.
+    """
+
+    def __init__(self, suites: Sequence[Suite]) -> None:
+        self.suites = tuple(suites)
+        self.name = "+".join(suite.name for suite in suites)
+        self.version = "+".join(suite.version for suite in suites)
+        self._owner: dict[str, Suite] = {}
+
+    def tasks(self, data_dir: str | None) -> list[str]:
+        """All tasks, suite by suite."""
+        owner: dict[str, Suite] = {}
+        for suite in self.suites:
+            for task in suite.tasks(_folder(data_dir, suite)):
+                if task in owner:
+                    what = f"the suites {owner[task].name!r} and {suite.name!r} both have a task {task!r}"
+                    raise UsageError(f"--suite {self.name}", what, "Evaluate them one after the other.")
+                owner[task] = suite
+        self._owner = owner
+        return list(owner)
+
+    def load(self, task: str, split: Split, data_dir: str | None) -> list[Example]:
+        """The examples of one task, from its own suite."""
+        suite = self._of(task, data_dir)
+        return suite.load(task, split, _folder(data_dir, suite))
+
+    def metrics(self, task: str) -> tuple[str, ...]:
+        """The metrics of the task's own suite."""
+        return self._of(task).metrics(task)
+
+    def max_new_tokens(self, task: str) -> int:
+        """The limit of the task's own suite."""
+        return self._of(task).max_new_tokens(task)
+
+    def _of(self, task: str, data_dir: str | None = None) -> Suite:
+        if task not in self._owner:
+            self.tasks(data_dir)
+        return self._owner[task]
+
+
+def _folder(data_dir: str | None, suite: Suite) -> str | None:
+    return None if data_dir is None else f"{data_dir}/{suite.name}"
