@@ -1,0 +1,161 @@
+"""Plans: what a run would do, without weights, and equal to what it then does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molecli.engine import plan as planning
+from molecli.engine.attach import attach
+from molecli.engine.plan import make_plan, plan_lines
+from molecli.engine.train_lora import adapted, trained_parameters
+from molecli.errors import MismatchError, UsageError
+from molecli.files.recipe import ComposeRecipe, Recipe, load_recipe
+
+
+@pytest.fixture
+def parts(
+    tmp_path: Path,
+    tiny_folder: Callable[..., Path],
+    make_tiny: Callable[..., Any],
+    make_peft_adapter: Callable[..., Path],
+) -> dict[str, Any]:
+    """Overrides of a compose recipe: a tiny Llama, two LoRAs that differ in rank and matrices, and data."""
+    model = make_tiny("llama").model
+    a = make_peft_adapter(model, tmp_path / "a", rank=4)
+    b = make_peft_adapter(model, tmp_path / "b", rank=2, alpha=6.0, targets=["q_proj", "v_proj"], seed=1)
+    rows = [json.dumps({"input": f"say {i}", "target": str(i)}) + "\n" for i in range(10)]
+    (tmp_path / "say.jsonl").write_text("".join(rows))
+    return {
+        "base.id": str(tiny_folder("llama")),
+        "loras": [f"a={a}", f"b={b}"],
+        "data.suite": "jsonl",
+        "data.files": {"say": str(tmp_path / "say.jsonl")},
+        "train.steps": 5,
+        "train.batch_size": 4,
+        "train.micro_batch_size": 2,
+    }
+
+
+def _compose(parts: dict[str, Any], **more: Any) -> ComposeRecipe:
+    recipe = load_recipe(None, "compose", {**parts, **more})
+    assert isinstance(recipe, ComposeRecipe)
+    return recipe
+
+
+def test_no_weights_are_read(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from molecli.backbones import loading
+
+    monkeypatch.setattr(loading, "_weights", lambda *_: pytest.fail("weights were read"))
+    assert make_plan(_compose(parts)).parameters > 0
+
+
+def test_the_plan_of_the_loras_is_what_their_files_say(parts: dict[str, Any]) -> None:
+    plan = make_plan(_compose(parts))
+    assert [(lora.name, lora.rank, lora.alpha, lora.matched) for lora in plan.loras] == [
+        ("a", 4, 8.0, 14),
+        ("b", 2, 6.0, 4),
+    ]
+    assert (plan.adaptable_matrices, plan.adapted_matrices) == (14, 14)
+
+
+@pytest.mark.parametrize("granularity", ["network", "block", "layer", "matrix"])
+@pytest.mark.parametrize("preset", [None, "paper"])
+def test_sites_and_gate_parameters_are_those_of_the_mixture_that_is_built(
+    parts: dict[str, Any], tiny_llama: Any, granularity: str, preset: str | None
+) -> None:
+    recipe = _compose(parts, **{"gate.granularity": granularity, "preset": preset})
+    plan = make_plan(recipe)
+    loras = {lora.name: lora.source for lora in recipe.loras}
+    mixture = attach(tiny_llama.model, loras=loras, mode="gated", gate=recipe.gate)
+    assert plan.sites == len(mixture.sites)
+    assert plan.trained_parameters == sum(p.numel() for p in mixture.named_parameters().values())
+
+
+def test_steps_examples_and_passes(parts: dict[str, Any]) -> None:
+    plan = make_plan(_compose(parts))
+    assert plan.steps == 5
+    assert plan.examples == {"train": 10}
+    assert plan.passes == {"train": 10}  # two micro batches a step
+
+
+def test_a_fixed_mode_trains_nothing(parts: dict[str, Any]) -> None:
+    plan = make_plan(_compose(parts, mode="linear"))
+    assert (plan.trained_parameters, plan.steps, plan.sites, plan.passes) == (0, None, None, {})
+
+
+def test_memory_counts_every_weight_of_the_base_and_every_factor_once(parts: dict[str, Any], tiny_llama: Any) -> None:
+    memory = make_plan(_compose(parts, device="cpu")).memory
+    assert memory["base"] == 4 * sum(p.numel() for p in tiny_llama.model.parameters())
+    shapes = {name: m.weight.shape for name, m in tiny_llama.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    adapted_by_b = ("q_proj", "v_proj")
+    expected = sum(4 * sum(shape) for name, shape in shapes.items() if name != "lm_head")
+    expected += sum(2 * sum(shape) for name, shape in shapes.items() if name.endswith(adapted_by_b))
+    assert memory["experts"] == 4 * expected
+    assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
+
+
+def test_activations_do_not_grow_with_the_experts(parts: dict[str, Any]) -> None:
+    one = make_plan(_compose({**parts, "loras": parts["loras"][:1]})).memory
+    two = make_plan(_compose(parts)).memory
+    assert one["activations"] == two["activations"]
+    assert one["experts"] < two["experts"]
+
+
+def test_the_plan_of_a_lora_is_the_lora_that_is_trained(parts: dict[str, Any]) -> None:
+    from molecli.backbones.loading import load_backbone
+
+    keys = ("base.id", "data.suite", "data.files", "train.steps")
+    recipe: Any = load_recipe(
+        None, "train-lora", {**{k: parts[k] for k in keys}, "adapter.rank": 3, "adapter.targets": "q_proj,down_proj"}
+    )
+    plan = make_plan(recipe)
+    with adapted(load_backbone(recipe.base, "cpu"), recipe.adapter, seed=0) as model:
+        trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    assert (plan.adapted_matrices, plan.trained_parameters) == (4, trained)
+
+
+def test_a_lora_for_another_base_fails_in_the_plan(parts: dict[str, Any], tiny_folder: Callable[..., Path]) -> None:
+    with pytest.raises(MismatchError, match="made for another base"):
+        make_plan(_compose({**parts, "base.id": str(tiny_folder("gpt2"))}))
+
+
+def test_a_data_file_that_is_missing_fails_in_the_plan(parts: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.jsonl"):
+        make_plan(_compose({**parts, "data.files": {"none": str(tmp_path / "none.jsonl")}}))
+
+
+def test_the_text_names_loras_mode_training_data_memory_and_output(parts: dict[str, Any]) -> None:
+    lines = plan_lines(make_plan(_compose({**parts, "output": "runs/x"}, device="cpu")))
+    heads = ["base", "matrices", "lora", "lora", "mode", "training", "train", "memory", "output"]
+    assert [line.split()[0] for line in lines] == heads
+    assert "lora      b: rank 2, alpha 6, 4 matrices" in lines
+    assert "train     10 examples, 10 passes" in lines
+    assert lines[-1] == "output    runs/x"
+    assert lines[-2].startswith("memory    about ")
+
+
+def test_a_document_is_json(parts: dict[str, Any]) -> None:
+    document = json.loads(json.dumps(make_plan(_compose(parts)).document()))
+    assert document["recipe"]["train"]["steps"] == 5
+
+
+def test_a_sample_has_no_plan() -> None:
+    recipe: Recipe = load_recipe(None, "sample")
+    with pytest.raises(UsageError) as caught:
+        make_plan(recipe)
+    assert str(caught.value) == "mole sample: it has no dry run. Leave out --dry-run."
+
+
+def test_sizes_read_well() -> None:
+    assert [planning._size(n) for n in (12, 3 * 1024, 5 * 1024**2, 2.5 * 1024**3)] == [
+        "12 B",
+        "3 KiB",
+        "5 MiB",
+        "2.5 GiB",
+    ]
