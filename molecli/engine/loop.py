@@ -211,7 +211,7 @@ class _Loop:
         """One optimizer step over one global batch; its record stays on the device."""
         context = StepContext(step, self.accelerator)
         rate = learning_rate(step, self.settings)
-        torch.manual_seed(_step_seed(self.seed, step, self.accelerator.process_index))
+        _seed(_step_seed(self.seed, step, self.accelerator.process_index), self.accelerator.device)
         self.optimizer.zero_grad(set_to_none=True)
         try:
             means = self.backward(context)
@@ -347,6 +347,15 @@ class _Loop:
         except RunError:
             return
         self.save()
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    # Not torch.manual_seed: without a GPU it queues a call, with a stack trace, for every kind of device each time.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _digest(value: object) -> str:

@@ -309,6 +309,17 @@ def test_a_batch_without_scored_tokens_is_an_error(tmp_path: Path) -> None:
         train_toy(tmp_path, toy, loss_fn=lambda e, c: StepLoss(toy.loss(e, c).sum * 1.0, 0))
 
 
+def test_running_out_of_memory_says_what_to_write(tmp_path: Path) -> None:
+    def loss(examples: Any, context: Any) -> StepLoss:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(RunError) as caught:
+        train_toy(tmp_path, Toy(), loss_fn=loss)
+    assert str(caught.value) == (
+        "train step 1: 4 examples at once do not fit in memory. Write --set train.micro_batch_size=2."
+    )
+
+
 def test_training_without_examples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         train_toy(tmp_path, Toy(), examples=[])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ from molecli.backbones.loading import load_backbone
 from molecli.engine.checkpoints import newest_step
 from molecli.engine.train_lora import adapted, run_train_lora, target_matrices, trained_parameters
 from molecli.errors import RunError, UsageError
-from molecli.files.recipe import AdapterConfig, TrainLoraRecipe
+from molecli.files.recipe import AdapterConfig, TrainLoraRecipe, dump_recipe
 from molecli.protocols import Example
 
 KINDS = ("t5", "llama", "gpt2")
@@ -151,6 +154,23 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(make_recipe: Any, monkeypa
     run_train_lora(cut, resume=True)
     weights = [Path(recipe.output, "adapter_model.safetensors").read_bytes() for recipe in (whole, cut)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_lora_that_one_trains(make_recipe: Any, tmp_path: Path) -> None:
+    one, two = (make_recipe("t5", output=name, train={"lr": 1e-3}) for name in ("one", "two"))
+    run_train_lora(one)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(two))
+    # torchrun, because `accelerate launch` starts several CPU processes only through MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*launch, "-m", "molecli", "train-lora", str(file), "--output", two.output]
+    subprocess.run(command, env=env, check=True, timeout=120)
+    tensors = [load_file(Path(recipe.output, "adapter_model.safetensors")) for recipe in (one, two)]
+    # Adam makes a share of the learning rate of a rounding error where a gradient is nearly zero.
+    torch.testing.assert_close(tensors[1], tensors[0], rtol=0, atol=2e-5)
+    assert max(tensor.abs().max() for name, tensor in tensors[0].items() if "lora_B" in name) > 1e-3
 
 
 def test_resuming_a_finished_run_changes_nothing_and_another_recipe_is_refused(make_recipe: Any) -> None:
