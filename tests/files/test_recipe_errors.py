@@ -47,6 +47,11 @@ SETS = [
     ("mode=gatd", "mode is 'gatd', not one of gated, linear, nla, single. Did you mean 'gated'?"),
     ("preset=papr", "preset is 'papr', not one of paper. Did you mean 'paper'?"),
     (
+        "data.suite=bbh+nil",
+        "data.suite is 'bbh+nil', which names no suite 'nil'. Did you mean 'nli'?",
+    ),
+    ("evaluate.data.suite=bhh", "evaluate.data.suite is 'bhh', which names no suite 'bhh'. Did you mean 'bbh'?"),
+    (
         "train.schedule=step",
         "train.schedule is 'step', not one of constant, linear, cosine. Write one of them.",
     ),

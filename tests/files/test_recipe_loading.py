@@ -125,6 +125,13 @@ def test_the_test_split_of_the_data_is_scored() -> None:
     assert (scored.split, scored.limit, scored.holdout) == ("test", 9, 0.0)
 
 
+def test_suites_may_be_joined() -> None:
+    recipe = compose(data={"suite": "nli+instruction_induction"})
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.data.suite == "nli+instruction_induction"
+    assert compose(data={"suite": "nli+jsonl", "files": "train.jsonl"}).evaluate is None
+
+
 def test_ones_own_file_is_not_scored_on_itself() -> None:
     data = {"suite": "jsonl", "files": "train.jsonl"}
     assert compose(data=data).evaluate is None

@@ -170,7 +170,7 @@ def _with_evaluation(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     scored = evaluation.get("data", {})
     if not isinstance(scored, Mapping) or "suite" in scored:
         return tree
-    if data.get("suite") == "jsonl" and "files" not in scored:
+    if "jsonl" in str(data.get("suite")).split("+") and "files" not in scored:
         # One's own file has no test split to take: scoring what was trained on would flatter.
         if "evaluate" not in tree:
             return {**tree, "evaluate": None}

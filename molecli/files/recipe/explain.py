@@ -46,6 +46,8 @@ def explain(error: ValidationError, model: type[BaseModel], layers: Layers) -> U
     where = _origin(loc[:-1] if kind == "missing" else loc, layers)
     if kind == "extra_forbidden":
         return UsageError(where, f"unknown key {path!r}", _nearest_key(model, loc))
+    if kind == "unknown_name":
+        return UsageError(where, f"{path} is {value!r}, which {first['msg']}", first["ctx"]["remedy"])
     if kind == "missing":
         return UsageError(where, f"the key {path!r} is missing", "Write it.")
     if kind == "literal_error":

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from molecli.catalog import BUILTIN_BASE
-from molecli.errors import UsageError
 from molecli.files.near import suggestion
 from molecli.files.recipe.shorthand import as_base, as_names, as_paths
 
@@ -18,15 +18,18 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
+SUITE_NAMES = ("builtin", "bbh", "nli", "instruction_induction", "jsonl")
+
+
 def known_suite(name: str) -> str:
-    """`name`, if every part of it between `+` is a suite. Raises: UsageError that names the nearest."""
+    """`name`, if every part of it between `+` is a suite. Raises: an error that names the nearest."""
     for part in name.split("+"):
         if part not in SUITE_NAMES:
-            raise UsageError("--suite", f"no suite is called {part!r}", suggestion(part, SUITE_NAMES))
+            remedy = suggestion(part, SUITE_NAMES)
+            raise PydanticCustomError("unknown_name", "names no suite {name}", {"name": repr(part), "remedy": remedy})
     return name
 
 
-SUITE_NAMES = ("builtin", "bbh", "nli", "instruction_induction", "jsonl")
 SuiteName = Annotated[str, AfterValidator(known_suite)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 
