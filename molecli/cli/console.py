@@ -89,6 +89,7 @@ def start(*, json: bool = False, quiet: bool = False, verbose: bool = False) -> 
     logging.getLogger("molecli").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries: the failure itself is explained once
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return _current
 
