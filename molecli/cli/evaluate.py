@@ -29,6 +29,7 @@ FLAGS = (
     Flag("--files", "eval.data.files", "with commas between; implies --suite jsonl", metavar="FILES"),
     Flag("--tasks", "eval.data.tasks", metavar="TASKS"),
     Flag("--split", "eval.data.split"),
+    Flag("--holdout", "eval.data.holdout"),
     Flag("--limit", "eval.data.limit"),
     Flag("--metrics", "eval.metrics", metavar="METRICS"),
     Flag("--batch-size", "eval.batch_size"),

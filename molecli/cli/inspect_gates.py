@@ -20,6 +20,7 @@ FLAGS = (
     Flag("--files", "eval.data.files", "with commas between; implies --suite jsonl", metavar="FILES"),
     Flag("--tasks", "eval.data.tasks", metavar="TASKS"),
     Flag("--split", "eval.data.split"),
+    Flag("--holdout", "eval.data.holdout"),
     Flag("--limit", "eval.data.limit", default=str(EXAMPLES_PER_TASK)),
     Flag("--batch-size", "eval.batch_size"),
     *MASK,
@@ -73,8 +74,10 @@ def _own_data(path: str, request: Request) -> dict[str, Any]:
     more: dict[str, Any] = {"compositions": [path], "eval.data.limit": EXAMPLES_PER_TASK}
     if "eval.data.suite" not in request.overrides:
         own = yaml.safe_load(load_composition(path).recipe)
-        data = (own.get("evaluate") or {}).get("data") or own["data"]
-        more |= {f"eval.data.{key}": value for key, value in data.items() if key not in ("limit", "holdout")}
+        scored = (own.get("evaluate") or {}).get("data")
+        # What the gates learned from, whole: its held-out part is no more than a part.
+        data = scored or {**own["data"], "holdout": 0.0}
+        more |= {f"eval.data.{key}": value for key, value in data.items() if key != "limit"}
     return more
 
 

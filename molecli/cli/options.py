@@ -102,6 +102,7 @@ DATA = (
     Flag("--files", "data.files", "with commas between; implies --suite jsonl", metavar="FILES"),
     Flag("--tasks", "data.tasks", metavar="TASKS"),
     Flag("--limit", "data.limit"),
+    Flag("--holdout", "data.holdout"),
 )
 MASK = (Flag("--mask", "mask", metavar="NAMES"), Flag("--only", "only", metavar="NAMES"))
 SEED_AND_DEVICE = (Flag("--seed", "seed"), Flag("--device", "device"))

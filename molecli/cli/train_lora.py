@@ -27,7 +27,6 @@ FLAGS = (
     Flag("--targets", "adapter.targets"),
     Flag("--rslora", "adapter.rslora"),
     *DATA,
-    Flag("--holdout", "data.holdout"),
     *TRAIN,
     *SEED_AND_DEVICE,
     *OUTPUT,

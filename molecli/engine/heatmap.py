@@ -46,7 +46,7 @@ def entropy_png(report: GateReport, path: str | Path) -> Path:
     axis.axhline(
         report.max_entropy, color="grey", linewidth=0.8, linestyle="--", label=f"uniform: ln {len(report.experts)}"
     )
-    axis.set(xlabel="training step", ylabel="mean gate entropy (nats)", ylim=(0, report.max_entropy * 1.08))
+    axis.set(xlabel="training step", ylabel="mean gate entropy (nats)", ylim=(0, report.max_entropy * 1.08 or 1.0))
     axis.legend(fontsize=8, loc="lower left")
     return _save(figure, path)
 

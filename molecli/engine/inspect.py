@@ -23,8 +23,9 @@ from torch import Tensor
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
 from molecli.engine.attach import attach
-from molecli.engine.data import load_tasks
+from molecli.engine.evaluate import make_bench
 from molecli.engine.sample import base_of, switch
+from molecli.engine.train_log import read_log
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
 from molecli.files.composition import find_composition, load_composition
@@ -34,7 +35,6 @@ from molecli.protocols import Backbone, Example
 # label, done, total
 Progress = Callable[[str, int, int], None]
 ALL = "all"
-LOG_FILE = "train_log.jsonl"
 # An expert is dead where it gets less than this part of its fair share 1/N.
 DEAD_SHARE = 0.1
 
@@ -94,11 +94,13 @@ def run_inspect(recipe: EvaluateRecipe, *, progress: Progress | None = None, sav
     composition = load_composition(path)
     if composition.mode != "gated":
         raise UsageError(path, f"a composition of mode {composition.mode} has no gates", "Name one of mode gated.")
-    tasks = load_tasks(recipe.eval.data)
+    tasks = make_bench(recipe.eval).tasks
     backbone = load_backbone(base_of(recipe.base, composition), recipe.device)
     loras: dict[str, Any] = {lora.name: lora.source for lora in recipe.loras}
     with attach(backbone.model, loras=loras or None, composition=path) as mixture:
         switch(mixture, mask=recipe.mask, only=recipe.only)
+        if set(recipe.mask) >= set(recipe.only or mixture.names):
+            raise UsageError("--mask", "every LoRA is switched off, and no gate is asked", "Keep one.")
         values = collect(backbone, mixture, tasks, batch_size=recipe.eval.batch_size, progress=progress)
         report = summarise(values, mixture.names, composition=path, course=entropy_course(path))
     if save:
@@ -157,11 +159,8 @@ def summarise(
 
 def entropy_course(composition: str) -> list[tuple[int, float]]:
     """(step, gate entropy) from the train_log.jsonl beside the composition; [] where there is none."""
-    log = find_composition(composition).parent / LOG_FILE
-    if not log.is_file():
-        return []
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(int(row["step"]), float(row["entropy"])) for row in rows if "step" in row and "entropy" in row]
+    records = read_log(find_composition(composition).parent)
+    return [(int(record["step"]), record["entropy"]) for record in records if "entropy" in record]
 
 
 def write_report(report: GateReport, folder: Path) -> None:

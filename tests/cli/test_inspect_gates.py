@@ -111,6 +111,24 @@ def test_an_unknown_expert_is_named_with_the_known_ones(mole: Callable[..., Any]
     assert ran.err == "mole: c: no such LoRA in this composition. Known: a, b.\n"
 
 
+def test_masking_every_expert_leaves_nothing_to_inspect(mole: Callable[..., Any], gated_folder: Any) -> None:
+    for flags in (("--mask", "a,b"), ("--mask", "a", "--only", "a")):
+        ran = mole("inspect-gates", gated_folder.folder, *flags)
+        assert ran == (2, "", "mole: --mask: every LoRA is switched off, and no gate is asked. Keep one.\n")
+
+
+def test_a_fixed_mode_has_no_gates(mole: Callable[..., Any], gated_folder: Any, tmp_path: Path) -> None:
+    loras = ",".join(f"{name}={path}" for name, path in gated_folder.loras.items())
+    job = ("compose", "--base", gated_folder.base, "--loras", loras, "--mode", "linear", "--no-evaluate")
+    assert mole(*job, "--output", tmp_path / "sum").code == 0
+    ran = mole("inspect-gates", tmp_path / "sum")
+    assert ran == (
+        2,
+        "",
+        f"mole: {tmp_path}/sum: a composition of mode linear has no gates. Name one of mode gated.\n",
+    )
+
+
 def test_no_composition_is_code_2(mole: Callable[..., Any], tmp_path: Path) -> None:
     assert mole("inspect-gates").err == (
         "mole: mole inspect-gates: no composition is named. Name the output folder of mole compose.\n"
