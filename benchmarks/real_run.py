@@ -30,22 +30,22 @@ GRANULARITIES = ("network", "block", "layer", "matrix")
 HOLDOUT = 0.1
 HELD_OUT = (f"data.holdout={HOLDOUT}",)
 PROBES: dict[str, tuple[str, ...]] = {
-    "block": (),
+    "block": ("gate.granularity=block",),
     "layer": ("gate.granularity=layer",),
     "network": ("gate.granularity=network",),
     "matrix": ("gate.granularity=matrix",),
-    "unit": ("gate.normalize=unit",),
-    "token": ("gate.pool=token",),
-    "running": ("gate.pool=running",),
+    "unit": ("gate.granularity=block", "gate.normalize=unit"),
+    "token": ("gate.granularity=block", "gate.pool=token"),
+    "running": ("gate.granularity=block", "gate.pool=running"),
     "layer-token": ("gate.pool=token", "gate.granularity=layer"),
-    "experts": ("gate.input=experts",),
-    "experts-unit": ("gate.input=experts", "gate.normalize=unit"),
-    "none": ("gate.input=none", "train.lr=2e-2"),
-    "paper": ("preset=paper", "train.steps=800"),
-    "lr-1e-3": ("train.lr=1e-3",),
-    "lr-2e-2": ("train.lr=2e-2",),
-    "no-balance": ("train.balance=0",),
-    "balance-0.1": ("train.balance=0.1",),
+    "experts": ("gate.granularity=block", "gate.input=experts"),
+    "experts-unit": ("gate.granularity=block", "gate.input=experts", "gate.normalize=unit"),
+    "none": ("gate.granularity=block", "gate.input=none", "train.lr=2e-2"),
+    "paper": ("preset=paper", "gate.granularity=block", "train.steps=800"),
+    "lr-1e-3": ("gate.granularity=block", "train.lr=1e-3",),
+    "lr-2e-2": ("gate.granularity=block", "train.lr=2e-2",),
+    "no-balance": ("gate.granularity=block", "train.balance=0",),
+    "balance-0.1": ("gate.granularity=block", "train.balance=0.1",),
 }
 
 

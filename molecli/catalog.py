@@ -12,6 +12,8 @@ from molecli.errors import UsageError
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_BASE = "builtin:tiny-t5"
+# a, b, c, ...: the first two make a joint task. Others that ship follow in alphabetical order.
+LORA_ORDER = ("french", "reverse", "opposite", "plural", "double")
 
 
 def package_folder() -> Path:
@@ -34,7 +36,8 @@ def builtin_base(name: str = BUILTIN_BASE) -> Path:
 
 def builtin_loras() -> dict[str, Path]:
     """The embedded LoRAs in order: real name -> folder."""
-    return _folders_with(package_folder() / "builtin" / "loras", "adapter_config.json")
+    found = _folders_with(package_folder() / "builtin" / "loras", "adapter_config.json")
+    return {name: found[name] for name in sorted(found, key=_place)}
 
 
 def builtin_lora(name: str) -> tuple[str, Path] | None:
@@ -58,6 +61,10 @@ def recipes() -> dict[str, Path]:
     folder = _recipe_folder()
     files = sorted(folder.rglob("*.yaml")) if folder.is_dir() else []
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (LORA_ORDER.index(name) if name in LORA_ORDER else len(LORA_ORDER), name)
 
 
 def _recipe_folder() -> Path:

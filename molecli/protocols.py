@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ class Reading:
     x: [B, T, d_in], the entry's input; u: [B, T, R], that input projected onto every expert's A;
     valid, prompt: [B, T], which tokens are not padding, and which belong to the prompt;
     memory: [B, S, d], the encoder's output where the site sits in a seq2seq decoder, with memory_valid [B, S];
-    state: what `running` pooling left behind after an earlier chunk of the same sequences.
+    state: what `running` pooling left behind after an earlier chunk of the same sequences;
+    shared: lives as long as the pass, for what all its gates compute alike.
     """
 
     x: Tensor
@@ -132,6 +133,7 @@ class Reading:
     memory: Tensor | None = None
     memory_valid: Tensor | None = None
     state: tuple[Tensor, Tensor] | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 class Gate(Protocol):

@@ -32,6 +32,9 @@ class _HostedSite:
         self.value: Tensor | None = None  # as the gate returned it, experts masked
         self.valid: Tensor | None = None
         self.state: tuple[Tensor, Tensor] | None = None
+        self.owners: list[Tensor] = []  # of its groups' ranks, in the order of the groups
+        self.owner = torch.empty(0)  # the same as one tensor
+        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
 
 
 class _HostedGroup:
@@ -43,10 +46,13 @@ class _HostedGroup:
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
         stacked = [bank.stacked(m, device=weight.device, dtype=dtype) for m in group.matrices]
         self.A = torch.cat([s.A for s in stacked]) if len(stacked) > 1 else stacked[0].A
-        self.B = [s.B for s in stacked]
+        self.Bt = [s.B.t() for s in stacked]
         self.owner = torch.cat([s.owner for s in stacked])
+        self.place = len(site.owners)
+        site.owners.append(self.owner)
         self.sizes = [s.A.shape[0] for s in stacked]
         self.present = [_indicator(bank, m, weight.device) for m in group.matrices]
+        self.complete = all(len(bank.present(m)) == len(bank) for m in group.matrices)
         self.x: Tensor | None = None
         self.mixed: tuple[Tensor, ...] = ()
         self.served = 0
@@ -103,11 +109,13 @@ class Mixture:
             raise RunError("mixture", "it is attached already", "Leave its context first.")
         self._handles += self._streams.attach(self._forget)
         for hosted in self._hosted.values():
+            hosted.owners, hosted.expanded = [], None
             for group in hosted.site.groups:
                 live = _HostedGroup(group, hosted, self.bank, self._modules)
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
+            hosted.owner = torch.cat(hosted.owners)
 
     def detach(self) -> None:
         """Take every hook off; the model is the base again, bit for bit."""
@@ -168,7 +176,9 @@ class Mixture:
         for key in (*own, *tensors):
             if key not in tensors or key not in own:
                 what = "is missing" if key not in tensors else "belongs to no site of this model"
-                raise MismatchError(key, f"the gate tensor {what}", "The composition was made for another base or other LoRAs.")
+                raise MismatchError(
+                    key, f"the gate tensor {what}", "The composition was made for another base or other LoRAs."
+                )
             if own[key].shape != tensors[key].shape:
                 shapes = f"{tuple(tensors[key].shape)}, and the model needs {tuple(own[key].shape)}"
                 raise MismatchError(key, f"the gate tensor has shape {shapes}")
@@ -188,9 +198,9 @@ class Mixture:
                 return None
             if group.x is not args[0]:
                 self._mix(group, args[0])
-            y = add_expanded(y, group.mixed[index], group.B[index])
+            y = add_expanded(y, group.mixed[index], group.Bt[index])
             group.served += 1
-            if group.served == len(group.B):
+            if group.served == len(group.Bt):
                 group.forget()
             return y
 
@@ -199,21 +209,30 @@ class Mixture:
     def _mix(self, group: _HostedGroup, x: Tensor) -> None:
         """Project x for every matrix of the group and weight each rank by its expert's gate."""
         u = project(x, group.A)
-        value = self._value(group.site, x, u)
+        weights = self._per_rank(group, self._value(group.site, x, u), u.dtype)
         group.x, group.served = x, 0
-        weights = self._per_rank(group, value).to(u.dtype)
         if weights.dim() == 2:
             weights = weights.unsqueeze(1)  # one per sequence: the same for all its tokens
         if weights.dim() == 3:
             weights = _fit_batch(weights, x)
-        group.mixed = (u * weights).split(group.sizes, dim=-1)
+        mixed = (u * weights).reshape(-1, u.shape[-1])
+        group.mixed = mixed.split(group.sizes, dim=-1) if len(group.sizes) > 1 else (mixed,)
 
-    def _per_rank(self, group: _HostedGroup, value: Tensor) -> Tensor:
-        if not self._renormalize_absent or all(bool(p.all()) for p in group.present):
-            return value[..., group.owner]
-        parts = [rescale(value, present) for present in group.present]
-        owners = group.owner.split(group.sizes)
-        return torch.cat([part[..., owner] for part, owner in zip(parts, owners, strict=True)], dim=-1)
+    def _per_rank(self, group: _HostedGroup, value: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._renormalize_absent and not group.complete:
+            parts = [rescale(value, present) for present in group.present]
+            owners = group.owner.split(group.sizes)
+            return torch.cat([p.index_select(-1, owner) for p, owner in zip(parts, owners, strict=True)], dim=-1).to(
+                dtype
+            )
+        if value.dim() == 3:
+            return value.to(dtype).index_select(-1, group.owner)
+        # One gather for the whole site, and none where the gate stays as it was (while decoding).
+        site = group.site
+        if site.expanded is None or site.expanded[0] is not value:
+            ranks = value.to(dtype).index_select(-1, site.owner)
+            site.expanded = value, ranks.split([len(owner) for owner in site.owners], dim=-1)
+        return site.expanded[1][group.place]
 
     def _value(self, hosted: _HostedSite, x: Tensor, u: Tensor) -> Tensor:
         """The site's gate in this pass, computed when its first matrix is called."""
@@ -226,7 +245,11 @@ class Mixture:
             return hosted.value
         if current.past and gate.per_sequence and hosted.site.stream == "decoder":
             if hosted.value is None:
-                raise RunError("generation", "the cache holds tokens from before the experts were attached or masked", "Start with an empty cache.")
+                raise RunError(
+                    "generation",
+                    "the cache holds tokens from before the experts were attached or masked",
+                    "Start with an empty cache.",
+                )
             hosted.step = current.step  # decided at prefill, then fixed
             return hosted.value
         reading = self._reading(hosted, current, x, u)
@@ -238,7 +261,9 @@ class Mixture:
         memory = hosted.site.stream == "memory"
         valid, prompt = (current.memory_valid,) * 2 if memory else (current.valid, current.prompt)
         if valid is None or prompt is None:
-            raise RunError("mixture", "the experts were called outside the model they are attached to", "Call the model itself.")
+            raise RunError(
+                "mixture", "the experts were called outside the model they are attached to", "Call the model itself."
+            )
         hosted.valid = valid
         batch, tokens = valid.shape
         return Reading(
@@ -249,6 +274,7 @@ class Mixture:
             memory=current.memory if hosted.site.stream == "decoder" else None,
             memory_valid=current.memory_valid,
             state=hosted.state if current.past else None,
+            shared=current.shared,
         )
 
     def _forget(self) -> None:

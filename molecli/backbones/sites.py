@@ -2,8 +2,8 @@
 
 A *stream* says along which token axis a matrix works: `encoder`, `decoder` (also all of a causal model), or `memory`,
 the keys and values of cross-attention, which sit in the decoder but run along the encoder's tokens and are computed
-once per generation. A site never mixes the decoder's axis with another, else a gate per token would not fit and a cached
-key could depend on a later token.
+once per generation. A site never mixes the decoder's axis with another, else a gate per token would not fit and a
+cached key could depend on a later token.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _block(matrix: str) -> str:
 
 
 def _layer(matrix: str) -> str:
-    """The sub-layer inside the block; matrices that hang on the block itself (BART's fc1, fc2) form its feed-forward."""
+    """The sub-layer inside the block; matrices right under the block (BART's fc1, fc2) form its feed-forward."""
     block = _block(matrix)
     rest = matrix[len(block) + 1 :].split(".")
     if len(rest) <= 1:

@@ -1,9 +1,9 @@
-"""What the tokens of a forward pass are: padding, prompt, cached past; read from the model's own call by removable hooks."""
+"""What the tokens of a forward pass are (padding, prompt, cached past), read from the model's own call by hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from molecli.protocols import Stream
 class Pass:
     """One forward pass along one token axis.
 
-    step: counts passes, so that a site knows its gate is stale; past: tokens already in the key-value cache.
+    step: counts passes, so that a site knows its gate is stale; past: tokens already in the key-value cache;
+    shared: what a first gate computed and the others of this pass need too.
     """
 
     step: int = 0
@@ -27,6 +28,7 @@ class Pass:
     prompt: Tensor | None = None
     memory: Tensor | None = None
     memory_valid: Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 class Streams:

@@ -23,9 +23,18 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("gated", "site", True, "MoLE, ICLR 2024", "learned gates weight the LoRAs by the input", "molecli.compose.gated:build_gates"),
+        Method(
+            "gated",
+            "site",
+            True,
+            "MoLE, ICLR 2024",
+            "learned gates weight the LoRAs by the input",
+            "molecli.compose.gated:build_gates",
+        ),
         Method("linear", "weights", False, "MoLE Eq. 1", "the sum of all LoRAs", "molecli.compose.linear:gate"),
-        Method("nla", "weights", False, "MoLE Eq. 2", "the sum with weights that add up to 1", "molecli.compose.nla:gate"),
+        Method(
+            "nla", "weights", False, "MoLE Eq. 2", "the sum with weights that add up to 1", "molecli.compose.nla:gate"
+        ),
         Method("single", "weights", False, "Hu et al. 2021", "one LoRA alone", "molecli.compose.single:gate"),
     )
 }

@@ -16,7 +16,7 @@ from molecli.compose.heads import FeatureHead, OutputHead, PerExpertHead
 from molecli.errors import UsageError
 from molecli.experts import ExpertBank
 from molecli.files.recipe import GateConfig
-from molecli.functional.gating import gate_values, mean_pool, running_mean, unit
+from molecli.functional.gating import gate_values, mean_pool, running_mean, span, unit
 from molecli.protocols import Reading, Site, Stream
 
 
@@ -31,7 +31,9 @@ def resolve_pool(pool: str, stream: Stream, *, seq2seq: bool) -> str:
     if stream in ("encoder", "memory"):
         return "mean"  # every token of an encoder is prompt, and sees every other
     if pool == "mean" and not seq2seq:
-        raise UsageError("gate.pool", "'mean' would let a causal model see later tokens", "Use prompt, running or token.")
+        raise UsageError(
+            "gate.pool", "'mean' would let a causal model see later tokens", "Use prompt, running or token."
+        )
     return "running" if pool == "mean" else pool
 
 
@@ -87,14 +89,17 @@ class InputGate(nn.Module):
         """The pooled reading in float32: [B, width] or [B, T, width]."""
         if self.pool == "prompt" and self.reads == "x" and reading.memory is not None:
             assert reading.memory_valid is not None
-            return mean_pool(reading.memory, reading.memory_valid)
+            key = "memory", id(reading.memory)  # the same for every site of the decoder
+            if key not in reading.shared:
+                reading.shared[key] = _mean(reading, reading.memory, reading.memory_valid)
+            return reading.shared[key]
         source = reading.x if self.reads == "x" else reading.u
         if self.pool == "running":
             pooled, reading.state = running_mean(source, reading.valid, reading.state)
             return pooled
         if self.pool == "token":
             return source.float()
-        return mean_pool(source, reading.prompt if self.pool == "prompt" else reading.valid)
+        return _mean(reading, source, reading.prompt if self.pool == "prompt" else reading.valid)
 
     def _normalized(self, features: Tensor) -> Tensor:
         if self.normalize == "standardize":
@@ -116,6 +121,14 @@ class InputGate(nn.Module):
             self.mean.copy_(mean)
             self.std.copy_(std)
             self.observed = None
+
+
+def _mean(reading: Reading, x: Tensor, weight: Tensor) -> Tensor:
+    """`mean_pool` of x; what it needs of `weight` is computed once a pass."""
+    key = "span", id(weight), x.dtype
+    if key not in reading.shared:
+        reading.shared[key] = span(weight, x.dtype)
+    return mean_pool(x, *reading.shared[key])
 
 
 class _Moments:

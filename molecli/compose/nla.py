@@ -12,5 +12,6 @@ def gate(weights: Tensor) -> FixedGate:
     """Weights that sum to 1 (1/N each by default). Raises: UsageError where they sum to 0."""
     total = float(weights.sum())
     if abs(total) < 1e-12:
-        raise UsageError("--loras", "the weights sum to 0, which `nla` divides by", "Change a weight or use --mode linear.")
+        what = "the weights sum to 0, which `nla` divides by"
+        raise UsageError("--loras", what, "Change a weight or use --mode linear.")
     return FixedGate(weights / total, normalized=True)

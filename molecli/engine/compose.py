@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,12 @@ from molecli.files.atomic import write_text
 from molecli.files.composition import Composition, record_of, save_composition
 from molecli.files.recipe import dump_recipe
 from molecli.protocols import Backbone, Example
+from molecli.suites.builtin import BuiltinSuite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from molecli.files.recipe import ComposeRecipe
+    from molecli.files.recipe import ComposeRecipe, DataConfig
 
 # label, done, total
 Progress = Callable[[str, int, int], None]
@@ -46,7 +48,7 @@ class ComposeReport(dict[str, Any]):
         if self.evaluation is not None:
             self.evaluation.show()
         else:
-            print(self["output"])
+            sys.stdout.write(f"{self['output']}\n")
 
 
 def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progress | None = None) -> ComposeReport:
@@ -61,6 +63,7 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
     if done is not None:
         return ComposeReport(done)
     start_s = time.monotonic()
+    digest, recipe = recipe_digest(recipe), _with_tasks(recipe)
     examples = _examples(recipe)
     backbone = load_backbone(recipe.base, accelerator.device)
     experts = read_experts(backbone.model, recipe.loras, allow_partial=recipe.allow_partial)
@@ -73,7 +76,7 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
         only=next(iter(recipe.only), None),
     )
     history = _fitted(recipe, backbone, mixture, examples, accelerator, resume, progress) if examples else []
-    report = ComposeReport(_summary(recipe, mixture, history))
+    report = ComposeReport(_summary(recipe, digest, mixture, history))
     if accelerator.is_main_process:
         save_composition(folder, _composition(recipe, backbone, mixture))
         if recipe.evaluate is not None:
@@ -84,6 +87,21 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
         discard_checkpoints(folder)
     accelerator.wait_for_everyone()
     return report
+
+
+def _with_tasks(recipe: ComposeRecipe) -> ComposeRecipe:
+    """The recipe with its tasks named, where the suite knows which tasks its LoRAs are for."""
+    update: dict[str, Any] = {"data": _narrowed(recipe.data, recipe)}
+    if recipe.evaluate is not None:
+        data = _narrowed(recipe.evaluate.data, recipe)
+        update["evaluate"] = recipe.evaluate.model_copy(update={"data": data})
+    return recipe.model_copy(update=update)
+
+
+def _narrowed(data: DataConfig, recipe: ComposeRecipe) -> DataConfig:
+    if data.suite != "builtin" or data.tasks:
+        return data
+    return data.model_copy(update={"tasks": tuple(BuiltinSuite().tasks_for([lora.name for lora in recipe.loras]))})
 
 
 def _examples(recipe: ComposeRecipe) -> list[Example]:
@@ -103,9 +121,9 @@ def _fitted(
     resume: bool,
     progress: Progress | None,
 ) -> list[Record]:
-    def told(step: int, steps: int, record: Mapping[str, float]) -> None:
+    def told(_: str, done: int, total: int) -> None:
         if progress is not None:
-            progress("gates", step, steps)
+            progress("gates", done, total)
 
     with mixture:
         return fit(
@@ -164,7 +182,7 @@ def _evaluate(
     )
 
 
-def _summary(recipe: ComposeRecipe, mixture: Mixture, history: Sequence[Record]) -> dict[str, Any]:
+def _summary(recipe: ComposeRecipe, digest: str, mixture: Mixture, history: Sequence[Record]) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in mixture.named_parameters().values())
     return {
         "output": recipe.output,
@@ -175,6 +193,6 @@ def _summary(recipe: ComposeRecipe, mixture: Mixture, history: Sequence[Record])
         "trained_parameters": trained,
         "steps": len(history),
         "last": history[-1] if history else None,
-        "recipe_digest": recipe_digest(recipe),
+        "recipe_digest": digest,
         "molecli_version": __version__,
     }

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from molecli.errors import UsageError
-from molecli.protocols import Example
+from molecli.protocols import Example, Suite
 from molecli.suites import load_suite, select_tasks
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 Tasks = dict[str, list[Example]]
 
 
-def load_tasks(data: DataConfig) -> Tasks:
-    """The examples of each task, at most `data.limit` of each, in the order of their files.
+def load_tasks(data: DataConfig, suite: Suite | None = None) -> Tasks:
+    """The examples of each task in the order of their files; with `data.limit`, a random so many of each.
 
     Raises: UsageError for an unknown task, an unreadable file or line, a task without examples.
     """
-    suite = load_suite(data.suite, files=data.files)
+    suite = suite or load_suite(data.suite, files=data.files)
     tasks: Tasks = {}
     for task in select_tasks(suite, data.tasks, data.data_dir):
-        examples = suite.load(task, data.split, data.data_dir)[: data.limit]
+        examples = sample(suite.load(task, data.split, data.data_dir), data.limit, task)
         if not examples:
             what = f"the {data.split} split of the task {task!r} is empty"
             raise UsageError(f"suite {data.suite}", what, "Leave the task out, or check --data-dir.")
@@ -39,16 +39,27 @@ def load_tasks(data: DataConfig) -> Tasks:
     return tasks
 
 
-def split_tasks(data: DataConfig) -> tuple[Tasks, Tasks]:
+def split_tasks(data: DataConfig, suite: Suite | None = None) -> tuple[Tasks, Tasks]:
     """(to train on, held out) of what `data` names, at most `data.limit` of each task in either part.
 
     Which examples are held out depends on the task and the fraction alone, so that a LoRA, the gates over it and an
     evaluation agree on it whatever their seeds and limits.
     """
-    whole = load_tasks(data.model_copy(update={"limit": None}))
+    whole = load_tasks(data.model_copy(update={"limit": None}), suite)
     kept, held = hold_out(whole, data.holdout, seed=0)
-    limited = [{task: rows[: data.limit] for task, rows in part.items()} for part in (kept, held)]
+    limited = [{task: sample(rows, data.limit, task) for task, rows in part.items()} for part in (kept, held)]
     return limited[0], limited[1]
+
+
+def sample(examples: Sequence[Example], limit: int | None, task: str) -> list[Example]:
+    """At most `limit` of the examples, in their order; which ones follows from the task's name alone.
+
+    Not the first ones: many files are sorted (numbers by size, words by frequency), and their start is not like the rest.
+    """
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    chosen = sorted(random.Random(f"limit/{task}").sample(range(len(examples)), limit))
+    return [examples[i] for i in chosen]
 
 
 def hold_out(tasks: Mapping[str, Sequence[Example]], fraction: float, seed: int) -> tuple[Tasks, Tasks]:

@@ -75,7 +75,7 @@ def make_bench(config: EvalConfig) -> Bench:
     for name in config.metrics or ():
         metric_row(name)
     suite = load_suite(config.data.suite, files=config.data.files)
-    tasks = load_tasks(config.data) if config.data.holdout == 0 else split_tasks(config.data)[1]
+    tasks = load_tasks(config.data, suite) if config.data.holdout == 0 else split_tasks(config.data, suite)[1]
     return Bench(
         tasks,
         {task: config.metrics or suite.metrics(task) for task in tasks},

@@ -10,7 +10,7 @@ from torch import nn
 
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.sites import make_sites
-from molecli.compose import get_method, gated, linear, nla, single
+from molecli.compose import gated, get_method, linear, nla, single
 from molecli.experts import Expert, ExpertBank
 from molecli.files.recipe import GateConfig
 from molecli.protocols import Site

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 
-def mean_pool(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the positions where `weight` [B, T] is nonzero: x [B, T, d] -> float32 [B, d]."""
-    total = (x * weight.unsqueeze(-1).to(x.dtype)).sum(1, dtype=torch.float32)
-    return total / weight.float().sum(1, keepdim=True).clamp_min(1.0)
+def span(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `mean_pool` needs of `weight` [B, T]: it as [B, T, 1] in `dtype`, and its float32 sum [B, 1], at least 1."""
+    return weight.unsqueeze(-1).to(dtype), weight.sum(1, keepdim=True, dtype=torch.float32).clamp_min(1.0)
 
 
-def running_mean(x: Tensor, weight: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def mean_pool(x: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """Mean over the positions where `weight` [B, T, 1] is 1, `count` [B, 1] of them: x [B, T, d] -> float32 [B, d]."""
+    return (x * weight).sum(1, dtype=torch.float32) / count
+
+
+def running_mean(
+    x: Tensor, weight: Tensor, state: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Mean over positions <= t: x [B, T, d] -> float32 [B, T, d], and the (sum, count) to go on from.
 
     `state` is what an earlier chunk of the same sequences returned (a key-value cache is on).

@@ -18,38 +18,43 @@ def project(x: Tensor, A: Tensor) -> Tensor:
     return F.linear(x.to(A.dtype), A)
 
 
-def add_expanded(y: Tensor, u: Tensor, B: Tensor) -> Tensor:
-    """y + u Bᵀ, in place where nothing can notice: y [..., d_out], u [..., R], B [d_out, R].
+def add_expanded(y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
+    """y + u Bᵀ, in place where nothing can notice: y [..., d_out], u [-1, R] (y's rows), Bt [R, d_out].
 
     A fused in-place product neither allocates nor copies y; the base's backward never reads a Linear's output.
     Departs: a y that is a view (GPT-2's Conv1D, biased 3-D Linear) is added out of place, since autograd would
     otherwise copy the whole base tensor in the backward pass.
     """
-    if y.is_leaf and y.requires_grad or y._is_view():
-        return y + F.linear(u, B).to(y.dtype)
-    if torch.is_grad_enabled() and (u.requires_grad or y.requires_grad):
-        return _AddExpanded.apply(y, u, B)
-    _accumulate(y, u, B)
+    if not torch.is_grad_enabled():
+        _accumulate(y, u, Bt)
+        return y
+    if y._is_view() or (y.is_leaf and y.requires_grad):
+        return y + torch.mm(u, Bt.to(u.dtype)).view(y.shape).to(y.dtype)
+    if u.requires_grad or y.requires_grad:
+        return _AddExpanded.apply(y, u, Bt)
+    _accumulate(y, u, Bt)
     return y
 
 
-def _accumulate(y: Tensor, u: Tensor, B: Tensor) -> None:
-    y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]).to(y.dtype), B.t().to(y.dtype))
+def _accumulate(y: Tensor, u: Tensor, Bt: Tensor) -> None:
+    if not u.dtype == Bt.dtype == y.dtype:  # autocast; asked first because a `to` that does nothing still costs a call
+        u, Bt = u.to(y.dtype), Bt.to(y.dtype)
+    y.view(-1, Bt.shape[1]).addmm_(u, Bt)
 
 
 class _AddExpanded(Function):
     """One autograd node for the in-place product; saves B and nothing of the size of y."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, u: Tensor, B: Tensor) -> Tensor:
-        ctx.save_for_backward(B)
+    def forward(ctx: Any, y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
+        ctx.save_for_backward(Bt)
         ctx.mark_dirty(y)
-        _accumulate(y, u, B)
+        _accumulate(y, u, Bt)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        (B,) = ctx.saved_tensors
-        grad_u = grad @ B.to(grad.dtype) if ctx.needs_input_grad[1] else None
+        (Bt,) = ctx.saved_tensors
+        grad_u = grad.reshape(-1, Bt.shape[1]).mm(Bt.t().to(grad.dtype)) if ctx.needs_input_grad[1] else None
         return (grad if ctx.needs_input_grad[0] else None), grad_u, None

@@ -19,7 +19,7 @@ in training data of any task, nor in what the base and the LoRAs were trained on
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 
@@ -108,6 +108,10 @@ class BuiltinSuite:
     def tasks(self, data_dir: str | None = None) -> list[str]:
         """Each skill by itself, then the joint tasks."""
         return [*SKILLS, *JOINT_TASKS]
+
+    def tasks_for(self, loras: Sequence[str]) -> list[str]:
+        """The tasks whose skills are all among `loras`; every task where none is."""
+        return [task for task in self.tasks() if set(skills_of(task)) <= set(loras)] or self.tasks()
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
         """The examples of one task. Raises: KeyError for a task that `tasks` does not list."""

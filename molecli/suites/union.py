@@ -11,6 +11,7 @@ from molecli.protocols import Example, Split, Suite
 class UnionSuite:
     """The tasks of `suites`, under their own names; `data_dir` holds one folder per suite, named after it.
 
+    Which suite a task is of shows when `tasks` or `load` is asked; `metrics` and `max_new_tokens` come after.
     Raises: UsageError where two suites have a task of one name.
     """
 
@@ -39,13 +40,13 @@ class UnionSuite:
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """The metrics of the task's own suite."""
-        return self._of(task).metrics(task)
+        return self._owner[task].metrics(task)
 
     def max_new_tokens(self, task: str) -> int:
         """The limit of the task's own suite."""
-        return self._of(task).max_new_tokens(task)
+        return self._owner[task].max_new_tokens(task)
 
-    def _of(self, task: str, data_dir: str | None = None) -> Suite:
+    def _of(self, task: str, data_dir: str | None) -> Suite:
         if task not in self._owner:
             self.tasks(data_dir)
         return self._owner[task]
