@@ -57,6 +57,7 @@ class OutputHead(nn.Module):
     """
 
     slot: Tensor
+    outputs: Tensor
     gram: Tensor
 
     def __init__(self, stacked: Sequence[Stacked], experts: int, config: GateConfig) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from molecli.backbones.hosting import Mixture
 from molecli.compose.gated import InputGate
@@ -79,7 +78,7 @@ def calibrate(backbone: Backbone, mixture: Mixture, batches: Batches) -> None:
 
     Every process sees the same whole batches, so that all standardise alike.
     """
-    gates: list[nn.Module] = [g for g in mixture.gate_modules().values() if isinstance(g, InputGate)]
+    gates = [gate for gate in mixture.gate_modules().values() if isinstance(gate, InputGate)]
     for gate in gates:
         gate.observe()
     count = math.ceil(min(CALIBRATION_BATCHES, len(batches.examples) / batches.batch_size))
