@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from molecli import __version__
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
+from molecli.backbones.text import seeded
 from molecli.compose import get_method
 from molecli.engine.attach import read_experts
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, finished_report, recipe_digest
@@ -67,14 +68,15 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
     examples = _examples(recipe)
     backbone = load_backbone(recipe.base, accelerator.device)
     experts = read_experts(backbone.model, recipe.loras, allow_partial=recipe.allow_partial)
-    mixture = build_mixture(
-        backbone.model,
-        experts,
-        mode=recipe.mode,
-        gate=recipe.gate,
-        weights={lora.name: lora.weight for lora in recipe.loras},
-        only=next(iter(recipe.only), None),
-    )
+    with seeded(recipe.seed, accelerator.device):  # a low-rank head starts at random
+        mixture = build_mixture(
+            backbone.model,
+            experts,
+            mode=recipe.mode,
+            gate=recipe.gate,
+            weights={lora.name: lora.weight for lora in recipe.loras},
+            only=next(iter(recipe.only), None),
+        )
     history = _fitted(recipe, backbone, mixture, examples, accelerator, resume, progress) if examples else []
     report = ComposeReport(_summary(recipe, digest, mixture, history))
     if accelerator.is_main_process:

@@ -131,10 +131,10 @@ def test_a_network_starts_at_the_first_matrix_of_the_model(matrices: dict[str, l
 
 
 QWEN = [
-    f"model.layers.{i}.{name}"
+    f"model.layers.{i}.{part}.{leaf}_proj"
     for i in (0, 11)
-    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    for part, leaves in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+    for leaf in leaves
 ]
 
 
