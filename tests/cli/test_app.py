@@ -17,6 +17,9 @@ import pytest
 from molecli import __version__
 from molecli.cli import app, console
 from molecli.errors import MismatchError, RunError, UsageError
+from molecli.files.recipe import TrainConfig
+
+STEPS = TrainConfig.model_fields["steps"].default
 
 
 def _program(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -77,7 +80,7 @@ def test_version(mole: Callable[..., Any]) -> None:
         (("composse",), "mole: No such command 'composse'. See `mole --help`.\n"),
         (
             ("compose", "--steps", "many"),
-            "mole: command line: train.steps is 'many', not a whole number. Write for example train.steps: 400.\n",
+            f"mole: command line: train.steps is 'many', not a whole number. Write for example train.steps: {STEPS}.\n",
         ),
         (
             ("compose", "--mode", "gatd"),
