@@ -41,12 +41,17 @@ def attach(
     to compose (default linear). Raises: UsageError, MismatchError.
     """
     if composition is not None:
-        if mode is not None or weights is not None or gate is not None:
+        if mode is not None or weights is not None or gate is not None or only is not None:
             raise UsageError("attach", "a composition brings its own mode, weights and gates", "Leave those out.")
         return attach_composition(model, load_composition(composition), loras=_specs(loras) if loras else None)
     specs = _specs(loras or ())
     if not specs:
         raise UsageError("attach", "no LoRA is named", "Write loras={'a': 'path/to/a'}.")
+    for name, value, of in (("gate", gate, "gated"), ("only", only, "single")):
+        if value is not None and mode != of:
+            raise UsageError("attach", f"{name}= says something in mode {of!r} alone", f"Write mode={of!r}.")
+    if weights is not None and mode == "gated":
+        raise UsageError("attach", "the gates learn the weights in mode 'gated'", "Leave weights= out.")
     experts = read_experts(model, specs, allow_partial=allow_partial)
     own = {spec.name: spec.weight for spec in specs} | dict(weights or {})
     return build_mixture(model, experts, mode=mode or "linear", gate=gate, weights=own, only=only)

@@ -27,6 +27,9 @@ NAMES = ("up", "down")
 ANSWERS = {"up": "x", "down": "y"}
 PROMPTS = {"up": ("aaaa", "abab", "aab", "ba"), "down": ("0000", "0101", "001", "10")}
 
+# Spelled out, so that the tests do not follow the defaults.
+GATE = {"granularity": "block", "input": "hidden", "pool": "prompt", "head": "full", "normalize": "standardize"}
+
 
 def examples() -> list[Example]:
     """What the gates learn from: both kinds of prompt, each with the answer of its own LoRA."""
@@ -46,9 +49,16 @@ class Pair:
         tree: dict[str, Any] = {
             "base": {"id": self.base},
             "loras": [{"name": name, "source": source} for name, source in self.loras.items()],
-            "gate": {"granularity": "block"},
+            "gate": GATE,
             "data": {"suite": "jsonl", "files": self.files},
-            "train": {"steps": 8, "batch_size": 4, "lr": 0.02, "warmup_steps": 2, "checkpoint_every": 2},
+            "train": {
+                "steps": 8,
+                "batch_size": 4,
+                "lr": 0.02,
+                "warmup_steps": 2,
+                "balance": 0.01,
+                "checkpoint_every": 2,
+            },
             "evaluate": None,
             "output": str(output),
             "seed": 5,

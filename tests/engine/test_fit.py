@@ -17,7 +17,7 @@ from typing import Any
 import pair
 import pytest
 import torch
-from pair import NAMES, Pair, make_pair
+from pair import GATE, NAMES, Pair, make_pair
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,13 +56,13 @@ def live(pairs: Callable[[str], Pair]) -> Callable[..., tuple[Backbone, Mixture]
         recipe = pairs(kind).recipe("unused")
         backbone = load_backbone(recipe.base, "cpu")
         experts = read_experts(backbone.model, recipe.loras)
-        return backbone, build_mixture(backbone.model, experts, mode=mode, gate=GateConfig(**gate))
+        return backbone, build_mixture(backbone.model, experts, mode=mode, gate=GateConfig(**(GATE | gate)))
 
     return build
 
 
 def settings(**changes: Any) -> TrainConfig:
-    values = {"steps": 4, "batch_size": 8, "lr": 0.02, "warmup_steps": 0, "checkpoint_every": 100, "log_every": 1}
+    values = {"steps": 4, "batch_size": 8, "lr": 0.02, "warmup_steps": 0, "balance": 0.01, "checkpoint_every": 100}
     return TrainConfig(**(values | changes))
 
 
@@ -318,5 +318,5 @@ def test_two_processes_learn_the_gates_that_one_learns(pairs: Callable[[str], Pa
         assert record == pytest.approx(expected, rel=1e-4, abs=1e-6)
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys()
-    assert len(first) == 8  # mean and spread at four layers
+    assert len(first) == 8  # mean and spread at each of four layers
     assert all(torch.equal(tensor, second[name]) and torch.equal(tensor, alone[name]) for name, tensor in first.items())
