@@ -1,12 +1,12 @@
 """The real run: SmolLM2-135M, twelve LoRAs on instruction_induction and nli, gates over them, every method compared.
 
     python benchmarks/real_run.py prepare --gguf FOLDER/NAME.gguf --work RUN     # unpack the GGUF once, into RUN/base
-    python benchmarks/real_run.py loras   --work RUN --data-dir DATA             # RUN/loras/<task>
-    python benchmarks/real_run.py probe   --work RUN --data-dir DATA             # gate settings, on held-out training rows
-    python benchmarks/real_run.py final   --work RUN --data-dir DATA             # gates x seeds, then the test sets
+    python benchmarks/real_run.py loras --work RUN --data-dir DATA               # RUN/loras/<task>
+    python benchmarks/real_run.py gates --work RUN --data-dir DATA               # gates x seeds, variants, test sets
+    python benchmarks/real_run.py table --work RUN --output benchmarks/results   # one JSON and the tables
 
 Each stage calls the `mole` commands a user would, side by side on the accelerators there are (`--jobs` at once).
-`probe` sees the training split alone: its gates learn on 90% of it and are scored on the rest.
+A tenth of every training set is kept from LoRAs and gates alike: settings are compared on it, never on the test sets.
 """
 
 from __future__ import annotations
@@ -14,47 +14,50 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from statistics import fmean
 
 import torch
 import yaml
 
+from molecli.functional.bootstrap import bootstrap, paired_bootstrap
+
 RECIPES = Path(__file__).parents[1] / "recipes" / "text"
-GRANULARITIES = ("network", "block", "layer", "matrix")
+SUITE = "instruction_induction+nli"
+SEEDS = (0, 1, 2)
+GRANULARITIES = ("matrix", "layer", "block", "network")
 HOLDOUT = 0.1
-HELD_OUT = (f"data.holdout={HOLDOUT}",)
-PROBES: dict[str, tuple[str, ...]] = {
-    "block": ("gate.granularity=block",),
-    "layer": ("gate.granularity=layer",),
-    "network": ("gate.granularity=network",),
-    "matrix": ("gate.granularity=matrix",),
-    "unit": ("gate.granularity=block", "gate.normalize=unit"),
-    "token": ("gate.granularity=block", "gate.pool=token"),
-    "running": ("gate.granularity=block", "gate.pool=running"),
-    "layer-token": ("gate.pool=token", "gate.granularity=layer"),
-    "experts": ("gate.granularity=block", "gate.input=experts"),
-    "experts-unit": ("gate.granularity=block", "gate.input=experts", "gate.normalize=unit"),
-    "none": ("gate.granularity=block", "gate.input=none", "train.lr=2e-2"),
-    "paper": ("preset=paper", "gate.granularity=block", "train.steps=800"),
-    "lr-1e-3": ("gate.granularity=block", "train.lr=1e-3",),
-    "lr-2e-2": ("gate.granularity=block", "train.lr=2e-2",),
-    "no-balance": ("gate.granularity=block", "train.balance=0",),
-    "balance-0.1": ("gate.granularity=block", "train.balance=0.1",),
+# One seed each, for the analysis: what the paper has, and what our defaults change, one thing at a time.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "paper": ("preset=paper", "train.steps=800", "gate.granularity=layer"),
+    "paper, lr 2e-2": ("preset=paper", "train.lr=2e-2", "train.steps=300", "gate.granularity=layer"),
+    "unit": ("gate.normalize=unit",),
+    "experts": ("gate.input=experts",),
+    "none": ("gate.input=none",),
+    "token": ("gate.pool=token",),
+    "running": ("gate.pool=running",),
+    "balance 0": ("train.balance=0",),
+    "lr 5e-3": ("train.lr=5e-3",),
+    "lr 5e-2": ("train.lr=5e-2",),
+    "600 steps": ("train.steps=600",),
 }
+Scores = dict[str, list[float]]  # task -> main score of every example, in [0, 1]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One `mole` command line and the log it writes."""
+    """`mole` command lines to run one after the other, and the log they write."""
 
     name: str
-    arguments: list[str]
+    commands: Sequence[Sequence[str]]
     log: Path
 
 
@@ -63,26 +66,25 @@ def tasks() -> list[str]:
     return yaml.safe_load((RECIPES / "smollm2-gated.yaml").read_text())["data"]["tasks"]
 
 
-def run(jobs: list[Job], *, at_once: int) -> None:
-    """Runs the jobs, `at_once` side by side, spread evenly over the accelerators; stops at the first failure."""
+def run(jobs: Sequence[Job], *, at_once: int) -> None:
+    """Runs the jobs in order, `at_once` side by side, spread evenly over the accelerators; a failed one is reported."""
     devices: Queue[int] = Queue()
-    count = max(1, torch.cuda.device_count())
     for slot in range(at_once):
-        devices.put(slot % count)
+        devices.put(slot % max(1, torch.cuda.device_count()))
 
     def one(job: Job) -> None:
-        device = devices.get()
-        start_s = time.monotonic()
+        device, start_s = devices.get(), time.monotonic()
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(device), "TOKENIZERS_PARALLELISM": "false"}
-        environment.setdefault("OMP_NUM_THREADS", "2")
+        environment = {"OMP_NUM_THREADS": "2", **os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+        code = 0
         with job.log.open("w") as log:
-            command = [sys.executable, "-m", "molecli", *job.arguments, "--verbose"]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+            for command in job.commands:
+                line = [sys.executable, "-m", "molecli", *command, "--verbose"]
+                code = code or subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         devices.put(device)
         print(f"{job.name}: exit {code}, {time.monotonic() - start_s:.0f} s", flush=True)
         if code:
-            print(job.log.read_text()[-1500:], flush=True)
+            print(job.log.read_text()[-1000:], flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(one, jobs))
@@ -101,104 +103,179 @@ def prepare(args: argparse.Namespace) -> None:
 
 def loras(args: argparse.Namespace) -> None:
     """RUN/loras/<task>, one train-lora each."""
-    shared = ["--base", str(args.work / "base"), "--data-dir", args.data_dir]
-    jobs = [
-        Job(
-            f"lora {task}",
-            ["train-lora", str(RECIPES / "smollm2-lora.yaml"), *shared, "--tasks", task, "--output",
-             str(args.work / "loras" / task), *sets(HELD_OUT if args.held_out else ())],
-            args.work / "logs" / f"lora-{task}.log",
-        )
-        for task in tasks()
-    ]  # fmt: skip
+    run([_lora(args, task) for task in tasks()], at_once=args.jobs)
+
+
+def gates(args: argparse.Namespace) -> None:
+    """RUN/gates/<name> with its held-out score, and RUN/tests/<name> with the test sets, for every gate and method."""
+    runs = [(name, 0, settings) for name, settings in VARIANTS.items()]
+    runs += [(f"{g} s{seed}", seed, (f"gate.granularity={g}",)) for g in GRANULARITIES for seed in SEEDS]
+    jobs = [_gates(args, name, seed, settings) for name, seed, settings in runs]
+    jobs.append(_tests(args, "fixed", ["--loras", _paths(args), "--modes", "base,linear,nla"]))
+    for task in tasks():
+        alone = ["--loras", f"{task}={args.work / 'loras' / task}", "--modes", "single", "--tasks", task]
+        jobs.append(_tests(args, f"own {task}", alone))
     run(jobs, at_once=args.jobs)
 
 
-def probe(args: argparse.Namespace) -> None:
-    """RUN/probes/<name>: a composition each, scored on the held-out tenth of the training split."""
-    chosen = {name: PROBES[name] for name in args.only or PROBES}
-    scored = ("evaluate.baselines=false", "evaluate.batch_size=128", f"evaluate.data.limit={args.limit}",
-              "evaluate.data.split=train", f"evaluate.data.holdout={HOLDOUT}")  # fmt: skip
-    jobs = [gates(args, f"probes/{name}", 0, (*HELD_OUT, *scored, *settings)) for name, settings in chosen.items()]
-    held = ("eval.batch_size=128", f"eval.data.limit={args.limit}", "eval.data.split=train", f"eval.data.holdout={HOLDOUT}")
-    jobs.append(evaluation(args, "probes/baselines", [], held))
-    run(jobs, at_once=args.jobs)
-    report_probes(args.work, chosen)
-
-
-def final(args: argparse.Namespace) -> None:
-    """RUN/gates/<granularity>-<seed> and RUN/evaluation on the test sets."""
-    settings = {f"{g}-s{seed}": (g, seed) for g in GRANULARITIES for seed in range(args.seeds)}
-    run(
-        [gates(args, f"gates/{name}", seed, (f"gate.granularity={g}",)) for name, (g, seed) in settings.items()],
-        at_once=args.jobs,
-    )
-    parts = [evaluation(args, "tests/baselines", [], ("eval.batch_size=128",))]
-    parts += [
-        evaluation(args, f"tests/{name}", [str(args.work / "gates" / name)], ("eval.batch_size=128",), modes="base")
-        for name in settings
+def _lora(args: argparse.Namespace, task: str) -> Job:
+    output = args.work / "loras" / task
+    command = [
+        "train-lora",
+        str(RECIPES / "smollm2-lora.yaml"),
+        *_shared(args),
+        "--tasks",
+        task,
+        "--output",
+        str(output),
     ]
-    run(parts, at_once=args.jobs)
+    return _job(args, f"lora {task}", [[*command, *_sets(f"data.holdout={HOLDOUT}", *_steps(args))]])
 
 
-def gates(args: argparse.Namespace, name: str, seed: int, settings: tuple[str, ...]) -> Job:
-    """One `mole compose` over the LoRAs of RUN/loras."""
-    paths = ",".join(f"{task}={args.work / 'loras' / task}" for task in tasks())
-    arguments = ["compose", str(RECIPES / "smollm2-gated.yaml"), "--base", str(args.work / "base"), "--loras", paths,
-                 "--data-dir", args.data_dir, "--seed", str(seed), "--output", str(args.work / name)]  # fmt: skip
-    return Job(name, [*arguments, *sets(settings)], args.work / "logs" / f"{name.replace('/', '-')}.log")
+def _gates(args: argparse.Namespace, name: str, seed: int, settings: Sequence[str]) -> Job:
+    folder = args.work / "gates" / _slug(name)
+    held_out = ("evaluate.baselines=false", "evaluate.batch_size=128", "evaluate.data.split=train",
+                f"evaluate.data.holdout={HOLDOUT}", "evaluate.data.limit=24")  # fmt: skip
+    compose = ["compose", str(RECIPES / "smollm2-gated.yaml"), *_shared(args), "--loras", _paths(args),
+               "--seed", str(seed), "--output", str(folder),
+               *_sets(f"data.holdout={HOLDOUT}", *held_out, *settings, *_steps(args))]  # fmt: skip
+    return _job(args, name, [compose, *_tests(args, name, [str(folder), "--set", "eval.baselines=false"]).commands])
 
 
-def evaluation(
-    args: argparse.Namespace, name: str, compositions: list[str], settings: tuple[str, ...], modes: str = ""
-) -> Job:
-    """One `mole evaluate` on the twelve tasks."""
-    paths = ",".join(f"{task}={args.work / 'loras' / task}" for task in tasks())
-    arguments = ["evaluate", *compositions, "--base", str(args.work / "base"), "--suite", "instruction_induction+nli",
-                 "--data-dir", args.data_dir, "--tasks", ",".join(tasks()), "--output", str(args.work / name)]  # fmt: skip
-    arguments += ["--modes", modes] if modes else ["--loras", paths]
-    return Job(name, [*arguments, *sets(settings)], args.work / "logs" / f"{name.replace('/', '-')}.log")
+def _tests(args: argparse.Namespace, name: str, what: Sequence[str]) -> Job:
+    chosen = [] if "--tasks" in what else ["--tasks", ",".join(tasks())]
+    limit = [] if args.limit is None else ["--limit", str(args.limit)]
+    command = ["evaluate", *what, *_shared(args), "--suite", SUITE, *chosen, *limit, "--output",
+               str(args.work / "tests" / _slug(name)), "--batch-size", "128", "--bootstrap", "0"]  # fmt: skip
+    return _job(args, name, [command])
 
 
-def sets(settings: tuple[str, ...]) -> list[str]:
-    """`--set` flags."""
+def _job(args: argparse.Namespace, name: str, commands: Sequence[Sequence[str]]) -> Job:
+    return Job(name, commands, args.work / "logs" / f"{_slug(name)}.log")
+
+
+def _shared(args: argparse.Namespace) -> list[str]:
+    return ["--base", str(args.work / "base"), "--data-dir", args.data_dir]
+
+
+def _paths(args: argparse.Namespace) -> str:
+    return ",".join(f"{task}={args.work / 'loras' / task}" for task in tasks())
+
+
+def _steps(args: argparse.Namespace) -> list[str]:
+    return [] if args.steps is None else [f"train.steps={args.steps}", "train.warmup_steps=0"]
+
+
+def _sets(*settings: str) -> list[str]:
     return [part for setting in settings for part in ("--set", setting)]
 
 
-def report_probes(work: Path, names: dict[str, tuple[str, ...]]) -> None:
-    """Prints each probe's average, its share of the own LoRAs' and the gates' last entropy; RUN/probes.json holds all."""
-    baselines = json.loads((work / "probes/baselines/results.json").read_text())
-    own = baselines["average"]["own LoRA"]
-    rows = {}
-    for name in names:
-        path = work / "probes" / name / "report.json"
-        if path.exists():
-            report = json.loads(path.read_text())
-            scores = {task: row for task, row in report["evaluation"]["results"].items()}
-            rows[name] = {"average": report["evaluation"]["average"]["gated"], "last": report["last"],
-                          "seconds": report["seconds"], "tasks": scores, "settings": names[name]}  # fmt: skip
-    (work / "probes.json").write_text(json.dumps({"baselines": baselines, "probes": rows}))
-    for name, value in baselines["average"].items():
-        print(f"{name:24s} {value:6.1f}")
-    for name, row in sorted(rows.items(), key=lambda item: -item[1]["average"]):
-        last = row["last"]
-        share = 100 * row["average"] / own
-        print(f"{name:24s} {row['average']:6.1f} {share:6.1f}% of own  entropy {last['entropy']:.2f}  loss {last['loss']:.3f}  {row['seconds']:.0f} s")
+def _slug(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def table(args: argparse.Namespace) -> None:
+    """Prints the test table and the variants, and writes both with every example's score to one JSON."""
+    methods = {"base": _scores(args, "fixed", "base"), "own LoRA": _own(args)}
+    methods |= {name: _scores(args, "fixed", mode) for name, mode in (("Eq. 1", "linear"), ("Eq. 2", "nla"))}
+    seeds = {g: [_scores(args, f"{g} s{seed}") for seed in SEEDS] for g in reversed(GRANULARITIES)}
+    methods |= {f"gated, {g}": _mean(runs) for g, runs in seeds.items()}
+    variants = {name: _scores(args, name) for name in VARIANTS if (args.work / "tests" / _slug(name)).exists()}
+    own = _average(methods["own LoRA"]) or float("nan")
+    lines = ["| exact match (%) | " + " | ".join(methods) + " |", "|---|" + "---:|" * len(methods)]
+    for task in tasks():
+        lines.append(f"| {task} | " + " | ".join(f"{100 * fmean(m[task]):.1f}" for m in methods.values()) + " |")
+    lines.append("| **average** | " + " | ".join(f"**{_average(m):.1f}**" for m in methods.values()) + " |")
+    lines.append(
+        "| share of own LoRA | " + " | ".join(f"{100 * _average(m) / own:.1f}%" for m in methods.values()) + " |"
+    )
+    print("\n".join(lines), "\n")
+    differences = _differences(methods)
+    print(
+        "\n".join(
+            f"{name}: {low:+.1f} .. {high:+.1f} around {mid:+.1f}" for name, (mid, low, high) in differences.items()
+        )
+    )
+    held = {name: _held_out(args, name) for name in (*VARIANTS, *(f"{g} s{s}" for g in GRANULARITIES for s in SEEDS))}
+    print("\n| gates | held-out (%) | test (%) | share of own LoRA | entropy | loss |\n|---|---:|---:|---:|---:|---:|")
+    for name, row in held.items():
+        if row is not None:
+            test = _average(_scores(args, name))
+            print(
+                f"| {name} | {row['average']:.1f} | {test:.1f} | {100 * test / own:.1f}% | {row['entropy']:.2f} | {row['loss']:.3f} |"
+            )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    content = {"device": device, "torch": torch.__version__, "seeds": SEEDS, "table": lines, "differences": differences,
+               "held_out": held, "scores": {**methods, **{f"variant {k}": v for k, v in variants.items()}},
+               "by_seed": {f"{g} s{i}": _average(run) for g, runs in seeds.items() for i, run in enumerate(runs)}}  # fmt: skip
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"real_run-{device.lower().replace(' ', '-')}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\n{path}")
+
+
+def _scores(args: argparse.Namespace, name: str, method: str | None = None) -> Scores:
+    """Main scores by task from the samples of one evaluation; `method` among several."""
+    folder = args.work / "tests" / _slug(name)
+    scores: Scores = {}
+    for task in json.loads((folder / "results.json").read_text())["results"]:
+        lines = [json.loads(line) for line in (folder / f"samples_{task}.jsonl").open()]
+        scores[task] = [row["exact_match"] for row in lines if row["method"] == (method or row["method"])]
+    return scores
+
+
+def _own(args: argparse.Namespace) -> Scores:
+    return {task: _scores(args, f"own {task}", task)[task] for task in tasks()}
+
+
+def _mean(runs: Sequence[Scores]) -> Scores:
+    return {task: [fmean(values) for values in zip(*(run[task] for run in runs), strict=True)] for task in runs[0]}
+
+
+def _average(scores: Scores) -> float:
+    return 100 * fmean(fmean(scores[task]) for task in tasks())
+
+
+def _differences(methods: dict[str, Scores]) -> dict[str, tuple[float, float, float]]:
+    """Percentage points with 95% intervals: each method's average, and each gated one minus each other."""
+    tensors = {name: [100 * torch.tensor(scores[task]) for task in tasks()] for name, scores in methods.items()}
+    found = {}
+    for name, rows in tensors.items():
+        interval = bootstrap(rows, generator=torch.Generator().manual_seed(0), samples=5000)
+        found[name] = (interval.estimate, interval.low, interval.high)
+    for name, rows in tensors.items():
+        for other in ("base", "own LoRA", "Eq. 1", "Eq. 2") if name.startswith("gated") else ():
+            interval = paired_bootstrap(rows, tensors[other], generator=torch.Generator().manual_seed(0), samples=5000)
+            found[f"{name} − {other}"] = (interval.estimate, interval.low, interval.high)
+    return found
+
+
+def _held_out(args: argparse.Namespace, name: str) -> dict[str, float] | None:
+    path = args.work / "gates" / _slug(name) / "report.json"
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text())
+    log = [json.loads(line) for line in path.with_name("train_log.jsonl").open()][-30:]
+    return {
+        "average": report["evaluation"]["average"]["gated"],
+        "entropy": fmean(row["entropy"] for row in log),
+        "loss": fmean(row["loss"] for row in log),
+        "seconds": report["seconds"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("prepare", "loras", "probe", "final"))
+    parser.add_argument("stage", choices=("prepare", "loras", "gates", "table"))
     parser.add_argument("--work", type=Path, default=Path("runs/real"))
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--gguf", default="")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--jobs", type=int, default=max(1, 4 * torch.cuda.device_count()))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=24, help="held-out rows of each task that a probe is scored on")
-    parser.add_argument("--only", nargs="*", help="probes to run")
-    parser.add_argument("--held-out", action="store_true", help="keep the probes' held-out rows out of the LoRAs too")
+    parser.add_argument("--steps", type=int, help="training steps of LoRAs and gates, to try the script out")
+    parser.add_argument("--limit", type=int, help="test rows of each task, to try the script out")
     args = parser.parse_args()
-    {"prepare": prepare, "loras": loras, "probe": probe, "final": final}[args.stage](args)
+    {"prepare": prepare, "loras": loras, "gates": gates, "table": table}[args.stage](args)
 
 
 if __name__ == "__main__":

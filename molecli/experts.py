@@ -68,7 +68,9 @@ class ExpertBank:
         names = [expert.name for expert in experts]
         for name in names:
             if names.count(name) > 1:
-                raise UsageError("--loras", f"the name {name!r} is used twice", "Give each LoRA its own name: name=PATH.")
+                raise UsageError(
+                    "--loras", f"the name {name!r} is used twice", "Give each LoRA its own name: name=PATH."
+                )
         self.experts = tuple(experts)
         self.names = tuple(names)
         self.matrices = tuple(dict.fromkeys(m for expert in experts for m in expert.factors))
@@ -95,7 +97,9 @@ class ExpertBank:
         ranks = [(i, self.experts[i].factors[matrix].rank) for i in self.present(matrix)]
         return torch.cat([torch.full((rank,), i, dtype=torch.long) for i, rank in ranks])
 
-    def stacked(self, matrix: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stacked:
+    def stacked(
+        self, matrix: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Stacked:
         """The experts at `matrix` as one pair of factors; an expert absent there contributes nothing."""
         members = [(i, self.experts[i].factors[matrix]) for i in self.present(matrix)]
         A = torch.cat([f.A.to(device=device, dtype=dtype) for _, f in members])

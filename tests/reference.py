@@ -1,4 +1,4 @@
-"""A naive mixture to hold the engine to: every expert's output is materialised, one expert at a time, plain autograd.
+"""A naive mixture to hold the engine to: every expert's output is materialised, one expert at a time.
 
 Nothing here is shared with the engine but the gates' parameters: the factors are read with safetensors and json, and the
 gates are recomputed from their definition (MoLE, Eq. 9-12).

@@ -19,6 +19,7 @@ from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, finishe
 from molecli.engine.data import flatten, split_tasks
 from molecli.engine.evaluate import EvaluationReport, make_bench, make_report, run_methods
 from molecli.engine.fit import fit
+from molecli.engine.inspect import collect, entropy_course, summarise, write_report
 from molecli.engine.loop import Record
 from molecli.engine.methods import Method, distinct, static_methods
 from molecli.engine.mixing import build_mixture
@@ -64,7 +65,7 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
     if done is not None:
         return ComposeReport(done)
     start_s = time.monotonic()
-    digest, recipe = recipe_digest(recipe), _with_tasks(recipe)
+    digest, recipe = recipe_digest(recipe), with_tasks(recipe)
     examples = _examples(recipe)
     backbone = load_backbone(recipe.base, accelerator.device)
     experts = read_experts(backbone.model, recipe.loras, allow_partial=recipe.allow_partial)
@@ -83,6 +84,8 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
         save_composition(folder, _composition(recipe, backbone, mixture))
         if recipe.evaluate is not None:
             report.evaluation = _evaluate(recipe, backbone, experts, mixture, progress)
+            if mixture.named_parameters():
+                _draw(recipe, backbone, mixture, progress)
             report["evaluation"] = dict(report.evaluation)
         report["seconds"] = round(time.monotonic() - start_s, 1)
         write_text(folder / REPORT_FILE, json.dumps(report, indent=2, default=str) + "\n")
@@ -91,7 +94,7 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
     return report
 
 
-def _with_tasks(recipe: ComposeRecipe) -> ComposeRecipe:
+def with_tasks(recipe: ComposeRecipe) -> ComposeRecipe:
     """The recipe with its tasks named, where the suite knows which tasks its LoRAs are for."""
     update: dict[str, Any] = {"data": _narrowed(recipe.data, recipe)}
     if recipe.evaluate is not None:
@@ -182,6 +185,16 @@ def _evaluate(
         seed=recipe.seed,
         config=recipe.model_dump(mode="json"),
     )
+
+
+def _draw(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture, progress: Progress | None) -> None:
+    """gates.png, .csv and .json and entropy.png in the output folder: what the gates do on the examples scored."""
+    assert recipe.evaluate is not None
+    tasks = make_bench(recipe.evaluate).tasks
+    with mixture:
+        values = collect(backbone, mixture, tasks, batch_size=recipe.evaluate.batch_size, progress=progress)
+    report = summarise(values, mixture.names, composition=recipe.output, course=entropy_course(recipe.output))
+    write_report(report, Path(recipe.output))
 
 
 def _summary(recipe: ComposeRecipe, digest: str, mixture: Mixture, history: Sequence[Record]) -> dict[str, Any]:

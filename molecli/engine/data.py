@@ -54,7 +54,7 @@ def split_tasks(data: DataConfig, suite: Suite | None = None) -> tuple[Tasks, Ta
 def sample(examples: Sequence[Example], limit: int | None, task: str) -> list[Example]:
     """At most `limit` of the examples, in their order; which ones follows from the task's name alone.
 
-    Not the first ones: many files are sorted (numbers by size, words by frequency), and their start is not like the rest.
+    Not the first ones: many files are sorted (numbers by size, words by frequency): their start is not like the rest.
     """
     if limit is None or limit >= len(examples):
         return list(examples)

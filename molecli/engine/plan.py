@@ -17,6 +17,7 @@ from torch import nn
 
 from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
 from molecli.backbones.text import adaptable_matrices
+from molecli.engine.compose import with_tasks
 from molecli.engine.data import load_tasks, split_tasks
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError
@@ -83,6 +84,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _plan_compose(recipe: ComposeRecipe) -> Plan:
+    recipe = with_tasks(recipe)
     infos = [read_info(lora) for lora in recipe.loras]
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)

@@ -19,7 +19,9 @@ SUITES: dict[str, str] = {
 
 
 def load_suite(name: str, *, files: Mapping[str, str] | Sequence[str] | None = None) -> Suite:
-    """The suite called `name`, or several joined by `+`; `files` (task -> path, or paths whose stems name the tasks) is for `jsonl` alone.
+    """The suite called `name`, or several joined by `+`.
+
+    `files` (task -> path, or paths whose stems name the tasks) is for `jsonl` alone.
 
     Raises: UsageError for an unknown suite, or for files given to another suite.
     """

@@ -177,6 +177,10 @@ def mixture(tiny_llama: Any, loras: dict[str, str]) -> Any:
     torch.manual_seed(0)
     for parameter in made.named_parameters().values():
         parameter.data += 3 * torch.randn(parameter.shape)
+    base = run(tiny_llama.model, input_ids=IDS).logits
+    with made:
+        # Gates that are computed and weigh nothing would pass the tests below.
+        assert not torch.allclose(run(tiny_llama.model, input_ids=IDS).logits, base, atol=0.1)
     return made
 
 

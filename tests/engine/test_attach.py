@@ -139,13 +139,14 @@ def test_fresh_gates_are_even(model: nn.Module, folders: dict[str, str]) -> None
 def test_a_composition_brings_its_loras_or_takes_those_named(
     given: bool, model: nn.Module, folders: dict[str, str], composed: Path
 ) -> None:
-    even = merged(model, folders, {"a": 0.5, "b": 0.5})
+    base, even = logits(model), merged(model, folders, {"a": 0.5, "b": 0.5})
     with attach(model, loras=folders if given else None, composition=composed) as mixture:
         values = logits(model)
         gates = mixture.gates()
         # The model's own API runs the mixture, and the gates are those of its last pass.
         model.generate(input_ids=IDS[:1], max_new_tokens=2, do_sample=False, pad_token_id=0)  # type: ignore[operator]
         assert all(gate.shape == (1, 2) for gate in mixture.gates().values())
+    assert not close(values, base)
     assert not close(values, even)
     assert all(gate.shape == (2, 2) and float((gate - 0.5).abs().max()) > 0.05 for gate in gates.values())
     stored = load_file(composed / "composition.safetensors")
@@ -158,6 +159,7 @@ def test_a_composition_may_be_named_by_its_file(model: nn.Module, composed: Path
         with attach(model, composition=path):
             seen.append(logits(model))
     assert torch.equal(*seen)
+    assert not close(seen[0], logits(model))
 
 
 # -- switching ---------------------------------------------------------------------------------------------------------
@@ -189,6 +191,7 @@ def test_masks_switch_exactly_the_named_ones_and_leaving_restores_the_base(
 def test_an_error_inside_leaves_the_base_as_it_was(model: nn.Module, folders: dict[str, str]) -> None:
     base = logits(model)
     with pytest.raises(ZeroDivisionError), attach(model, loras=folders):
+        assert not close(logits(model), base)
         _ = 1 / 0
     assert torch.equal(logits(model), base)
 
@@ -212,8 +215,10 @@ def test_a_mixture_can_be_entered_again(model: nn.Module, folders: dict[str, str
 def test_an_unknown_name_is_refused_and_switches_nothing(
     switch: str, model: nn.Module, folders: dict[str, str]
 ) -> None:
+    base = logits(model)
     with attach(model, loras=folders) as mixture:
         before = logits(model)
+        assert not close(before, base)
         with pytest.raises(UsageError) as caught:
             getattr(mixture, switch)("a", "c")
         assert str(caught.value) == "c: no such LoRA in this composition. Known: a, b."

@@ -187,8 +187,10 @@ def test_a_fixed_mode_stands_in_the_table_once(
     report = run_compose(recipe_of(pair, tmp_path, mode, evaluate=evaluate))
     assert list(report["evaluation"]["methods"]) == columns
     assert report["evaluation"]["model_name"] == mode
+    methods = report["evaluation"]["methods"]
+    if baselines:
+        assert methods["base"] != methods["up"] != methods["down"]
     if mode == "single":
-        methods = report["evaluation"]["methods"]
         assert methods["single"] == methods["down"] != methods["up"]
 
 

@@ -222,7 +222,9 @@ def test_gates_standardise_with_the_mean_and_spread_of_the_first_batches(
 ) -> None:
     backbone, mixture = live(kind, granularity="block")
     batches = Batches(pair.examples(), batch_size=2, seed=1)
+    base = loss_of(backbone, pair.examples())
     with mixture:
+        assert abs(loss_of(backbone, pair.examples()) - base) > 0.1
         rows = seen(backbone, mixture, [batches[step] for step in range(1, 5)])  # 8 examples: one epoch
         calibrate(backbone, mixture, batches)
     assert rows.keys() == mixture.gate_modules().keys()

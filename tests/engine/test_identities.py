@@ -123,7 +123,9 @@ def gated(model: nn.Module, experts: list[Expert], **config: Any) -> Mixture:
 # 1 ------------------------------------------------------------------------------------------------------------------
 
 
-def test_one_expert_equals_peft_with_that_adapter(model: nn.Module, kind: str, folders: list[Path], experts: list[Expert]) -> None:
+def test_one_expert_equals_peft_with_that_adapter(
+    model: nn.Module, kind: str, folders: list[Path], experts: list[Expert]
+) -> None:
     batch = inputs(kind)
     base = logits(model, batch)
     for folder, expert in zip(folders, experts, strict=True):
@@ -155,7 +157,9 @@ def test_fixed_gates_equal_pefts_cat_merge(
 
 
 @pytest.mark.parametrize("config", VARIANTS)
-def test_masks_reach_the_base_and_each_expert(model: nn.Module, kind: str, experts: list[Expert], config: dict[str, Any]) -> None:
+def test_masks_reach_the_base_and_each_expert(
+    model: nn.Module, kind: str, experts: list[Expert], config: dict[str, Any]
+) -> None:
     batch = inputs(kind)
     base = logits(model, batch)
     with gated(model, experts, **config) as mixture:
@@ -206,7 +210,9 @@ def test_permuting_experts_permutes_gates_and_changes_no_output(
         assert torch.allclose(moved[site], gates[site][:, order], atol=1e-5)
 
 
-def copy_permuted(source: nn.Module, target: nn.Module, order: list[int], experts: list[Expert], mixture: Mixture, site: str) -> None:
+def copy_permuted(
+    source: nn.Module, target: nn.Module, order: list[int], experts: list[Expert], mixture: Mixture, site: str
+) -> None:
     """Copies a gate's tensors with its expert axes (rows), and its rank axis where it reads ranks, put in `order`."""
     matrices = next(s for s in mixture.sites if s.name == site).entry.matrices
     owner = torch.cat([mixture.bank.owner(m) for m in matrices])
@@ -215,7 +221,11 @@ def copy_permuted(source: nn.Module, target: nn.Module, order: list[int], expert
         own = mixture.bank.owner(matrix)
         ranks += [start + int(k) for i in order for k in (own == i).nonzero().flatten()]
         start += len(own)
-    by_rank = lambda t: t[..., ranks] if t.dim() and t.shape[-1] == len(owner) and getattr(source, "reads", "x") == "u" else t  # noqa: E731
+
+    def by_rank(tensor: Tensor) -> Tensor:
+        reads_ranks = getattr(source, "reads", "x") == "u" and tensor.dim() and tensor.shape[-1] == len(owner)
+        return tensor[..., ranks] if reads_ranks else tensor
+
     tensors = source.state_dict()
     out = {}
     for key, tensor in tensors.items():
@@ -236,7 +246,9 @@ def copy_permuted(source: nn.Module, target: nn.Module, order: list[int], expert
 
 
 def drop(expert: Expert, keep: Callable[[str], bool]) -> Expert:
-    return Expert(expert.name, {m: f for m, f in expert.factors.items() if keep(m)}, rank=expert.rank, alpha=expert.alpha)
+    return Expert(
+        expert.name, {m: f for m, f in expert.factors.items() if keep(m)}, rank=expert.rank, alpha=expert.alpha
+    )
 
 
 def naive_gate(mixture: Mixture, batch: dict[str, Tensor], config: dict[str, Any], memory: Callable[[], Tensor]) -> Any:
@@ -260,7 +272,10 @@ def naive_gate(mixture: Mixture, batch: dict[str, Tensor], config: dict[str, Any
         if pool == "token":
             return values
         if pool == "running":
-            rows = [(values[:, : t + 1] * weight[:, : t + 1]).sum(1) / weight[:, : t + 1].sum(1).clamp_min(1) for t in range(values.shape[1])]
+            rows = [
+                (values[:, : t + 1] * weight[:, : t + 1]).sum(1) / weight[:, : t + 1].sum(1).clamp_min(1)
+                for t in range(values.shape[1])
+            ]
             return torch.stack(rows, 1)
         return (values * weight).sum(1) / weight.sum(1)
 
@@ -276,7 +291,13 @@ def naive_gate(mixture: Mixture, batch: dict[str, Tensor], config: dict[str, Any
             else:
                 f = pooled(x, pool, weight)
         elif config["normalize"] == "standardize":
-            u = torch.cat([x @ torch.cat([e.factors[m].A for e in mixture.bank.experts if m in e.factors]).T for m in site.entry.matrices], -1)
+            u = torch.cat(
+                [
+                    x @ torch.cat([e.factors[m].A for e in mixture.bank.experts if m in e.factors]).T
+                    for m in site.entry.matrices
+                ],
+                -1,
+            )
             f = pooled(u, pool, weight)
         else:
             E = pooled(outputs, pool, weight)  # [.., N, D]
@@ -311,7 +332,11 @@ def test_stacked_equals_a_naive_loop_in_values_and_gate_gradients(
 ) -> None:
     batch = inputs(kind, padded=True)
     # Experts that adapt different matrices: one lacks the feed-forward, one the queries.
-    mixed = [experts[0], drop(experts[1], lambda m: "attn" in m.lower() or "attention" in m.lower()), drop(experts[2], lambda m: not m.endswith(("q", "q_proj", "c_attn")))]
+    mixed = [
+        experts[0],
+        drop(experts[1], lambda m: "attn" in m.lower() or "attention" in m.lower()),
+        drop(experts[2], lambda m: not m.endswith(("q", "q_proj", "c_attn"))),
+    ]
     mixture = gated(model, mixed, **config)
     parameters = mixture.named_parameters()
 
@@ -326,13 +351,16 @@ def test_stacked_equals_a_naive_loop_in_values_and_gate_gradients(
         values, gradients = run()
     seen: list[Tensor] = []
     if kind in ("t5", "bart"):
-        handle = model.get_encoder().register_forward_hook(lambda m, a, o: seen.__setitem__(slice(None), [o.last_hidden_state]))  # type: ignore[operator]
+        handle = model.get_encoder().register_forward_hook(
+            lambda m, a, o: seen.__setitem__(slice(None), [o.last_hidden_state])
+        )  # type: ignore[operator]
     with NaiveMixture(model, mixed, mixture.sites, naive_gate(mixture, batch, config, lambda: seen[0])):
         expected, reference = run()
     if kind in ("t5", "bart"):
         handle.remove()
     assert close(values, expected, 1e-4)
-    assert gradients.keys() == reference.keys() and gradients
+    assert gradients
+    assert gradients.keys() == reference.keys()
     largest = max(float(g.abs().max()) for g in reference.values())
     assert largest > 0
     for key, gradient in gradients.items():
@@ -375,7 +403,8 @@ def test_a_training_step_reaches_every_gate_and_nothing_else(
     for key, value in model.state_dict().items():
         assert torch.equal(value, frozen[key]), key
     for (A, B), factor in zip(factors, [f for e in experts for f in e.factors.values()], strict=True):
-        assert torch.equal(A, factor.A) and torch.equal(B, factor.B)
+        assert torch.equal(A, factor.A)
+        assert torch.equal(B, factor.B)
 
 
 def test_the_balance_loss_carries_gradient(model: nn.Module, kind: str, experts: list[Expert]) -> None:
@@ -396,7 +425,11 @@ def test_the_balance_loss_carries_gradient(model: nn.Module, kind: str, experts:
 def generate(model: Any, batch: dict[str, Tensor], *, cache: bool = True, beams: int = 1) -> list[list[int]]:
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     out = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=cache, num_beams=beams, **settings
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=cache,
+        num_beams=beams,
+        **settings,
     )
     return [row[-8:].tolist() for row in out]
 
@@ -427,7 +460,9 @@ def test_a_padded_batch_gives_the_tokens_of_one_by_one(
 
 
 @pytest.mark.parametrize("granularity", ["network", "block"])
-def test_beam_search_uses_each_prompts_own_gate(model: nn.Module, kind: str, experts: list[Expert], granularity: str) -> None:
+def test_beam_search_uses_each_prompts_own_gate(
+    model: nn.Module, kind: str, experts: list[Expert], granularity: str
+) -> None:
     batch = inputs(kind)
     singles = [{k: v[i : i + 1] for k, v in batch.items() if k != "labels"} for i in range(2)]
     with gated(model, experts, granularity=granularity, input="hidden", pool="prompt"):
@@ -458,7 +493,9 @@ def test_saved_gates_reload_to_the_same_bits_and_leaving_restores_the_base(
 
 
 @pytest.mark.parametrize("config", VARIANTS)
-def test_a_causal_gate_does_not_see_later_tokens(model: nn.Module, kind: str, experts: list[Expert], config: dict[str, Any]) -> None:
+def test_a_causal_gate_does_not_see_later_tokens(
+    model: nn.Module, kind: str, experts: list[Expert], config: dict[str, Any]
+) -> None:
     if kind in ("t5", "bart"):
         batch = inputs(kind)
         changed = {**batch, "labels": batch["labels"].clone()}

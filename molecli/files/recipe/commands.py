@@ -26,7 +26,7 @@ from molecli.files.recipe.parts import (
     Section,
     TrainConfig,
 )
-from molecli.files.recipe.shorthand import as_loras
+from molecli.files.recipe.shorthand import as_loras, as_names
 
 Mode = Literal["gated", "linear", "nla", "single"]
 Loras = Annotated[tuple[LoraConfig, ...], BeforeValidator(as_loras)]
@@ -119,7 +119,7 @@ class EvaluateRecipe(Section):
     compositions: tuple[str, ...] = Field(default=(), description="composition folders or .safetensors")
     base: BaseConfig | None = Field(default=None, description="the base; the compositions' own when not given")
     loras: Loras = Field(default=(), description="the experts; the compositions' own when not given")
-    modes: tuple[Literal["base", "single", "linear", "nla"], ...] = Field(
+    modes: Annotated[tuple[Literal["base", "single", "linear", "nla"], ...], BeforeValidator(as_names)] = Field(
         default=(),
         description="static modes scored beside the compositions: base, single (each LoRA alone), linear, nla",
     )

@@ -46,7 +46,9 @@ class BaseConfig(Section):
 
     id: str = Field(default=BUILTIN_BASE, min_length=1, description="builtin:NAME, a folder or a hub id")
     gguf_file: str | None = Field(default=None, description="name of a GGUF file inside that folder or repository")
-    dtype: Dtype = Field(default="auto", description="type of the base's weights; auto keeps the checkpoint's")
+    dtype: Dtype = Field(
+        default="auto", description="type of the base's weights; auto: bfloat16 on a GPU that has it, else float32"
+    )
     chat_template: bool = Field(
         default=True, description="format prompts with the tokenizer's chat template, if it has one"
     )
@@ -118,10 +120,10 @@ class GateConfig(Section):
 class TrainConfig(Section):
     """One training run of the gates."""
 
-    steps: int = Field(default=400, ge=1, description="optimiser steps")
+    steps: int = Field(default=300, ge=1, description="optimiser steps")
     batch_size: int = Field(default=16, ge=1, description="examples per step, over all processes")
     micro_batch_size: int | None = Field(default=None, ge=1, description="examples at once; fewer need less memory")
-    lr: float = Field(default=5e-3, gt=0.0, allow_inf_nan=False, description="peak learning rate")
+    lr: float = Field(default=2e-2, gt=0.0, allow_inf_nan=False, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="of the learning rate")
     warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="AdamW's")
@@ -130,7 +132,7 @@ class TrainConfig(Section):
     )
     balance: float = Field(default=0.01, ge=0.0, allow_inf_nan=False, description="weight of the balance loss (Eq. 14)")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
-    log_every: int = Field(default=10, ge=1, description="steps between lines of train_log.jsonl")
+    log_every: int = Field(default=10, ge=1, description="steps between readings of the losses")
 
 
 class LoraTrainConfig(TrainConfig):
