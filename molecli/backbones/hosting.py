@@ -110,6 +110,7 @@ class Mixture:
         self._handles += self._streams.attach(self._forget)
         for hosted in self._hosted.values():
             hosted.owners, hosted.expanded = [], None
+            hosted.step, hosted.value = -1, None  # a gate of an earlier attachment is none of this one's prompts
             for group in hosted.site.groups:
                 live = _HostedGroup(group, hosted, self.bank, self._modules)
                 self._groups.append(live)

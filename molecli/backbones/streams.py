@@ -53,6 +53,7 @@ class Streams:
 
             return module.register_forward_pre_hook(hook, with_kwargs=True)
 
+        self.encoder, self.decoder = Pass(), Pass()
         if not self.seq2seq:
             return [watch(self.model, self._read_causal)]
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()  # type: ignore[operator]
