@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "lr 5e-2": ("train.lr=5e-2",),
     "600 steps": ("train.steps=600",),
 }
+DEVICE_FILE = "device.txt"  # what the run was made on; the table may be made elsewhere
 Scores = dict[str, list[float]]  # task -> main score of every example, in [0, 1]
 
 
@@ -115,6 +116,7 @@ def gates(args: argparse.Namespace) -> None:
     for task in tasks():
         alone = ["--loras", f"{task}={args.work / 'loras' / task}", "--modes", "single", "--tasks", task]
         jobs.append(_tests(args, f"own {task}", alone))
+    (args.work / DEVICE_FILE).write_text(device_name())
     run(jobs, at_once=args.jobs)
 
 
@@ -175,43 +177,66 @@ def _slug(name: str) -> str:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Prints the test table and the variants, and writes both with every example's score to one JSON."""
+    """Prints the tables and writes them, with every example's score, to real_run-<device>.md and .json."""
+    device = (args.work / DEVICE_FILE).read_text()
     methods = {"base": _scores(args, "fixed", "base"), "own LoRA": _own(args)}
     methods |= {name: _scores(args, "fixed", mode) for name, mode in (("Eq. 1", "linear"), ("Eq. 2", "nla"))}
     seeds = {g: [_scores(args, f"{g} s{seed}") for seed in SEEDS] for g in reversed(GRANULARITIES)}
     methods |= {f"gated, {g}": _mean(runs) for g, runs in seeds.items()}
-    variants = {name: _scores(args, name) for name in VARIANTS if (args.work / "tests" / _slug(name)).exists()}
-    own = _average(methods["own LoRA"]) or float("nan")
-    lines = ["| exact match (%) | " + " | ".join(methods) + " |", "|---|" + "---:|" * len(methods)]
-    for task in tasks():
-        lines.append(f"| {task} | " + " | ".join(f"{100 * fmean(m[task]):.1f}" for m in methods.values()) + " |")
-    lines.append("| **average** | " + " | ".join(f"**{_average(m):.1f}**" for m in methods.values()) + " |")
-    lines.append(
-        "| share of own LoRA | " + " | ".join(f"{100 * _average(m) / own:.1f}%" for m in methods.values()) + " |"
-    )
-    print("\n".join(lines), "\n")
+    single = {f"{g}, seed {i}": run for g, runs in seeds.items() for i, run in zip(SEEDS, runs, strict=True)}
+    single |= {name: _scores(args, name) for name in VARIANTS}
     differences = _differences(methods)
-    print(
-        "\n".join(
-            f"{name}: {low:+.1f} .. {high:+.1f} around {mid:+.1f}" for name, (mid, low, high) in differences.items()
-        )
-    )
-    held = {name: _held_out(args, name) for name in (*VARIANTS, *(f"{g} s{s}" for g in GRANULARITIES for s in SEEDS))}
-    print("\n| gates | held-out (%) | test (%) | share of own LoRA | entropy | loss |\n|---|---:|---:|---:|---:|---:|")
-    for name, row in held.items():
-        if row is not None:
-            test = _average(_scores(args, name))
-            print(
-                f"| {name} | {row['average']:.1f} | {test:.1f} | {100 * test / own:.1f}% | {row['entropy']:.2f} | {row['loss']:.3f} |"
-            )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    content = {"device": device, "torch": torch.__version__, "seeds": SEEDS, "table": lines, "differences": differences,
-               "held_out": held, "scores": {**methods, **{f"variant {k}": v for k, v in variants.items()}},
-               "by_seed": {f"{g} s{i}": _average(run) for g, runs in seeds.items() for i, run in enumerate(runs)}}  # fmt: skip
+    held_out = {name: _held_out(args, name.replace(", seed ", " s")) for name in single}
+    text = "\n\n".join((_main_table(methods), _difference_table(differences), _gate_table(methods, single, held_out)))
+    content = {
+        "device": device,
+        "differences": differences,
+        "held_out": held_out,
+        "scores": {**methods, **single},
+    }
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"real_run-{device.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"\n{path}")
+    path.write_text(json.dumps(content) + "\n")
+    path.with_suffix(".md").write_text(text + "\n")
+    print(f"{text}\n\n{path}")
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
+def _main_table(methods: Mapping[str, Scores]) -> str:
+    own = _average(methods["own LoRA"])
+    rows = {task: [f"{100 * fmean(scores[task]):.1f}" for scores in methods.values()] for task in tasks()}
+    rows["**average**"] = [f"**{_average(scores):.1f}**" for scores in methods.values()]
+    rows["share of own LoRA"] = [_share(scores, own) for scores in methods.values()]
+    return _markdown("exact match (%)", list(methods), rows)
+
+
+def _difference_table(differences: Mapping[str, Sequence[float]]) -> str:
+    rows = {name: [f"{middle:+.1f}", f"{low:+.1f} … {high:+.1f}"] for name, (middle, low, high) in differences.items()}
+    return _markdown("percentage points", ["average", "95% interval"], rows)
+
+
+def _gate_table(
+    methods: Mapping[str, Scores], single: Mapping[str, Scores], held_out: Mapping[str, Mapping[str, float]]
+) -> str:
+    own, rows = _average(methods["own LoRA"]), {}
+    for name, scores in single.items():
+        held = held_out[name]
+        kept = [f"{held['average']:.1f}", f"{_average(scores):.1f}", _share(scores, own)]
+        rows[name] = [*kept, f"{held['entropy']:.2f}", f"{held['loss']:.3f}"]
+    return _markdown("gates", ["held-out (%)", "test (%)", "share of own LoRA", "entropy", "loss"], rows)
+
+
+def _markdown(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [[corner, *columns], ["---", *["---:"] * len(columns)], *([name, *cells] for name, cells in rows.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _share(scores: Scores, own: float) -> str:
+    return f"{100 * _average(scores) / own:.1f}%" if own else "-"
 
 
 def _scores(args: argparse.Namespace, name: str, method: str | None = None) -> Scores:
@@ -250,10 +275,9 @@ def _differences(methods: dict[str, Scores]) -> dict[str, tuple[float, float, fl
     return found
 
 
-def _held_out(args: argparse.Namespace, name: str) -> dict[str, float] | None:
+def _held_out(args: argparse.Namespace, name: str) -> dict[str, float]:
+    """A gate's score on the held-out rows, and entropy and loss over its last 30 steps."""
     path = args.work / "gates" / _slug(name) / "report.json"
-    if not path.exists():
-        return None
     report = json.loads(path.read_text())
     log = [json.loads(line) for line in path.with_name("train_log.jsonl").open()][-30:]
     return {

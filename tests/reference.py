@@ -1,12 +1,13 @@
 """A naive mixture to hold the engine to: every expert's output is materialised, one expert at a time.
 
-Nothing here is shared with the engine but the gates' parameters: the factors are read with safetensors and json, and the
-gates are recomputed from their definition (MoLE, Eq. 9-12).
+Nothing here is shared with the engine but the gates' parameters: the factors are read with safetensors and json, and
+the gates are recomputed from their definition (MoLE, Eq. 9-12).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,79 @@ class NaiveMixture:
             return y + (g.unsqueeze(-1) * self.outputs(matrix, x)).sum(-2)
 
         return hook
+
+
+class NaiveGate:
+    """The gate from its definition, on materialised outputs, with the mixture's own parameters (MoLE, Eq. 9-11).
+
+    `memory` gives the encoder's output, which the gates of a seq2seq decoder read as the prompt.
+    """
+
+    def __init__(
+        self, mixture: Any, batch: dict[str, Tensor], config: dict[str, Any], memory: Callable[[], Tensor]
+    ) -> None:
+        self.mixture, self.batch, self.config, self.memory = mixture, batch, config, memory
+        self.causal = "encoder" not in {site.stream for site in mixture.sites}
+
+    def __call__(self, site: Any, x: Tensor, outputs: Tensor) -> Tensor:
+        gate = self.mixture.gate_modules()[site.name]
+        if self.config["input"] == "none":
+            logits = gate.logits
+        elif self.config["input"] == "hidden" or self.config["normalize"] == "standardize":
+            logits = self._feature_logits(gate, self._features(site, gate, x))
+        else:
+            logits = self._output_logits(gate.head, self._pooled(outputs, gate.pool, self._weight(site, gate, x)))
+        return torch.softmax(logits / gate.log_temperature.exp(), -1)
+
+    def _weight(self, site: Any, gate: Any, x: Tensor) -> Tensor:
+        """[B, T], the positions that the pool is over."""
+        if site.stream in ("encoder", "memory"):
+            return self.batch["attention_mask"]
+        if self.causal:
+            prompt = (self.batch["labels"] != -100).cumsum(1) == 0
+            return self.batch["attention_mask"] * (prompt if gate.pool == "prompt" else 1)
+        first = torch.zeros(x.shape[:2])
+        first[:, 0] = 1
+        return first if gate.pool == "prompt" else torch.ones(x.shape[:2])
+
+    def _features(self, site: Any, gate: Any, x: Tensor) -> Tensor:
+        if self.config["input"] == "experts":
+            bank = self.mixture.bank
+            x = torch.cat([x @ bank.stacked(m).A.T for m in site.entry.matrices], -1)
+        elif gate.pool == "prompt" and site.stream == "decoder" and not self.causal:
+            return self._pooled(self.memory(), "mean", self.batch["attention_mask"])
+        return self._pooled(x, gate.pool, self._weight(site, gate, x))
+
+    def _pooled(self, values: Tensor, pool: str, weight: Tensor) -> Tensor:
+        weight = weight.float().view(*weight.shape, *[1] * (values.dim() - 2))
+        if pool == "token":
+            return values
+        if pool == "running":
+            ends = range(1, values.shape[1] + 1)
+            sums = [(values[:, :end] * weight[:, :end]).sum(1) for end in ends]
+            return torch.stack([s / weight[:, :end].sum(1).clamp_min(1) for s, end in zip(sums, ends, strict=True)], 1)
+        return (values * weight).sum(1) / weight.sum(1)
+
+    def _feature_logits(self, gate: Any, f: Tensor) -> Tensor:
+        head = gate.head
+        if self.config["normalize"] == "standardize":
+            f = (f - gate.mean) / gate.std / f.shape[-1] ** 0.5
+        elif self.config["normalize"] == "unit":
+            f = f / f.norm(dim=-1, keepdim=True)
+        if type(head).__name__ == "PerExpertHead":
+            count = len(self.mixture.names)
+            return torch.stack([(f * head.weight)[..., head.owner == i].sum(-1) for i in range(count)], -1) + head.bias
+        W = head.weight if head.down is None else head.weight @ head.down
+        return f @ W.T + head.bias
+
+    def _output_logits(self, head: Any, E: Tensor) -> Tensor:
+        """E [.., N, D], every expert's pooled output."""
+        count, width = E.shape[-2:]
+        flat = E.flatten(-2)
+        if self.config["normalize"] == "unit":
+            flat = flat / flat.norm(dim=-1, keepdim=True)
+        if head.down is not None:
+            return (flat @ head.down.permute(0, 2, 1).reshape(count * width, -1)) @ head.weight.T
+        if self.config["head"] == "per_expert":
+            return (flat.view(E.shape) * head.weight[:, 0]).sum(-1)
+        return flat @ head.weight.permute(0, 2, 1).reshape(count * width, count)

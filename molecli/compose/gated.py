@@ -20,16 +20,19 @@ from molecli.functional.gating import gate_values, mean_pool, running_mean, span
 from molecli.protocols import Reading, Site, Stream
 
 
-def resolve_pool(pool: str, stream: Stream, *, seq2seq: bool) -> str:
-    """How positions are pooled at a site of `stream`: mean, running, prompt or token.
+def resolve_pool(pool: str, stream: Stream, *, seq2seq: bool, reads: str = "hidden") -> str:
+    """How positions are pooled at a site of `stream` by a gate that reads `hidden` or `experts`.
 
+    One of mean, running, prompt or token. `auto` is the prompt, which all positions may know; in a seq2seq decoder the
+    experts' outputs know it only position by position, so there it is the running mean.
     Raises: UsageError for `mean` on a causal model, whose tokens must not see later ones.
     """
-    pool = "prompt" if pool == "auto" else pool
     if pool == "token":
         return "token"
     if stream in ("encoder", "memory"):
         return "mean"  # every token of an encoder is prompt, and sees every other
+    if pool == "auto":
+        return "running" if seq2seq and reads == "experts" else "prompt"
     if pool == "mean" and not seq2seq:
         raise UsageError(
             "gate.pool", "'mean' would let a causal model see later tokens", "Use prompt, running or token."
@@ -103,7 +106,7 @@ class InputGate(nn.Module):
 
     def _normalized(self, features: Tensor) -> Tensor:
         if self.normalize == "standardize":
-            # Divided by √width, so that the step Adam makes in a logit does not grow with the width.
+            # Of norm about 1 whatever the width: Adam moves a logit by lr · Σ|f|, which would else grow with the width.
             return (features - self.mean) / self.std / math.sqrt(features.shape[-1])
         if self.normalize == "unit" and not isinstance(self.head, OutputHead):
             return unit(features)
@@ -168,7 +171,7 @@ def build_gates(
 def _build_gate(config: GateConfig, bank: ExpertBank, site: Site, seq2seq: bool, memory_width: int | None) -> nn.Module:
     if config.input == "none":
         return StaticGate(len(bank), config)
-    pool = resolve_pool(config.pool, site.stream, seq2seq=seq2seq)
+    pool = resolve_pool(config.pool, site.stream, seq2seq=seq2seq, reads=config.input)
     owner = torch.cat([bank.owner(m) for m in site.entry.matrices])
     head: nn.Module
     if config.input == "hidden":

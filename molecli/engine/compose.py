@@ -171,15 +171,19 @@ def _evaluate(
     bench = make_bench(recipe.evaluate)
     weights = {lora.name: lora.weight for lora in recipe.loras}
     fixed = static_methods(backbone.model, experts, weights=weights) if recipe.evaluate.baselines else []
-    # A fixed mode stands in the table already.
-    own = [] if any(method.name == recipe.mode for method in fixed) else [Method(recipe.mode, mixture)]
-    methods = distinct([*fixed, *own])
+    # A fixed mode stands in the table already; a LoRA may be called like a mode.
+    own = next((method for method in fixed if method.name == recipe.mode and not method.single), None)
+    if own is None:
+        own = Method(recipe.mode, mixture)
+        fixed.append(own)
+    methods = distinct(fixed)
+    subject = next(name for name, method in methods.items() if method is own)
     singles = [name for name, method in methods.items() if method.single]
     results = run_methods(backbone, methods, bench, progress=progress)
     return make_report(
         results,
         bench,
-        subject=recipe.mode,
+        subject=subject,
         singles=singles,
         samples=recipe.evaluate.bootstrap,
         seed=recipe.seed,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from molecli.backbones.hosting import Mixture
 from molecli.compose.gated import InputGate
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from molecli.files.recipe import TrainConfig
 
 CALIBRATION_BATCHES = 8
-# At the uniform start the temperature multiplies logits that are all zero, and a low-rank head's `down` meets an `up`
-# of zeros: their first gradient is zero by construction, that of every gate's weight is not.
-_SILENT_AT_FIRST = ("log_temperature", "head.down")
+# One parameter of each gate that has a gradient from the first step if the gate acts at all. The others may have none:
+# at the uniform start the temperature multiplies zeros, a low-rank head's `down` meets an `up` of zeros, and a feature
+# that is the same for every input (a seq2seq decoder's start token) standardises to zero.
+_TELLING = ("head.bias", "logits", "head.weight")
 
 
 def fit(
@@ -68,8 +70,14 @@ def fit(
         resume=resume,
         accelerator=accelerator,
         progress=progress,
-        unchecked=[name for name in parameters if name.endswith(_SILENT_AT_FIRST)],
+        unchecked=set(parameters) - _telling(mixture, parameters),
     )
+
+
+def _telling(mixture: Mixture, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """The name of one parameter per gate, the first of `_TELLING` that it has."""
+    candidates = [[f"site/{site}/{key}" for key in _TELLING] for site in mixture.gate_modules()]
+    return {next(name for name in names if name in parameters) for names in candidates}
 
 
 @torch.no_grad()

@@ -54,7 +54,9 @@ def gate_values(
     values = torch.softmax(scaled, dim=-1)
     if top_k is not None and top_k < values.shape[-1]:
         kept = torch.zeros_like(values).scatter(-1, values.topk(top_k, dim=-1).indices, 1.0)
-        values = rescale(values, kept)
+        sparse = rescale(values, kept)
+        # One kept gate is constantly 1: the gradient of the dense gate goes straight through, or nothing would learn.
+        values = values + (sparse - values).detach() if top_k == 1 and values.requires_grad else sparse
     return values
 
 

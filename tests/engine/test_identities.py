@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from reference import NaiveMixture, read_naively
+from reference import NaiveGate, NaiveMixture, read_naively
 from torch import Tensor, nn
 
 from molecli.backbones.hosting import Mixture
@@ -251,81 +251,6 @@ def drop(expert: Expert, keep: Callable[[str], bool]) -> Expert:
     )
 
 
-def naive_gate(mixture: Mixture, batch: dict[str, Tensor], config: dict[str, Any], memory: Callable[[], Tensor]) -> Any:
-    """The gate from its definition, on materialised expert outputs, with the mixture's own parameters."""
-    gates = mixture.gate_modules()
-
-    def weights_over(site: Any, x: Tensor) -> tuple[str, Tensor]:
-        gate = gates[site.name]
-        causal = "encoder" not in {s.stream for s in mixture.sites}
-        if site.stream in ("encoder", "memory"):
-            return gate.pool, batch["attention_mask"]
-        if causal:
-            prompt = (batch["labels"] != -100).cumsum(1) == 0
-            return gate.pool, batch["attention_mask"] * (prompt if gate.pool == "prompt" else 1)
-        first = torch.zeros(x.shape[:2])
-        first[:, 0] = 1
-        return gate.pool, first if gate.pool == "prompt" else torch.ones(x.shape[:2])
-
-    def pooled(values: Tensor, pool: str, weight: Tensor) -> Tensor:
-        weight = weight.float().view(*weight.shape, *[1] * (values.dim() - 2))
-        if pool == "token":
-            return values
-        if pool == "running":
-            rows = [
-                (values[:, : t + 1] * weight[:, : t + 1]).sum(1) / weight[:, : t + 1].sum(1).clamp_min(1)
-                for t in range(values.shape[1])
-            ]
-            return torch.stack(rows, 1)
-        return (values * weight).sum(1) / weight.sum(1)
-
-    def gate_of(site: Any, x: Tensor, outputs: Tensor) -> Tensor:
-        gate = gates[site.name]
-        if config["input"] == "none":
-            return torch.softmax(gate.logits / gate.log_temperature.exp(), -1)
-        pool, weight = weights_over(site, x)
-        head = gate.head
-        if config["input"] == "hidden":
-            if pool == "prompt" and site.stream == "decoder" and "encoder" in {s.stream for s in mixture.sites}:
-                f = pooled(memory(), "mean", batch["attention_mask"])
-            else:
-                f = pooled(x, pool, weight)
-        elif config["normalize"] == "standardize":
-            u = torch.cat(
-                [
-                    x @ torch.cat([e.factors[m].A for e in mixture.bank.experts if m in e.factors]).T
-                    for m in site.entry.matrices
-                ],
-                -1,
-            )
-            f = pooled(u, pool, weight)
-        else:
-            E = pooled(outputs, pool, weight)  # [.., N, D]
-            flat = E.flatten(-2)
-            if config["normalize"] == "unit":
-                flat = flat / flat.norm(dim=-1, keepdim=True)
-            n, width = E.shape[-2:]
-            if head.down is not None:
-                logit = (flat @ head.down.permute(0, 2, 1).reshape(n * width, -1)) @ head.weight.T
-            elif config["head"] == "per_expert":
-                logit = (flat.view(E.shape) * head.weight[:, 0]).sum(-1)
-            else:
-                logit = flat @ head.weight.permute(0, 2, 1).reshape(n * width, n)
-            return torch.softmax(logit / gate.log_temperature.exp(), -1)
-        if config["normalize"] == "standardize":
-            f = (f - gate.mean) / gate.std / f.shape[-1] ** 0.5
-        elif config["normalize"] == "unit":
-            f = f / f.norm(dim=-1, keepdim=True)
-        if type(head).__name__ == "PerExpertHead":
-            logit = torch.stack([(f * head.weight)[..., head.owner == i].sum(-1) for i in range(3)], -1) + head.bias
-        else:
-            W = head.weight if head.down is None else head.weight @ head.down
-            logit = f @ W.T + head.bias
-        return torch.softmax(logit / gate.log_temperature.exp(), -1)
-
-    return gate_of
-
-
 @pytest.mark.parametrize("config", VARIANTS)
 def test_stacked_equals_a_naive_loop_in_values_and_gate_gradients(
     model: nn.Module, kind: str, experts: list[Expert], config: dict[str, Any]
@@ -354,7 +279,7 @@ def test_stacked_equals_a_naive_loop_in_values_and_gate_gradients(
         handle = model.get_encoder().register_forward_hook(
             lambda m, a, o: seen.__setitem__(slice(None), [o.last_hidden_state])
         )  # type: ignore[operator]
-    with NaiveMixture(model, mixed, mixture.sites, naive_gate(mixture, batch, config, lambda: seen[0])):
+    with NaiveMixture(model, mixed, mixture.sites, NaiveGate(mixture, batch, config, lambda: seen[0])):
         expected, reference = run()
     if kind in ("t5", "bart"):
         handle.remove()

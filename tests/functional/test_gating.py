@@ -107,6 +107,19 @@ def test_top_k_keeps_the_largest_and_rescales_them(top_k: int) -> None:
         assert row == pytest.approx([dense[i] / total if i in chosen else 0.0 for i in range(4)], abs=1e-6)
 
 
+def test_one_kept_gate_learns_as_the_dense_gate_would() -> None:
+    target = torch.tensor([0.3, -1.0, 2.0, 0.5])
+    gradients = []
+    for top_k in (1, None):
+        logits = LOGITS.clone().requires_grad_()
+        values = gate_values(logits, 1.0, top_k=top_k)
+        (values * target).sum().backward()
+        gradients.append(logits.grad)
+        assert top_k is None or values.detach().amax(-1).tolist() == pytest.approx([1.0, 1.0])
+    assert float(gradients[0].abs().max()) > 0.01
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_masked_experts_are_off_and_the_others_keep_their_proportions() -> None:
     keep = torch.tensor([1.0, 0.0, 1.0, 1.0])
     values, dense = gate_values(LOGITS, 1.0, keep=keep), gate_values(LOGITS, 1.0)
