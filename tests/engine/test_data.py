@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from molecli.engine.data import Batches, flatten, hold_out, load_tasks
+from molecli.engine.data import Batches, flatten, hold_out, load_tasks, split_tasks
 from molecli.errors import UsageError
 from molecli.files.recipe import DataConfig
 from molecli.protocols import Example
@@ -24,12 +24,27 @@ def numbered(count: int, task: str = "t") -> list[Example]:
     return [Example(task, str(i), str(i)) for i in range(count)]
 
 
-def test_tasks_come_in_the_order_asked_for_and_are_cut_at_the_limit(tmp_path: Path) -> None:
-    files = {"one": write_jsonl(tmp_path / "one.jsonl", 5), "two": write_jsonl(tmp_path / "two.jsonl", 2)}
-    tasks = load_tasks(DataConfig(suite="jsonl", files=files, tasks=("two", "one"), limit=3))
+def test_tasks_come_in_the_order_asked_for_and_a_limit_takes_a_sample_in_file_order(tmp_path: Path) -> None:
+    files = {"one": write_jsonl(tmp_path / "one.jsonl", 50), "two": write_jsonl(tmp_path / "two.jsonl", 2)}
+    data = DataConfig(suite="jsonl", files=files, tasks=("two", "one"), limit=3)
+    tasks = load_tasks(data)
     assert {task: len(examples) for task, examples in tasks.items()} == {"two": 2, "one": 3}
     assert list(tasks) == ["two", "one"]
-    assert [e.prompt for e in flatten(tasks)] == ["two 0", "two 1", "one 0", "one 1", "one 2"]
+    places = [int(example.prompt.split()[-1]) for example in tasks["one"]]
+    assert places == sorted(places)
+    assert places != [0, 1, 2]  # a sorted file's start is not like the rest
+    assert load_tasks(data) == tasks
+
+
+def test_held_out_rows_are_never_trained_on_whatever_the_limit(tmp_path: Path) -> None:
+    files = {"one": write_jsonl(tmp_path / "one.jsonl", 50)}
+    whole = split_tasks(DataConfig(suite="jsonl", files=files, holdout=0.2))
+    limited = split_tasks(DataConfig(suite="jsonl", files=files, holdout=0.2, limit=4))
+    for part, sampled in zip(whole, limited, strict=True):
+        assert set(sampled["one"]) < set(part["one"])
+        assert len(sampled["one"]) == 4
+    assert [len(part["one"]) for part in whole] == [40, 10]
+    assert not set(whole[0]["one"]) & set(whole[1]["one"])
 
 
 def test_an_empty_training_file_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -32,11 +32,11 @@ SETS = [
     ("loras=[{name: x}]", "the key 'loras.0.source' is missing. Write it."),
     ("loras.x.weight=heavy", "loras.0.weight is 'heavy', not a number. Write for example loras.0.weight: 1.0."),
     ("loras.x.wieght=2", "unknown key 'loras.0.wieght'. Did you mean 'loras.0.weight'?"),
-    ("train.steps=many", "train.steps is 'many', not a whole number. Write for example train.steps: 400."),
-    ("train.steps=1.5", "train.steps is 1.5, not a whole number. Write for example train.steps: 400."),
-    ("train.lr=fast", "train.lr is 'fast', not a number. Write for example train.lr: 0.005."),
-    ("train.lr=.nan", "train.lr is nan, not a finite number. Write for example train.lr: 0.005."),
-    ("train.steps=0", "train.steps is 0; it must be at least 1. Write for example train.steps: 400."),
+    ("train.steps=many", "train.steps is 'many', not a whole number. Write for example train.steps: 300."),
+    ("train.steps=1.5", "train.steps is 1.5, not a whole number. Write for example train.steps: 300."),
+    ("train.lr=fast", "train.lr is 'fast', not a number. Write for example train.lr: 0.02."),
+    ("train.lr=.nan", "train.lr is nan, not a finite number. Write for example train.lr: 0.02."),
+    ("train.steps=0", "train.steps is 0; it must be at least 1. Write for example train.steps: 300."),
     ("data.holdout=1", "data.holdout is 1; it must be less than 1. Write for example data.holdout: 0.0."),
     ("gate.top_k=two", "gate.top_k is 'two', not a whole number. Write a whole number."),
     ("allow_partial=3", "allow_partial is 3, not true or false. Write for example allow_partial: false."),
@@ -74,7 +74,7 @@ def test_the_place_of_a_mistake_is_the_layer_that_holds_it(tmp_path: Path, expla
     unknown = "unknown key 'train.stepps'. Did you mean 'train.steps'?"
     explained(lambda: load_recipe(file, "compose", LORAS), 2, f"{file}: {unknown}")
     file.write_text("train: {steps: many}\n")
-    wrong = "train.steps is {!r}, not a whole number. Write for example train.steps: 400."
+    wrong = "train.steps is {!r}, not a whole number. Write for example train.steps: 300."
     explained(lambda: load_recipe(file, "compose", LORAS), 2, f"{file}: {wrong.format('many')}")
     flags = {**LORAS, "train.steps": "few"}
     explained(lambda: load_recipe(file, "compose", flags), 2, f"command line: {wrong.format('few')}")

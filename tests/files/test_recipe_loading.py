@@ -54,7 +54,7 @@ def test_each_layer_lies_over_the_one_before(tmp_path: Path) -> None:
 def test_the_defaults_of_training() -> None:
     common = {
         "micro_batch_size": None,
-        "steps": 400,
+        "steps": 300,
         "batch_size": 16,
         "schedule": "cosine",
         "warmup_steps": 20,
@@ -63,7 +63,7 @@ def test_the_defaults_of_training() -> None:
         "checkpoint_every": 100,
         "log_every": 10,
     }
-    assert TrainConfig().model_dump() == {**common, "lr": 5e-3, "balance": 0.01}
+    assert TrainConfig().model_dump() == {**common, "lr": 2e-2, "balance": 0.01}
     assert LoraTrainConfig().model_dump() == {**common, "lr": 1e-3, "balance": 0.0}
 
 
