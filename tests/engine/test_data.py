@@ -34,6 +34,7 @@ def test_tasks_come_in_the_order_asked_for_and_a_limit_takes_a_sample_in_file_or
     assert places == sorted(places)
     assert places != [0, 1, 2]  # a sorted file's start is not like the rest
     assert load_tasks(data) == tasks
+    assert flatten(tasks) == [*tasks["two"], *tasks["one"]]
 
 
 def test_held_out_rows_are_never_trained_on_whatever_the_limit(tmp_path: Path) -> None:
