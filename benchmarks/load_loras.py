@@ -1,4 +1,4 @@
-"""How long 32 LoRAs of the embedded base take to load, check and attach: copies of the embedded ones, in a scratch folder.
+"""How long 32 LoRAs of the embedded base take to load, check and attach (copies of the embedded ones).
 
 python benchmarks/load_loras.py
 """
