@@ -140,10 +140,12 @@ class Gate(Protocol):
     """Weights for the experts at one site.
 
     Returns [N] (the same for every input), [B, N] (one per sequence) or [B, T, N] (one per token). `keep` [N] is 0 for
-    masked experts. `per_sequence` gates stay as the prompt set them; `constant` ones need no reading.
+    masked experts. `per_sequence` gates stay as the prompt set them; those that `remember` depend on earlier tokens;
+    `constant` ones need no reading.
     """
 
     per_sequence: bool
+    remembers: bool
     constant: bool
 
     def __call__(self, reading: Reading | None, keep: Tensor | None = None) -> Tensor: ...

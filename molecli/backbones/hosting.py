@@ -32,6 +32,7 @@ class _HostedSite:
         self.value: Tensor | None = None  # as the gate returned it, experts masked
         self.valid: Tensor | None = None
         self.state: tuple[Tensor, Tensor] | None = None
+        self.origin: Pass | None = None  # the prompt that value and state are from
         self.owners: list[Tensor] = []  # of its groups' ranks, in the order of the groups
         self.owner = torch.empty(0)  # the same as one tensor
         self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
@@ -110,7 +111,8 @@ class Mixture:
         self._handles += self._streams.attach(self._forget)
         for hosted in self._hosted.values():
             hosted.owners, hosted.expanded = [], None
-            hosted.step, hosted.value = -1, None  # a gate of an earlier attachment is none of this one's prompts
+            # A gate of an earlier attachment is none of this one's prompts.
+            hosted.step, hosted.value, hosted.origin = -1, None, None
             for group in hosted.site.groups:
                 live = _HostedGroup(group, hosted, self.bank, self._modules)
                 self._groups.append(live)
@@ -244,19 +246,27 @@ class Mixture:
         if gate.constant:
             hosted.step, hosted.value = current.step, gate(None, self._keep)
             return hosted.value
-        if current.past and gate.per_sequence and hosted.site.stream == "decoder":
-            if hosted.value is None:
-                raise RunError(
-                    "generation",
-                    "the cache holds tokens from before the experts were attached or masked",
-                    "Start with an empty cache.",
-                )
+        decoding = bool(current.past) and hosted.site.stream == "decoder" and gate.remembers
+        if decoding:
+            self._check_cache(hosted, current)
+        if decoding and gate.per_sequence and hosted.value is not None:
             hosted.step = current.step  # decided at prefill, then fixed
             return hosted.value
         reading = self._reading(hosted, current, x, u)
         value = gate(reading, self._keep)
         hosted.step, hosted.value, hosted.state = current.step, value, reading.state
+        hosted.origin = hosted.origin if decoding else current
         return value
+
+    def _check_cache(self, hosted: _HostedSite, current: Pass) -> None:
+        """Nothing, where the pass goes on from the prompt that the site's gate was made for. Raises: RunError."""
+        what = None
+        if hosted.value is None:
+            what = "the cache holds tokens from before the experts were attached or masked"
+        elif hosted.origin is not None and hosted.origin.differs(current):
+            what = "the cache is another than the last prompt's, whose gates are in force"
+        if what is not None:
+            raise RunError("generation", what, "Start with an empty cache.")
 
     def _reading(self, hosted: _HostedSite, current: Pass, x: Tensor, u: Tensor) -> Reading:
         memory = hosted.site.stream == "memory"

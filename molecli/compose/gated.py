@@ -44,6 +44,7 @@ class StaticGate(nn.Module):
     """`input: none`: learned weights per site, the same for every input (LoRA Soups, with a softmax)."""
 
     per_sequence = True
+    remembers = False
     constant = True
 
     def __init__(self, experts: int, config: GateConfig) -> None:
@@ -79,6 +80,10 @@ class InputGate(nn.Module):
     @property
     def per_sequence(self) -> bool:
         return self.pool in ("mean", "prompt")
+
+    @property
+    def remembers(self) -> bool:
+        return self.pool != "token"
 
     def forward(self, reading: Reading, keep: Tensor | None = None) -> Tensor:
         """[B, N] for pools over a sequence, [B, T, N] for `running` and `token`."""

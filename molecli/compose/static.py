@@ -13,6 +13,7 @@ class FixedGate(nn.Module):
     """Given weights [N], never trained; `normalized` ones are rescaled when experts are masked."""
 
     per_sequence = True
+    remembers = False
     constant = True
     weights: Tensor
 

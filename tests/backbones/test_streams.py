@@ -245,6 +245,25 @@ def test_a_cache_from_before_the_experts_were_switched_is_refused(switch: str, t
     assert (str(caught.value), caught.value.exit_code) == (message, 1)
 
 
+@pytest.mark.parametrize("pool", ["prompt", "running"])
+def test_a_generation_goes_on_from_its_own_prompt_alone(pool: str, tiny_llama: Any, loras: dict[str, str]) -> None:
+    model = tiny_llama.model
+    with attach(model, loras=loras, mode="gated", gate=GateConfig(pool=pool)):
+        first = run(model, input_ids=IDS, use_cache=True).past_key_values
+        run(model, input_ids=IDS[:, :1], past_key_values=first)
+        second = run(model, input_ids=IDS[:, :2], use_cache=True).past_key_values
+        with pytest.raises(RunError) as caught:
+            run(model, input_ids=IDS[:, :1], past_key_values=first)
+        assert str(caught.value) == (
+            "generation: the cache is another than the last prompt's, whose gates are in force. "
+            "Start with an empty cache."
+        )
+        run(model, input_ids=IDS[:, :1], past_key_values=second)
+    with attach(model, loras=loras, mode="gated", gate=GateConfig(pool="token")):
+        run(model, input_ids=IDS, use_cache=True)
+        run(model, input_ids=IDS[:, :1], past_key_values=first)  # a token's own gate remembers nothing
+
+
 def test_experts_called_outside_their_model_are_refused(tiny_llama: Any, mixture: Any) -> None:
     with mixture, pytest.raises(RunError) as caught:
         tiny_llama.model.model.layers[0].self_attn.q_proj(torch.zeros(1, 2, 32))
