@@ -17,13 +17,14 @@ from molecli.compose import get_method
 from molecli.engine.attach import read_experts
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, finished_report, recipe_digest
 from molecli.engine.data import flatten, split_tasks
-from molecli.engine.evaluate import EvaluationReport, make_bench, make_report, run_methods
+from molecli.engine.evaluate import Bench, EvaluationReport, make_bench, make_report, run_methods
 from molecli.engine.fit import fit
 from molecli.engine.inspect import collect, entropy_course, summarise, write_report
 from molecli.engine.loop import Record
 from molecli.engine.methods import Method, distinct, static_methods
 from molecli.engine.mixing import build_mixture
 from molecli.engine.ranks import accelerator_for, share_from_main
+from molecli.engine.tables import to_markdown
 from molecli.experts import Expert
 from molecli.files.atomic import write_text
 from molecli.files.composition import Composition, record_of, save_composition
@@ -34,7 +35,7 @@ from molecli.suites.builtin import BuiltinSuite
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from molecli.files.recipe import ComposeRecipe, DataConfig
+    from molecli.files.recipe import ComposeRecipe, DataConfig, EvalConfig
 
 # label, done, total
 Progress = Callable[[str, int, int], None]
@@ -50,7 +51,7 @@ class ComposeReport(dict[str, Any]):
         if self.evaluation is not None:
             self.evaluation.show()
         else:
-            sys.stdout.write(f"{self['output']}\n")
+            sys.stdout.write(self.get("table", f"{self['output']}\n"))
 
 
 def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progress | None = None) -> ComposeReport:
@@ -67,6 +68,7 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
     start_s = time.monotonic()
     digest, recipe = recipe_digest(recipe), with_tasks(recipe)
     examples = _examples(recipe)
+    bench = make_bench(recipe.evaluate) if recipe.evaluate is not None else None  # what is wrong there shows now
     backbone = load_backbone(recipe.base, accelerator.device)
     experts = read_experts(backbone.model, recipe.loras, allow_partial=recipe.allow_partial)
     with seeded(recipe.seed, accelerator.device):  # a low-rank head starts at random
@@ -82,11 +84,12 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
     report = ComposeReport(_summary(recipe, digest, mixture, history))
     if accelerator.is_main_process:
         save_composition(folder, _composition(recipe, backbone, mixture))
-        if recipe.evaluate is not None:
-            report.evaluation = _evaluate(recipe, backbone, experts, mixture, progress)
+        if recipe.evaluate is not None and bench is not None:
+            report.evaluation = _evaluate(recipe, recipe.evaluate, bench, backbone, experts, mixture, progress)
             if mixture.named_parameters():
-                _draw(recipe, backbone, mixture, progress)
+                _draw(recipe, bench, backbone, mixture, progress)
             report["evaluation"] = dict(report.evaluation)
+            report["table"] = to_markdown(report.evaluation.table)
         report["seconds"] = round(time.monotonic() - start_s, 1)
         write_text(folder / REPORT_FILE, json.dumps(report, indent=2, default=str) + "\n")
         discard_checkpoints(folder)
@@ -161,16 +164,16 @@ def _composition(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture) ->
 
 def _evaluate(
     recipe: ComposeRecipe,
+    settings: EvalConfig,
+    bench: Bench,
     backbone: Backbone,
     experts: Sequence[Expert],
     mixture: Mixture,
     progress: Progress | None,
 ) -> EvaluationReport:
     """The composition beside the base, each LoRA alone and the fixed mixtures, on one load of the base."""
-    assert recipe.evaluate is not None
-    bench = make_bench(recipe.evaluate)
     weights = {lora.name: lora.weight for lora in recipe.loras}
-    fixed = static_methods(backbone.model, experts, weights=weights) if recipe.evaluate.baselines else []
+    fixed = static_methods(backbone.model, experts, weights=weights) if settings.baselines else []
     # A fixed mode stands in the table already; a LoRA may be called like a mode.
     own = next((method for method in fixed if method.name == recipe.mode and not method.single), None)
     if own is None:
@@ -185,18 +188,16 @@ def _evaluate(
         bench,
         subject=subject,
         singles=singles,
-        samples=recipe.evaluate.bootstrap,
+        samples=settings.bootstrap,
         seed=recipe.seed,
         config=recipe.model_dump(mode="json"),
     )
 
 
-def _draw(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture, progress: Progress | None) -> None:
+def _draw(recipe: ComposeRecipe, bench: Bench, backbone: Backbone, mixture: Mixture, progress: Progress | None) -> None:
     """gates.png, .csv and .json and entropy.png in the output folder: what the gates do on the examples scored."""
-    assert recipe.evaluate is not None
-    tasks = make_bench(recipe.evaluate).tasks
     with mixture:
-        values = collect(backbone, mixture, tasks, batch_size=recipe.evaluate.batch_size, progress=progress)
+        values = collect(backbone, mixture, bench.tasks, batch_size=bench.batch_size, progress=progress)
     report = summarise(values, mixture.names, composition=recipe.output, course=entropy_course(recipe.output))
     write_report(report, Path(recipe.output))
 

@@ -269,6 +269,27 @@ def test_a_finished_run_is_returned_as_it_is(
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
 
 
+def test_a_finished_run_shows_its_table_again(
+    pair: Pair, tmp_path: Path, evaluated: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(pair, tmp_path, "linear", evaluate=evaluated)
+    run_compose(recipe).show()
+    first = capsys.readouterr().out
+    run_compose(recipe, resume=True).show()
+    again = capsys.readouterr().out
+    assert again.startswith("| exact_match (%) | base |")
+    assert first.startswith(again)  # without the intervals
+
+
+def test_what_is_wrong_with_the_examples_to_score_shows_before_anything_is_learned(
+    pair: Pair, tmp_path: Path, evaluated: dict[str, Any]
+) -> None:
+    missing = {**evaluated, "data": {"suite": "jsonl", "files": {"up": str(tmp_path / "none.jsonl")}}}
+    with pytest.raises(UsageError, match=r"none\.jsonl"):
+        run_compose(recipe_of(pair, tmp_path / "run", "gated", evaluate=missing))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_of_another_recipe_is_not_resumed(pair: Pair, tmp_path: Path) -> None:
     run_compose(recipe_of(pair, tmp_path, "linear"))
     with pytest.raises(UsageError) as caught:
