@@ -1,6 +1,6 @@
 """What ships inside the package: the embedded base, its LoRAs and the recipes, by name. Needs no torch.
 
-Contents: package_folder, builtin_base, builtin_loras, builtin_lora, recipes.
+Contents: package_folder, builtin_base, builtin_loras, builtin_lora, is_image_lora, recipes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from molecli.errors import UsageError
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_BASE = "builtin:tiny-t5"
+BUILTIN_IMAGE_BASE = "builtin:tiny-sd"
+PIPELINE_FILE = "model_index.json"
+IMAGE_LORA_FILE = "pytorch_lora_weights.safetensors"
 # a, b, c, ...: the first two make a joint task. Others that ship follow in alphabetical order.
 LORA_ORDER = ("french", "reverse", "opposite", "plural", "double")
 
@@ -27,28 +30,39 @@ def builtin_base(name: str = BUILTIN_BASE) -> Path:
     Raises: UsageError when nothing ships under that name.
     """
     bare = name.removeprefix(BUILTIN_PREFIX)
-    known = _folders_with(package_folder() / "builtin", "config.json")
+    folder = package_folder() / "builtin"
+    known = _folders_with(folder, "config.json") | _folders_with(folder, PIPELINE_FILE)
     if bare not in known:
         names = ", ".join(BUILTIN_PREFIX + n for n in known) or "none in this installation"
         raise UsageError(f"{BUILTIN_PREFIX}{bare}", "no such built-in base", f"Known: {names}.")
     return known[bare]
 
 
-def builtin_loras() -> dict[str, Path]:
-    """The embedded LoRAs in order: real name -> folder."""
-    found = _folders_with(package_folder() / "builtin" / "loras", "adapter_config.json")
+def builtin_loras(base: str = BUILTIN_BASE) -> dict[str, Path]:
+    """The LoRAs that ship for the embedded base `base`, in order: real name -> folder."""
+    folder = package_folder() / "builtin"
+    if base.removeprefix(BUILTIN_PREFIX) == BUILTIN_IMAGE_BASE.removeprefix(BUILTIN_PREFIX):
+        return _folders_with(folder / "image-loras", IMAGE_LORA_FILE)
+    found = _folders_with(folder / "loras", "adapter_config.json")
     return {name: found[name] for name in sorted(found, key=_place)}
+
+
+def is_image_lora(name: str) -> bool:
+    """Whether `name` is an embedded LoRA of the embedded image base."""
+    return name.removeprefix(BUILTIN_PREFIX) in builtin_loras(BUILTIN_IMAGE_BASE)
 
 
 def builtin_lora(name: str) -> tuple[str, Path] | None:
     """(real name, folder) of an embedded LoRA given its name or its letter (a is the first, b the second, ...).
 
-    None when nothing ships under that name, so that the caller may look for a folder or a hub id instead.
+    Letters mean LoRAs of the embedded text base. None when nothing ships under that name, so that the caller may look
+    for a folder or a hub id instead.
     """
     loras = builtin_loras()
     bare = name.removeprefix(BUILTIN_PREFIX)
-    if bare in loras:
-        return bare, loras[bare]
+    named = loras | builtin_loras(BUILTIN_IMAGE_BASE)
+    if bare in named:
+        return bare, named[bare]
     position = string.ascii_lowercase.find(bare) if len(bare) == 1 else -1
     if 0 <= position < len(loras):
         real = list(loras)[position]

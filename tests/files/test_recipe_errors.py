@@ -44,7 +44,11 @@ SETS = [
     ("output=''", "output is empty. Write for example output: runs/compose."),
     ("only=3", "only is 3, not a list. Write it in brackets: [...]."),
     ("train=3", "train is 3, not a section of keys. Write its keys indented below it."),
-    ("mode=gatd", "mode is 'gatd', not one of gated, linear, nla, single. Did you mean 'gated'?"),
+    (
+        "mode=gatd",
+        "mode is 'gatd', not one of gated, single, linear, merge, nla, switch, composite, w_switch, w_composite, loratorio. "
+        "Did you mean 'gated'?",
+    ),
     ("preset=papr", "preset is 'papr', not one of paper. Did you mean 'paper'?"),
     (
         "data.suite=bbh+nil",

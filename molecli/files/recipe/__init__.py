@@ -12,10 +12,14 @@ from molecli.files.recipe.commands import (
     SampleRecipe,
     TrainLoraRecipe,
 )
+from molecli.files.recipe.domains import is_pipeline
+from molecli.files.recipe.images import ConceptConfig, ImageConfig, MethodConfig, ObjectiveConfig, PicturesConfig
+from molecli.files.recipe.judge import JudgeConfig
 from molecli.files.recipe.loading import dump_recipe, find_recipe, load_recipe
 from molecli.files.recipe.parts import (
     AdapterConfig,
     BaseConfig,
+    ClipConfig,
     DataConfig,
     EvalConfig,
     EvalDataConfig,
@@ -31,21 +35,29 @@ __all__ = [
     "RECIPES",
     "AdapterConfig",
     "BaseConfig",
+    "ClipConfig",
     "ComposeRecipe",
+    "ConceptConfig",
     "DataConfig",
     "EvalConfig",
     "EvalDataConfig",
     "EvaluateRecipe",
     "GateConfig",
+    "ImageConfig",
+    "JudgeConfig",
     "LoraConfig",
     "LoraTrainConfig",
+    "MethodConfig",
     "Mode",
+    "ObjectiveConfig",
+    "PicturesConfig",
     "Recipe",
     "SampleRecipe",
     "TrainConfig",
     "TrainLoraRecipe",
     "dump_recipe",
     "find_recipe",
+    "is_pipeline",
     "load_recipe",
     "near",
 ]

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from molecli.catalog import BUILTIN_PREFIX, builtin_loras
+from molecli.catalog import BUILTIN_IMAGE_BASE, BUILTIN_PREFIX, builtin_loras
 from molecli.errors import UsageError
 from molecli.files.lora_spec import check_distinct, check_name
+from molecli.files.recipe.images import ConceptConfig, ImageConfig, MethodConfig, ObjectiveConfig, PicturesConfig
+from molecli.files.recipe.judge import JudgeConfig
 from molecli.files.recipe.parts import (
     AdapterConfig,
     BaseConfig,
@@ -28,7 +30,8 @@ from molecli.files.recipe.parts import (
 )
 from molecli.files.recipe.shorthand import as_loras, as_names
 
-Mode = Literal["gated", "linear", "nla", "single"]
+StaticMode = Literal["linear", "merge", "nla", "switch", "composite", "w_switch", "w_composite", "loratorio"]
+Mode = Literal["gated", "single", StaticMode]
 Loras = Annotated[tuple[LoraConfig, ...], BeforeValidator(as_loras)]
 
 _SEED = "every random choice follows from it"
@@ -44,6 +47,7 @@ class TrainLoraRecipe(Section):
     base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="the LoRA's shape")
     data: DataConfig = Field(default_factory=DataConfig, description="examples to train on")
+    pictures: PicturesConfig | None = Field(default=None, description="a diffusion base: the pictures to learn from")
     train: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="the training run")
     output: str = Field(default="runs/train-lora", min_length=1, description="folder to write")
     seed: int = Field(default=0, ge=0, description=_SEED)
@@ -57,9 +61,22 @@ class ComposeRecipe(Section):
     preset: Literal["paper"] | None = Field(default=None, description="a named set of values below the explicit ones")
     base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
     loras: Loras = Field(default=(), description="the experts, in order; the built-in ones when the base is built in")
-    mode: Mode = Field(default="gated", description="gated, linear (Eq. 1), nla (Eq. 2) or single")
+    mode: Mode = Field(
+        default="gated",
+        description="gated, linear (Eq. 1; also called merge), nla (Eq. 2), single; for images also switch, composite, "
+        "w_switch, w_composite, loratorio",
+    )
+    method: MethodConfig = Field(default_factory=MethodConfig, description="switch, composite and their kin")
     gate: GateConfig = Field(default_factory=GateConfig, description="the gates of mode gated")
     data: DataConfig = Field(default_factory=DataConfig, description="examples the gates learn from")
+    concepts: dict[str, ConceptConfig] = Field(
+        default_factory=dict,
+        description="a diffusion base: what each LoRA adds; read beside the LoRA if not given",
+    )
+    objective: ObjectiveConfig = Field(
+        default_factory=ObjectiveConfig, description="a diffusion base: what the gates learn from"
+    )
+    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the training run of the gates")
     evaluate: EvalConfig | None = Field(
         default_factory=EvalConfig, description="scoring after composing: the test split of `data`; null for none"
@@ -95,7 +112,16 @@ class SampleRecipe(Section):
     composition: str | None = Field(default=None, description="composition folder or .safetensors")
     base: BaseConfig | None = Field(default=None, description="the base; the composition's own when not given")
     loras: Loras = Field(default=(), description="the experts; the composition's own when not given")
+    modes: Annotated[tuple[Literal["base", "single", StaticMode], ...], BeforeValidator(as_names)] = Field(
+        default=(), description="images: static modes drawn beside the composition, one column each of the sheet"
+    )
     prompts: tuple[str, ...] = Field(default=(), description="prompts; without any, lines of stdin")
+    images: int = Field(default=1, ge=1, description="pictures per prompt, of seeds counted up from --seed")
+    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
+    method: MethodConfig = Field(default_factory=MethodConfig, description="switch, composite and their kin")
+    concepts: dict[str, ConceptConfig] = Field(
+        default_factory=dict, description="triggers of the LoRAs, for the methods that ask; read from beside them"
+    )
     max_new_tokens: int = Field(default=64, ge=1, description="longest completion")
     temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="nucleus sampling")
@@ -119,10 +145,18 @@ class EvaluateRecipe(Section):
     compositions: tuple[str, ...] = Field(default=(), description="composition folders or .safetensors")
     base: BaseConfig | None = Field(default=None, description="the base; the compositions' own when not given")
     loras: Loras = Field(default=(), description="the experts; the compositions' own when not given")
-    modes: Annotated[tuple[Literal["base", "single", "linear", "nla"], ...], BeforeValidator(as_names)] = Field(
+    modes: Annotated[tuple[Literal["base", "single", StaticMode], ...], BeforeValidator(as_names)] = Field(
         default=(),
-        description="static modes scored beside the compositions: base, single (each LoRA alone), linear, nla",
+        description="static modes scored beside the compositions: base, single (each LoRA alone), linear, nla; for "
+        "images also switch, composite, w_switch, w_composite, loratorio",
     )
+    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
+    method: MethodConfig = Field(default_factory=MethodConfig, description="switch, composite and their kin")
+    concepts: dict[str, ConceptConfig] = Field(
+        default_factory=dict,
+        description="a diffusion base: what each LoRA adds; read beside the LoRA if not given",
+    )
+    judge: JudgeConfig | None = Field(default=None, description="a vision-language judge of pairs of pictures")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="how completions are scored")
     mask: Names = Field(default=(), description=_MASK)
     only: Names = Field(default=(), description=_ONLY)
@@ -157,7 +191,8 @@ def _with_loras(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     base_id = base.get("id", BUILTIN_PREFIX) if isinstance(base, Mapping) else getattr(base, "id", base)
     if tree.get("loras") or not str(base_id or BUILTIN_PREFIX).startswith(BUILTIN_PREFIX):
         return tree
-    return {**tree, "loras": list(builtin_loras())}
+    image = base_id == BUILTIN_IMAGE_BASE
+    return {**tree, "loras": list(builtin_loras(BUILTIN_IMAGE_BASE) if image else builtin_loras())}
 
 
 def _with_evaluation(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Recipes in and out of YAML: defaults < preset < file < flags < --set.
+"""Recipes in and out of YAML: defaults < the domain's defaults < preset < file < flags < --set.
 
 Contents: load_recipe, dump_recipe, find_recipe.
 """
@@ -16,8 +16,9 @@ from molecli import catalog
 from molecli.errors import UsageError
 from molecli.files.near import suggestion
 from molecli.files.recipe.commands import RECIPES, Recipe
+from molecli.files.recipe.domains import image_base, image_defaults
 from molecli.files.recipe.explain import explain
-from molecli.files.recipe.presets import PRESETS
+from molecli.files.recipe.presets import IMAGE_PRESETS, PRESETS
 from molecli.files.recipe.shorthand import expanded
 from molecli.files.recipe.tree import from_overrides, from_sets, merged, read_yaml
 
@@ -41,10 +42,13 @@ def load_recipe(
         layers.pop()
     spelled = [(where, expanded(layer, changes=where == "--set")) for where, layer in layers]
     explicit = merged({"command": command}, *(layer for _, layer in reversed(spelled)))
-    preset = PRESETS.get(command, {}).get(str(explicit.get("preset")), {})
+    image = image_base(explicit)
+    presets = IMAGE_PRESETS if image is not None else PRESETS
+    preset = presets.get(command, {}).get(str(explicit.get("preset")), {})
+    domain = {"base": {"id": image}, **image_defaults(command, image)} if image is not None else {}
     model = RECIPES[command]
     try:
-        return model.model_validate(merged(preset, explicit))
+        return model.model_validate(merged(domain, preset, explicit))
     except ValidationError as error:
         raise explain(error, model, spelled) from None
 

@@ -1,6 +1,7 @@
 """The sections of a recipe. A field holds its default and its help text; nothing else repeats them.
 
-Contents: BaseConfig, LoraConfig, DataConfig, GateConfig, TrainConfig, LoraTrainConfig, AdapterConfig, EvalConfig.
+Contents: BaseConfig, LoraConfig, DataConfig, GateConfig, TrainConfig, LoraTrainConfig, AdapterConfig,
+ClipConfig, EvalConfig.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
-SUITE_NAMES = ("builtin", "bbh", "nli", "instruction_induction", "jsonl")
+TEXT_SUITES = ("builtin", "bbh", "nli", "instruction_induction", "jsonl")
+IMAGE_SUITES = ("emoji", "dreambooth", "composlora", "pictures")
+SUITE_NAMES = (*TEXT_SUITES, *IMAGE_SUITES)
 
 
 def known_suite(name: str) -> str:
@@ -154,6 +157,15 @@ class AdapterConfig(Section):
     rslora: bool = Field(default=False, description="scale by alpha/sqrt(r) (rsLoRA)")
 
 
+class ClipConfig(Section):
+    """The CLIP that scores or guides; its weights through open_clip."""
+
+    model: str | None = Field(
+        default=None, description="open_clip name, builtin:NAME, hf-hub:ID or a folder; the default fits the base"
+    )
+    pretrained: str | None = Field(default=None, description="open_clip tag or a local file")
+
+
 class EvalConfig(Section):
     """How completions are scored."""
 
@@ -163,5 +175,9 @@ class EvalConfig(Section):
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="longest completion; the suite's own when not given"
     )
-    baselines: bool = Field(default=True, description="score the base, each LoRA alone, linear and nla beside it")
+    baselines: bool = Field(
+        default=True, description="score the base, each LoRA alone and the static mixtures beside it"
+    )
+    images: int = Field(default=4, ge=1, description="images: pictures per prompt, each of its own seed")
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="images: the CLIP of the alignment metrics")
     bootstrap: int = Field(default=1000, ge=0, description="resamples of the paired bootstrap; 0 for no intervals")

@@ -21,3 +21,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+
+# The same for a diffusion base.
+IMAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "compose": {
+        # Source: Wu et al., ICLR 2024, section 4.1 (image settings): CLIP guidance, 400 iterations, batch 2, α 0.5.
+        "paper": {
+            "gate": {"input": "experts", "normalize": "unit", "pool": "mean", "head": "full"},
+            "objective": {"denoise": 0.0, "clip": 1.0, "clip_local": 0.5},
+            "image": {"scheduler": "ddpm", "steps": 50, "guidance": 7.5},
+            "train": {
+                "lr": 1e-5,
+                "steps": 400,
+                "batch_size": 2,
+                "balance": 0.5,
+                "schedule": "constant",
+                "warmup_steps": 0,
+            },
+        },
+    },
+}

@@ -1,0 +1,71 @@
+"""Defaults that a diffusion base replaces: they lie below a preset and above the fields' own.
+
+Contents: IMAGE_DEFAULTS, image_defaults, image_base, is_pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from molecli.catalog import BUILTIN_IMAGE_BASE, BUILTIN_PREFIX, PIPELINE_FILE, builtin_base, is_image_lora
+from molecli.errors import UsageError
+
+# Sections that only a diffusion base reads; a recipe that has one is for such a base.
+_IMAGE_SECTIONS = ("pictures", "image", "objective", "concepts")
+
+IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "train-lora": {
+        "adapter": {"rank": 8, "alpha": 8, "targets": "attention"},
+        "train": {"steps": 500, "batch_size": 2, "lr": 1e-4, "schedule": "constant", "warmup_steps": 0},
+    },
+    "compose": {"train": {"batch_size": 8}, "evaluate": None},
+}
+_BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "train-lora": {"train": {"batch_size": 8, "lr": 1e-3}},
+    "evaluate": {"eval": {"data": {"suite": "emoji"}}},
+}
+
+
+def image_defaults(command: str, base: str) -> dict[str, Any]:
+    """The defaults of `command` on the diffusion base `base`."""
+    from molecli.files.recipe.tree import merged
+
+    small = _BUILTIN_DEFAULTS.get(command, {}) if base == BUILTIN_IMAGE_BASE else {}
+    return merged(IMAGE_DEFAULTS.get(command, {}), small)
+
+
+def image_base(tree: Mapping[str, Any]) -> str | None:
+    """The id of the diffusion base that a recipe's tree is for; None where it is for a language model.
+
+    Told by the base's folder, by a section that only images have, or by an embedded LoRA of the embedded image base.
+    """
+    base = tree.get("base")
+    named = base.get("id") if isinstance(base, Mapping) else base
+    if isinstance(named, str):
+        return named if is_pipeline(named) or any(tree.get(key) for key in _IMAGE_SECTIONS) else None
+    loras = tree.get("loras")
+    sources = [lora.get("source") for lora in loras if isinstance(lora, Mapping)] if isinstance(loras, list) else []
+    return BUILTIN_IMAGE_BASE if any(isinstance(s, str) and is_image_lora(s) for s in sources) else None
+
+
+def is_pipeline(base: str) -> bool:
+    """Whether `base` is a diffusers pipeline on this machine: built in, a folder, or in the hub's cache."""
+    if base.startswith(BUILTIN_PREFIX):
+        try:
+            return (builtin_base(base) / PIPELINE_FILE).is_file()
+        except UsageError:
+            return False
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return (folder / PIPELINE_FILE).is_file()
+    if base.count("/") != 1:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(base, PIPELINE_FILE), str)
+    except HFValidationError:
+        return False

@@ -1,0 +1,120 @@
+"""The sections of a recipe that only a diffusion base reads. A field holds its default and its help text.
+
+Contents: ImageConfig, MethodConfig, ConceptConfig, PicturesConfig, ObjectiveConfig.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from molecli.files.near import suggestion
+from molecli.files.recipe.parts import ClipConfig, Section
+from molecli.files.recipe.shorthand import as_names
+
+SCHEDULER_NAMES = (
+    "ddim",
+    "ddpm",
+    "pndm",
+    "euler",
+    "euler_a",
+    "heun",
+    "lms",
+    "dpmsolver++",
+    "dpmsolver++_karras",
+    "unipc",
+)
+ElementKind = Literal["object", "character", "clothing", "style", "background"]
+
+
+def known_scheduler(name: str) -> str:
+    """`name`, if it is a scheduler. Raises: an error that names the nearest."""
+    if name not in SCHEDULER_NAMES:
+        remedy = suggestion(name, SCHEDULER_NAMES)
+        raise PydanticCustomError("unknown_name", "is no scheduler", {"remedy": remedy})
+    return name
+
+
+Scheduler = Annotated[str, AfterValidator(known_scheduler)]
+
+
+class ImageConfig(Section):
+    """How pictures are denoised."""
+
+    steps: int = Field(default=25, ge=1, description="denoising steps")
+    guidance: float = Field(default=7.5, ge=0.0, allow_inf_nan=False, description="classifier-free guidance scale")
+    scheduler: Scheduler | None = Field(
+        default=None, description="ddim, dpmsolver++, euler, ...; the base's own when not given"
+    )
+    negative_prompt: str = Field(default="", description="what the unconditional half is given instead of nothing")
+    width: int | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
+    height: int | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
+    branches_at_once: int | None = Field(
+        default=None, ge=1, description="composite and its kin: LoRAs in one UNet call; fewer need less memory"
+    )
+
+
+class MethodConfig(Section):
+    """Settings of the methods that act on the denoising steps."""
+
+    scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="factor on every LoRA's weight")
+    tau: int = Field(default=5, ge=1, description="switch: denoising steps between changes of the LoRA")
+    order: Annotated[tuple[str, ...], BeforeValidator(as_names)] = Field(
+        default=(), description="switch: LoRAs in turn; their own order when not given"
+    )
+    base_share: float = Field(default=0.5, ge=0.0, le=1.0, description="loratorio: the base's share of the free half")
+
+
+class ConceptConfig(Section):
+    """What a LoRA adds: its pictures, the prompt they are drawn by, and the words that call it."""
+
+    pictures: str | None = Field(default=None, description="folder of the pictures it was trained on")
+    prompt: str = Field(min_length=1, description="the prompt of its pictures, such as 'a photo of sks dog'")
+    trigger: str | None = Field(default=None, description="the words that call it, such as 'sks dog'")
+    kind: ElementKind = Field(default="object", description="object, character, clothing, style or background")
+
+
+class PicturesConfig(Section):
+    """The pictures that `train-lora` learns one subject or style from."""
+
+    instance_dir: str = Field(min_length=1, description="folder of pictures of the subject")
+    instance_prompt: str | None = Field(
+        default=None, min_length=1, description="prompt with a rare token; prompts.json in the folder has one each"
+    )
+    class_dir: str | None = Field(
+        default=None, description="folder of pictures of the class, for prior preservation; filled up when too few"
+    )
+    class_prompt: str | None = Field(default=None, description="prompt of the class: turns prior preservation on")
+    class_pictures: int = Field(default=50, ge=1, description="pictures of the class to have")
+    prior_weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False, description="weight of the class's loss")
+    resolution: int | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
+    crop: Literal["center", "random"] = Field(default="center", description="what is kept of a picture not square")
+    flip: bool = Field(default=False, description="mirror pictures at random")
+    text_encoder: bool = Field(default=False, description="adapt the text encoder(s) too")
+    gradient_checkpointing: bool = Field(default=False, description="less memory for a slower step")
+    kind: ElementKind = Field(default="object", description="what the LoRA adds, for the methods that ask")
+    trigger: str | None = Field(default=None, description="the words that call it; by default the prompt's own")
+
+
+class ObjectiveConfig(Section):
+    """What the gates of a diffusion model learn from; several terms are added with their weights."""
+
+    denoise: float = Field(
+        default=1.0, ge=0.0, allow_inf_nan=False, description="weight of the diffusion loss on the concepts' pictures"
+    )
+    clip: float = Field(
+        default=0.0, ge=0.0, allow_inf_nan=False, description="weight of the CLIP loss on the decoded prediction"
+    )
+    clip_local: float = Field(
+        default=0.0, ge=0.0, allow_inf_nan=False, description="share of the local (patch) term beside the global one"
+    )
+    clip_steps: int = Field(default=2, ge=1, description="denoising steps between two backward passes of the CLIP loss")
+    collage: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of training pictures that put several concepts' pictures side by side",
+    )
+    guide: ClipConfig = Field(default_factory=ClipConfig, description="the CLIP that guides")
