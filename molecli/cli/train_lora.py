@@ -17,8 +17,25 @@ from molecli.cli.options import (
 )
 from molecli.cli.runs import recipe_file, show_plan, started
 from molecli.cli.single import single
-from molecli.files.recipe import TrainLoraRecipe
+from molecli.files.recipe import PicturesConfig, TrainLoraRecipe
 
+# Pictures are an optional section, whose defaults the help would not show otherwise.
+_DEFAULTS = {name: field.default for name, field in PicturesConfig.model_fields.items()}
+PICTURES = (
+    Flag("--instance-dir", "pictures.instance_dir", "a diffusion base only, like all that follow to --trigger", "DIR"),
+    Flag("--instance-prompt", "pictures.instance_prompt", metavar="TEXT"),
+    Flag("--class-prompt", "pictures.class_prompt", metavar="TEXT"),
+    Flag("--class-dir", "pictures.class_dir", metavar="DIR"),
+    Flag("--class-pictures", "pictures.class_pictures", default=str(_DEFAULTS["class_pictures"])),
+    Flag("--prior-weight", "pictures.prior_weight", default=str(_DEFAULTS["prior_weight"])),
+    Flag("--resolution", "pictures.resolution"),
+    Flag("--crop", "pictures.crop", default=_DEFAULTS["crop"]),
+    Flag("--flip", "pictures.flip"),
+    Flag("--text-encoder", "pictures.text_encoder"),
+    Flag("--gradient-checkpointing", "pictures.gradient_checkpointing"),
+    Flag("--kind", "pictures.kind", default=_DEFAULTS["kind"]),
+    Flag("--trigger", "pictures.trigger", metavar="TEXT"),
+)
 FLAGS = (
     *BASE,
     Flag("--rank", "adapter.rank"),
@@ -26,6 +43,7 @@ FLAGS = (
     Flag("--dropout", "adapter.dropout"),
     Flag("--targets", "adapter.targets"),
     Flag("--rslora", "adapter.rslora"),
+    *PICTURES,
     *DATA,
     *TRAIN,
     *SEED_AND_DEVICE,
@@ -37,9 +55,10 @@ FLAGS = (
 
 @recipe_command("train-lora", target=RECIPE, flags=FLAGS)
 def train_lora(request: Request) -> None:
-    """Train one LoRA on a frozen base.
+    """Train one LoRA on a frozen base: on a suite's tasks, or on a few pictures of one subject.
 
-    Writes a folder that PEFT loads, with recipe.yaml, train_log.jsonl and report.json beside the adapter.
+    Writes a folder that PEFT loads, or for a diffusion base that diffusers loads, with recipe.yaml, train_log.jsonl and
+    report.json beside the adapter; for pictures also concept.json.
     """
     file = recipe_file(request)
     recipe = request.recipe(file)

@@ -37,7 +37,17 @@ def known_scheduler(name: str) -> str:
     return name
 
 
+def multiple_of_8(pixels: int) -> int:
+    """`pixels`, if every pipeline takes it as a side. Raises: an error that names the nearest that it takes."""
+    if pixels % 8:
+        below = pixels // 8 * 8
+        remedy = f"Write {below} or {below + 8}."
+        raise PydanticCustomError("unknown_name", "is not a multiple of 8", {"remedy": remedy})
+    return pixels
+
+
 Scheduler = Annotated[str, AfterValidator(known_scheduler)]
+Side = Annotated[int, AfterValidator(multiple_of_8)]
 
 
 class ImageConfig(Section):
@@ -49,8 +59,8 @@ class ImageConfig(Section):
         default=None, description="ddim, dpmsolver++, euler, ...; the base's own when not given"
     )
     negative_prompt: str = Field(default="", description="what the unconditional half is given instead of nothing")
-    width: int | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
-    height: int | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
+    width: Side | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
+    height: Side | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
     branches_at_once: int | None = Field(
         default=None, ge=1, description="composite and its kin: LoRAs in one UNet call; fewer need less memory"
     )
@@ -81,15 +91,19 @@ class PicturesConfig(Section):
 
     instance_dir: str = Field(min_length=1, description="folder of pictures of the subject")
     instance_prompt: str | None = Field(
-        default=None, min_length=1, description="prompt with a rare token; prompts.json in the folder has one each"
+        default=None,
+        min_length=1,
+        description="prompt with a rare token; not needed for pictures that prompts.json in the folder names",
     )
     class_dir: str | None = Field(
-        default=None, description="folder of pictures of the class, for prior preservation; filled up when too few"
+        default=None,
+        description="folder of pictures of the class, filled up with drawn ones; class_pictures in the output folder "
+        "when not given",
     )
     class_prompt: str | None = Field(default=None, description="prompt of the class: turns prior preservation on")
     class_pictures: int = Field(default=50, ge=1, description="pictures of the class to have")
     prior_weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False, description="weight of the class's loss")
-    resolution: int | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
+    resolution: Side | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
     crop: Literal["center", "random"] = Field(default="center", description="what is kept of a picture not square")
     flip: bool = Field(default=False, description="mirror pictures at random")
     text_encoder: bool = Field(default=False, description="adapt the text encoder(s) too")

@@ -152,7 +152,8 @@ class AdapterConfig(Section):
     alpha: float = Field(default=16, gt=0.0, allow_inf_nan=False, description="alpha; the update is scaled by alpha/r")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
     targets: str | tuple[str, ...] = Field(
-        default="all-linear", description="all-linear, a list of module names, or a regex"
+        default="all-linear",
+        description="all-linear, a list of module names, or a regex; of a diffusion base also attention, conv",
     )
     rslora: bool = Field(default=False, description="scale by alpha/sqrt(r) (rsLoRA)")
 
