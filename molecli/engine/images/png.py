@@ -1,0 +1,90 @@
+"""A drawn picture as a PNG file that says how it was made: one text entry a fact, and the line that A1111 writes.
+
+Contents: PictureFacts, texts, parameters_line, write_png.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from molecli import __version__
+from molecli.files.atomic import write_bytes
+
+# A value with one of these would end early where A1111's line is read back, unless it is quoted.
+_QUOTED = re.compile(r"[,:\n\"]")
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """How one picture was made; `loras` are weights by name, of a learned method the weights its gates started from."""
+
+    prompt: str
+    seed: int
+    method: str
+    steps: int
+    guidance: float
+    scheduler: str
+    base: str
+    negative_prompt: str = ""
+    loras: Mapping[str, float] = field(default_factory=dict)
+
+
+def texts(facts: PictureFacts, size: tuple[int, int]) -> dict[str, str]:
+    """The PNG's text entries for a picture of (width, height) pixels."""
+    return {
+        "parameters": parameters_line(facts, size),
+        "prompt": facts.prompt,
+        "negative_prompt": facts.negative_prompt,
+        "seed": str(facts.seed),
+        "method": facts.method,
+        "loras": _lora_list(facts),
+        "steps": str(facts.steps),
+        "guidance": f"{facts.guidance:g}",
+        "scheduler": facts.scheduler,
+        "base": facts.base,
+        "mole_version": __version__,
+    }
+
+
+def parameters_line(facts: PictureFacts, size: tuple[int, int]) -> str:
+    """The entry that picture viewers know from A1111: prompt, negative prompt, then `Key: value` pairs on one line."""
+    values = {
+        "Steps": str(facts.steps),
+        "Sampler": facts.scheduler,
+        "CFG scale": f"{facts.guidance:g}",
+        "Seed": str(facts.seed),
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": facts.base,
+        "Method": facts.method,
+        "LoRAs": _lora_list(facts),
+        "Version": f"mole {__version__}",
+    }
+    pairs = ", ".join(f"{key}: {_quoted(value)}" for key, value in values.items() if value)
+    negative = [f"Negative prompt: {facts.negative_prompt}"] if facts.negative_prompt else []
+    return "\n".join([facts.prompt, *negative, pairs])
+
+
+def write_png(path: str | Path, picture: Image.Image, facts: PictureFacts) -> Path:
+    """The path, now holding the picture and its facts; a reader never sees half of it. Raises: RunError."""
+    info, stream = PngInfo(), BytesIO()
+    for key, value in texts(facts, picture.size).items():
+        # Bytes of a command line that are no UTF-8 arrive as lone surrogates, which PNG cannot hold.
+        info.add_text(key, value.encode("utf-8", "replace").decode("utf-8"))
+    picture.save(stream, format="PNG", pnginfo=info)
+    return write_bytes(path, stream.getvalue())
+
+
+def _lora_list(facts: PictureFacts) -> str:
+    return ", ".join(f"{name}: {weight:g}" for name, weight in facts.loras.items())
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if _QUOTED.search(value) else value
