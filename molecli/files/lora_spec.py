@@ -14,7 +14,10 @@ from molecli.errors import UsageError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
+# Any of these makes a folder a LoRA: PEFT's file, diffusers', another trainer's, or PEFT's by component (unet/…).
+_MARKERS = (CONFIG_FILE, "*.safetensors", f"*/{WEIGHTS_FILE}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _WEIGHTED = re.compile(r"(?P<source>.+)@(?P<weight>[^@/\\]*)")
 
@@ -69,7 +72,7 @@ def parse_loras(texts: Iterable[str]) -> tuple[LoraSpec, ...]:
 def builtin_meant(source: str) -> tuple[str, Path] | None:
     """(real name, folder) of the built-in LoRA that `source` names; None where a LoRA of one's own lies there."""
     path = Path(source).expanduser()
-    own = path.is_file() or any((path / marker).is_file() for marker in (CONFIG_FILE, WEIGHTS_FILE))
+    own = path.is_file() or any(next(path.glob(marker), None) for marker in _MARKERS)
     return None if own else builtin_lora(source)
 
 

@@ -1,16 +1,22 @@
-"""Trained LoRAs in files: PEFT folders and single .safetensors, read into experts and written back.
+"""Trained LoRAs in files: PEFT's, diffusers' and kohya's layouts, read into experts and written back.
 
-`spec` names them, `source` finds them, `settings` holds what scales them, `info` describes them without their
-tensors, `coverage` compares them with a base, `read` and `write` move the factors.
+`lora_spec` names them and `source` finds them. `keys` knows the layouts' tensor names, `settings` and `metadata` what
+scales them; `info` describes a LoRA without its factors. `place` gives it a base's names (`blocks`: the names of the
+original Stable Diffusion code), `coverage` and `architecture` compare it with the base. `read` and the three `write`
+modules move the factors.
 """
 
 from __future__ import annotations
 
 from molecli.files.adapters.coverage import Coverage, check_coverage, coverage
 from molecli.files.adapters.info import AdapterInfo, read_info
+from molecli.files.adapters.place import place
 from molecli.files.adapters.read import read_expert
 from molecli.files.adapters.source import resolve_source
+from molecli.files.adapters.weights import Shape
 from molecli.files.adapters.write import write_peft
+from molecli.files.adapters.write_diffusers import write_diffusers
+from molecli.files.adapters.write_kohya import write_kohya
 from molecli.files.lora_spec import LoraLike, LoraSpec, check_distinct, parse_lora, parse_loras
 
 __all__ = [
@@ -18,13 +24,17 @@ __all__ = [
     "Coverage",
     "LoraLike",
     "LoraSpec",
+    "Shape",
     "check_coverage",
     "check_distinct",
     "coverage",
     "parse_lora",
     "parse_loras",
+    "place",
     "read_expert",
     "read_info",
     "resolve_source",
+    "write_diffusers",
+    "write_kohya",
     "write_peft",
 ]

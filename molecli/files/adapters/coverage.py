@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from molecli.errors import MismatchError
+from molecli.files.adapters.architecture import foreign_architecture
 from molecli.files.adapters.info import AdapterInfo
-
-Shape = tuple[int, int]
+from molecli.files.adapters.keys import component_of
+from molecli.files.adapters.place import place
+from molecli.files.adapters.weights import Shape
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Matrix names: those that fit the base, those it does not have, those it has in another shape (LoRA's, base's)."""
+    """Matrix names: those that fit the base, those it does not have, those it has in another shape (LoRA's, base's).
 
+    `info` is the LoRA under the base's names: what `matched` names is to be looked up there.
+    """
+
+    info: AdapterInfo
     matched: tuple[str, ...]
     unmatched: tuple[str, ...]
     wrong_shape: dict[str, tuple[Shape, Shape]]
 
+    @property
+    def components(self) -> dict[str, tuple[int, int]]:
+        """component of a pipeline -> (matrices that fit, matrices in the LoRA); "" is a language model's."""
+        total = Counter(map(component_of, self.info.adapted))
+        matched = Counter(map(component_of, self.matched))
+        return {component: (matched[component], count) for component, count in total.items()}
+
 
 def coverage(info: AdapterInfo, matrices: Mapping[str, Shape]) -> Coverage:
-    """How the LoRA `info` covers a base whose adaptable matrices are `matrices`: name -> (d_out, d_in)."""
+    """How the LoRA `info` covers a base whose adaptable matrices are `matrices`: name -> shape.
+
+    Raises: MismatchError as `place` does.
+    """
+    info = place(info, matrices)
     known = {name: shape for name, shape in info.matrices.items() if name in matrices}
     return Coverage(
+        info=info,
         matched=tuple(name for name, shape in known.items() if shape == tuple(matrices[name])),
         unmatched=tuple(name for name in info.matrices if name not in matrices),
-        wrong_shape={n: (shape, matrices[n]) for n, shape in known.items() if shape != tuple(matrices[n])},
+        wrong_shape={n: (shape, tuple(matrices[n])) for n, shape in known.items() if shape != tuple(matrices[n])},
     )
 
 
@@ -36,7 +55,10 @@ def check_coverage(info: AdapterInfo, matrices: Mapping[str, Shape], *, allow_pa
     `allow_partial` forgives missing matrices, never a wrong shape and never none at all.
     """
     found = coverage(info, matrices)
-    total = len(info.matrices)
+    total = len(info.adapted)
+    foreign = foreign_architecture(found.info.matrices, matrices)
+    if foreign is not None:
+        raise MismatchError(info.where, foreign, _remedy(info))
     if found.wrong_shape:
         name, (there, here) = next(iter(found.wrong_shape.items()))
         what = f"made for another base: {name!r} is {_times(there)} in the LoRA and {_times(here)} in this base"
@@ -51,7 +73,7 @@ def check_coverage(info: AdapterInfo, matrices: Mapping[str, Shape], *, allow_pa
 
 
 def _times(shape: Shape) -> str:
-    return f"{shape[0]}x{shape[1]}"
+    return "x".join(map(str, shape))
 
 
 def _remedy(info: AdapterInfo) -> str:

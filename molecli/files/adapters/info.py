@@ -1,29 +1,40 @@
-"""A LoRA described from its configuration and its file's header: no tensor is read."""
+"""A LoRA described from its configuration and its files' headers: no factor is read."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from molecli.errors import MismatchError, UsageError
-from molecli.files.adapters.settings import LoraSettings, parse_config, read_config
-from molecli.files.adapters.source import canonical_source, resolve_source, weights_file
-from molecli.files.adapters.weights import Keys, factor_keys, factor_shapes, metadata_of, opened_lora, sha256_of
-from molecli.files.lora_spec import CONFIG_FILE, LoraLike
+from molecli.files.adapters.keys import Keys, factor_keys, is_bare
+from molecli.files.adapters.metadata import Configured, configured
+from molecli.files.adapters.settings import LoraSettings
+from molecli.files.adapters.source import canonical_source, resolve_source, weights_files
+from molecli.files.adapters.weights import Shape, alpha_in, factor_shape, metadata_of, opened_lora, sha256_of
+from molecli.files.lora_spec import CONFIG_FILE, DIFFUSERS_FILE, LoraLike
 
-# Metadata keys under which a single file may carry PEFT's configuration as JSON; the first is diffusers'.
-_CONFIG_KEYS = ("lora_adapter_metadata", "adapter_config", "peft_config", "config")
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted matrix: its shape as the factors have it, what scales it, and where its factors are."""
+
+    shape: Shape
+    rank: int
+    alpha: float
+    scaling: float
+    keys: Keys
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One LoRA without its tensors.
+    """One LoRA without its tensors; `adapted` is by matrix name.
 
-    `rank` and `alpha` are the configured ones; `ranks`, `alphas`, `scalings` and `matrices` ((d_out, d_in)) are by
-    matrix name; `keys` are the tensors' names in the file at `path`.
+    `rank` and `alpha` are the configured ones, else the commonest. The names are the file's own (kohya's keep their
+    underscores, bare ones their missing component) until `place` gives them those of a base. `path` is the file, or
+    the folder whose subfolders hold one per component.
     """
 
     name: str
@@ -32,17 +43,29 @@ class AdapterInfo:
     sha256: str
     rank: int
     alpha: float
-    ranks: dict[str, int]
-    alphas: dict[str, float]
-    scalings: dict[str, float]
-    matrices: dict[str, tuple[int, int]]
+    adapted: dict[str, Adapted]
     base_model: str | None
-    keys: dict[str, Keys]
 
     @property
     def where(self) -> str:
         """How messages name it."""
         return f"{self.name} ({self.path})"
+
+    @property
+    def matrices(self) -> dict[str, Shape]:
+        return {name: matrix.shape for name, matrix in self.adapted.items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: matrix.rank for name, matrix in self.adapted.items()}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        return {name: matrix.alpha for name, matrix in self.adapted.items()}
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        return {name: matrix.scaling for name, matrix in self.adapted.items()}
 
 
 def read_info(spec: LoraLike) -> AdapterInfo:
@@ -50,79 +73,72 @@ def read_info(spec: LoraLike) -> AdapterInfo:
 
     Raises: UsageError (missing, a pickle, a kind that is not read), MismatchError (damaged or contradictory).
     """
-    path = weights_file(resolve_source(spec))
-    where = f"{spec.name} ({path})"
-    with opened_lora(path) as file:
-        # The configuration first: it names an unsupported kind better than the tensors' keys do.
-        settings = _settings(where, path, metadata_of(file))
-        keys = factor_keys(where, list(file.keys()))
-        shapes = {m: (file.get_slice(k.A).get_shape(), file.get_slice(k.B).get_shape()) for m, k in keys.items()}
-        stored = {m: float(file.get_tensor(k.alpha)) for m, k in keys.items() if k.alpha is not None}
-    sizes = {matrix: factor_shapes(where, matrix, a, b) for matrix, (a, b) in shapes.items()}
-    ranks = {matrix: rank for matrix, (rank, _, _) in sizes.items()}
-    if settings is None:
-        settings = _from_alphas(where, path, stored, ranks)
-    else:
-        _check_ranks(where, settings, ranks)
-    # An alpha stored beside the factors is the one they were trained with.
-    alphas = {matrix: stored.get(matrix, settings.alpha_of(matrix)) for matrix in ranks}
+    source = resolve_source(spec)
+    files = weights_files(source)
+    adapted: dict[str, Adapted] = {}
+    settings: list[LoraSettings] = []
+    bases: list[str | None] = []
+    for component, path in files.items():
+        found, said, base_model = _read_file(f"{spec.name} ({path})", path)
+        adapted |= {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
+        settings += said.by_component.values()
+        bases.append(base_model)
+    paths = list(files.values())
     return AdapterInfo(
         name=spec.name,
         source=canonical_source(spec),
-        path=path,
-        sha256=sha256_of(path),
-        rank=settings.rank,
-        alpha=settings.alpha,
-        ranks=ranks,
-        alphas=alphas,
-        scalings={matrix: settings.scaling(alphas[matrix], rank) for matrix, rank in ranks.items()},
-        matrices={matrix: (d_out, d_in) for matrix, (_, d_out, d_in) in sizes.items()},
-        base_model=settings.base_model,
-        keys=keys,
+        path=paths[0] if len(paths) == 1 else source,
+        sha256=sha256_of(paths),
+        rank=settings[0].rank if settings else _commonest(m.rank for m in adapted.values()),
+        alpha=settings[0].alpha if settings else _commonest(m.alpha for m in adapted.values()),
+        adapted=adapted,
+        base_model=next(filter(None, bases), None),
     )
 
 
-def _settings(where: str, path: Path, metadata: Mapping[str, str]) -> LoraSettings | None:
-    """From adapter_config.json beside the file, else from its metadata, else None."""
-    beside = path.parent / CONFIG_FILE
-    if beside.exists():
-        return parse_config(where, read_config(beside))
-    for key in _CONFIG_KEYS:
-        config = _json_mapping(metadata.get(key, ""))
-        if config is not None and ("r" in config or "lora_alpha" in config):
-            return parse_config(where, config)
-    return None
+def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, str | None]:
+    """(matrices by the file's names, the configuration found, the base it names) of one file."""
+    with opened_lora(path) as file:
+        names, metadata = list(file.keys()), metadata_of(file)
+        # The configuration first: it names an unsupported kind better than the tensors' keys do. An adapter_config.json
+        # is PEFT's: it says nothing of another layout's file that happens to lie beside it.
+        said = configured(where, path, metadata, beside=all(map(is_bare, names)))
+        keys = factor_keys(where, path, names)
+        shapes = {m: (file.get_slice(k.A).get_shape(), file.get_slice(k.B).get_shape()) for m, k in keys.items()}
+        stored = {m: alpha_in(where, m, file.get_tensor(k.alpha)) for m, k in keys.items() if k.alpha is not None}
+    sizes = {module: factor_shape(where, module, keys[module], a, b) for module, (a, b) in shapes.items()}
+    ranks = {module: rank for module, (rank, _) in sizes.items()}
+    _check_alphas(where, path, keys, ranks, stored, said)
+    adapted = {}
+    for module, (rank, shape) in sizes.items():
+        settings, local = said.of(module)
+        if settings is not None and settings.rank_of(local) != rank:
+            what = f"{module!r} has rank {rank}, but {said.origin} says {settings.rank_of(local)}"
+            raise MismatchError(where, what, said.remedy)
+        # An alpha stored beside the factors is the one they were trained with.
+        alpha = stored.get(module, settings.alpha_of(local) if settings else float(rank))
+        scaling = settings.scaling(alpha, rank) if settings else alpha / rank
+        adapted[module] = Adapted(shape, rank, alpha, scaling, keys[module])
+    return adapted, said, said.base_model
 
 
-def _json_mapping(text: str) -> dict[str, Any] | None:
-    """The JSON object in `text`, a prefix common to all its keys ("transformer.") removed; None if it is none."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(value, dict):
-        return None
-    prefixes = {key.partition(".")[0] for key in value}
-    if len(prefixes) == 1 and all("." in key for key in value):
-        return {key.partition(".")[2]: entry for key, entry in value.items()}
-    return value
-
-
-def _from_alphas(where: str, path: Path, stored: Mapping[str, float], ranks: Mapping[str, int]) -> LoraSettings:
-    """Settings from the alphas beside the factors. Raises: UsageError when there are none: alpha is never guessed."""
-    missing = next((matrix for matrix in ranks if matrix not in stored), None)
-    if missing is not None:
+def _check_alphas(
+    where: str,
+    path: Path,
+    keys: Mapping[str, Keys],
+    ranks: Mapping[str, int],
+    stored: Mapping[str, float],
+    said: Configured,
+) -> None:
+    """Nothing, when every alpha is told or implied by the layout. Raises: UsageError: alpha is never guessed."""
+    if path.name == DIFFUSERS_FILE:  # in this file a missing alpha means the rank, whatever the keys look like
+        return
+    if any(m not in stored and not k.implied and said.of(m)[0] is None for m, k in keys.items()):
         rank = max(ranks.values())
         example = f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": ALPHA}}'
         remedy = f"Put {CONFIG_FILE} into {path.parent} with {example}."
         raise UsageError(where, f"does not say its alpha (rank {rank})", remedy)
-    first = next(iter(ranks))
-    return LoraSettings(rank=max(ranks.values()), alpha=stored[first])
 
 
-def _check_ranks(where: str, settings: LoraSettings, ranks: Mapping[str, int]) -> None:
-    for matrix, rank in ranks.items():
-        configured = settings.rank_of(matrix)
-        if configured != rank:
-            what = f"{matrix!r} has rank {rank}, but {CONFIG_FILE} says {configured}"
-            raise MismatchError(where, what, "Its two files belong to different LoRAs, or rank_pattern is missing.")
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]

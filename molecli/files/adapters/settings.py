@@ -130,9 +130,11 @@ def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, An
 def _matched(pattern: Mapping[str, Any], matrix: str, default: float) -> Any:
     """PEFT's rule: the first key that matches the end of the name, from its start or after a dot.
 
+    CLIP's modules lie under "text_model." in some releases of transformers and not in others: either name will do.
     Source: peft.utils.other.get_pattern_key.
     """
-    for expression, number in pattern.items():
-        if re.match(rf"(.*\.)?({expression})$", matrix):
-            return number
+    for name in dict.fromkeys((matrix, matrix.removeprefix("text_model."))):
+        for expression, number in pattern.items():
+            if re.match(rf"(.*\.)?({expression})$", name):
+                return number
     return default

@@ -1,43 +1,24 @@
-"""The tensors of a LoRA file: opened safely, sorted into factors by the matrix that they adapt."""
+"""The file of a LoRA: opened safely, hashed, its shapes checked."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from molecli.errors import MismatchError
-from molecli.files.adapters.settings import unsupported
+from molecli.files.adapters.keys import AGAIN, Keys
 from molecli.files.tensor_file import opened
 
-PEFT_PREFIX = "base_model.model."
-AGAIN = "Download or export it again."
+# Of a matrix: (d_out, d_in), or (c_out, c_in, k_h, k_w) for a convolution.
+Shape = tuple[int, ...]
+
 _CHUNK_BYTES = 1 << 20
-# A part of a key -> the kind of adapter that holds it
-_FOREIGN = {
-    "lora_magnitude_vector": "DoRA",
-    "dora_scale": "DoRA",
-    "lora_embedding_": "LoRA on an embedding (lora_embedding_A)",
-    "modules_to_save": "LoRA with modules_to_save",
-    "hada_w": "LoHa",
-    "lokr_w": "LoKr",
-    "lora_unet_": "the kohya/A1111 layout (lora_unet_*)",
-    "lora_te": "the kohya/A1111 layout (lora_te*)",
-    ".lora.down.": "the diffusers layout (lora.down)",
-    ".lora_down.": "the kohya/A1111 layout (lora_down)",
-}
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys of one matrix in the file; `alpha` is that of its scalar, if it has one."""
-
-    A: str
-    B: str
-    alpha: str | None = None
 
 
 def opened_lora(path: Path) -> AbstractContextManager[Any]:
@@ -45,8 +26,13 @@ def opened_lora(path: Path) -> AbstractContextManager[Any]:
     return opened(path, remedy=AGAIN)
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of the file's bytes, in hex."""
+def sha256_of(paths: Sequence[Path]) -> str:
+    """The SHA-256 of a file's bytes, in hex; of several files, that of their hashes in order."""
+    hashes = [_file_hash(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -54,55 +40,30 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def factor_keys(where: str, names: Iterable[str]) -> dict[str, Keys]:
-    """matrix name -> its keys, in the file's order.
+def factor_shape(where: str, module: str, keys: Keys, a: list[int], b: list[int]) -> tuple[int, Shape]:
+    """(rank, shape of the matrix) from the shapes of the factors; see `Shape`.
 
-    Raises: UsageError naming a kind of adapter that is not read; MismatchError when half of a pair is missing.
+    A is [r, d_in] or [r, c_in, k_h, k_w], B [d_out, r], for a convolution mostly stored as [d_out, r, 1, 1].
+    Raises: MismatchError if they do not fit each other.
     """
-    names = list(names)
-    for part, kind in _FOREIGN.items():
-        if any(part in name for name in names):
-            raise unsupported(where, kind)
-    found: dict[str, dict[str, str]] = {}
-    for name in names:
-        matrix, part = _split(where, name)
-        found.setdefault(matrix, {})[part] = name
-    for matrix, parts in found.items():
-        for part in ("A", "B"):
-            if part not in parts:
-                raise MismatchError(where, f"lora_{part} of {matrix!r} is missing", AGAIN)
-    if not found:
-        raise MismatchError(where, "holds no LoRA", "Name a LoRA that was trained and saved.")
-    return {matrix: Keys(parts["A"], parts["B"], parts.get("alpha")) for matrix, parts in found.items()}
+    fit = len(a) in (2, 4) and len(b) in (2, 4) and a[0] == b[1] and set(b[2:]) <= {1}
+    if not fit or 0 in (*a, *b):
+        down, up = keys.pair
+        raise MismatchError(where, f"{down} {a} and {up} {b} of {module!r} do not multiply", AGAIN)
+    return a[0], (b[0], *a[1:])
 
 
-def factor_shapes(where: str, matrix: str, a: list[int], b: list[int]) -> tuple[int, int, int]:
-    """(rank, d_out, d_in) from the shapes of A [r, d_in] and B [d_out, r]. Raises: MismatchError if they do not fit."""
-    if len(a) == 4 or len(b) == 4:
-        raise unsupported(where, f"LoRA on a convolution ({matrix})")
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
-        what = f"lora_A {a} and lora_B {b} of {matrix!r} do not multiply"
+def alpha_in(where: str, module: str, tensor: Tensor) -> float:
+    """The alpha stored beside the factors of `module`. Raises: MismatchError unless it is one finite number."""
+    if tensor.numel() != 1:
+        what = f"alpha of {module!r} has the shape {list(tensor.shape)}, where one number belongs"
         raise MismatchError(where, what, AGAIN)
-    return a[0], b[0], a[1]
+    alpha = float(tensor)
+    if not math.isfinite(alpha):
+        raise MismatchError(where, f"alpha of {module!r} is {alpha}", AGAIN)
+    return alpha
 
 
 def metadata_of(file: Any) -> Mapping[str, str]:
     """The string metadata of an opened file, empty when it has none."""
     return file.metadata() or {}
-
-
-def _split(where: str, key: str) -> tuple[str, str]:
-    """(matrix, "A", "B" or "alpha") of one key. Raises: UsageError for a key of another kind of adapter."""
-    bare = key.removeprefix(PEFT_PREFIX)
-    matrix, dot, last = bare.rpartition(".")
-    if dot and last == "alpha":
-        return matrix, last
-    for part in ("A", "B"):
-        # "lora_A.weight" as saved, "lora_A.NAME.weight" in a raw state dict.
-        matrix, found, rest = bare.partition(f".lora_{part}.")
-        if found and rest.endswith("bias"):
-            raise unsupported(where, "LoRA with bias")
-        if found and (rest == "weight" or rest.endswith(".weight")):
-            return matrix, part
-    kind = "LoRA with bias" if key.endswith("bias") else f"a LoRA that also holds {key!r}"
-    raise unsupported(where, kind)

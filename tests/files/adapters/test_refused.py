@@ -301,8 +301,7 @@ def test_an_initialisation_that_changes_the_base(adapter: Path, configure: Any, 
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("lora_unet_mid_block.lora_down.weight", "the kohya/A1111 layout (lora_unet_*)"),
-        ("unet.mid_block.lora.down.weight", "the diffusers layout (lora.down)"),
+        ("diffusion_model.mid_block.weight", "a LoRA that also holds 'diffusion_model.mid_block.weight'"),
         ("base_model.model.q.weight", "a LoRA that also holds 'base_model.model.q.weight'"),
     ],
 )
@@ -311,10 +310,12 @@ def test_a_foreign_key(key: str, name: str, adapter: Path, rewrite: Any, explain
     explained(info_of(adapter), 2, f"{where(adapter)}: {name} is not supported. {PLAIN}")
 
 
-def test_a_lora_on_a_convolution(adapter: Path, rewrite: Any, explained: Any) -> None:
-    keys = [f"base_model.model.conv.lora_{part}.weight" for part in "AB"]
-    rewrite(adapter, lambda tensors: dict(zip(keys, [torch.ones(4, 2, 3, 3), torch.ones(8, 4, 1, 1)], strict=True)))
-    explained(info_of(adapter), 2, f"{where(adapter)}: LoRA on a convolution (conv) is not supported. {PLAIN}")
+def test_a_convolution_in_a_language_model(adapter: Path, matrices: Any, rewrite: Any, explained: Any) -> None:
+    keys = [f"base_model.model.{FIRST}.lora_{part}.weight" for part in "AB"]
+    factors = torch.ones(4, 32, 3, 3), torch.ones(32, 4, 1, 1)
+    rewrite(adapter, lambda tensors: {**tensors, **dict(zip(keys, factors, strict=True))})
+    message = f"{where(adapter)}: made for another base: {FIRST!r} is 32x32x3x3 in the LoRA and 32x32 in this base. "
+    explained(expert_of(adapter, matrices), 3, message + "Name the base it was trained on with --base.")
 
 
 # Another base
