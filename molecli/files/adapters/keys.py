@@ -45,7 +45,7 @@ _FOREIGN = {
     "hada_t": "LoHa",
     "lokr_": "LoKr",
     "lora_mid.": "LoRA with a Tucker core (lora_mid)",
-    "oft_": "OFT",
+    ".oft_": "OFT",
     "bundle_emb.": "LoRA with textual inversions (bundle_emb)",
 }
 
