@@ -40,8 +40,8 @@ def kohya_file(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_of_a_pipeline(family: str, pipeline_of: Any, matrices_in: Any, tmp_path: Path) -> None:
-    # Ranks differ, and alpha does where LoCon's convolutions have their own. Where an attention's or a text
-    # encoder's alpha is not the commonest one, diffusers 0.42 drops it, and add_embedding under diffusers' own name altogether:
+    # Ranks differ, and alpha does where LoCon's convolutions have their own. Where the alpha of an attention or of a
+    # text encoder is not the commonest one, diffusers 0.42 drops it, and add_embedding under its own name altogether:
     # test_every_alpha_is_that_of_its_matrix compares with the definition.
     names = [name for name in matrices_in(family) if "add_embedding" not in name]
     factors = random_factors(
