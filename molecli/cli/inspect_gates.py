@@ -55,13 +55,12 @@ def inspect_gates(request: Request) -> None:
 
 
 def _inspect(recipe: EvaluateRecipe, request: Request, *, save: bool) -> None:
-    from molecli.engine.heatmap import heatmap_png
-    from molecli.engine.inspect import as_csv, report_lines, run_inspect
+    from molecli.engine.inspect import run_inspect
 
     report = run_inspect(recipe, progress=request.console.progress, save=save)
     if request.switches["png"]:
-        heatmap_png(report, request.switches["png"])
-    text = as_csv(report) if request.switches["csv"] else "\n".join(report_lines(report)) + "\n"
+        report.draw(request.switches["png"])
+    text = report.csv() if request.switches["csv"] else "\n".join(report.lines()) + "\n"
     request.console.result(report.document(), lambda: print(text, end=""))
 
 

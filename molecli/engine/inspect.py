@@ -84,6 +84,20 @@ class GateReport:
         summary = {"max_entropy": self.max_entropy, "mean_entropy": self.mean_entropy, "dead": list(self.dead)}
         return {**asdict(self), **summary, "by_task": {task: self.by_expert(task) for task in self.weights}}
 
+    def lines(self) -> list[str]:
+        """The report as text."""
+        return report_lines(self)
+
+    def csv(self) -> str:
+        """The report as CSV."""
+        return as_csv(self)
+
+    def draw(self, path: str | Path) -> Path:
+        """The path of a picture of the report."""
+        from molecli.engine.heatmap import heatmap_png
+
+        return heatmap_png(self, path)
+
 
 def run_inspect(recipe: EvaluateRecipe, *, progress: Progress | None = None, save: bool = False) -> GateReport:
     """The report on the one composition of `recipe`; with `save` also gates.json, .csv, .png and entropy.png.
@@ -152,7 +166,7 @@ def summarise(
         tasks=tuple(values),
         examples={task: len(gates[sites[0]]) for task, gates in named.items()},
         weights={task: tuple(tuple(gates[s].mean(0).tolist()) for s in sites) for task, gates in named.items()},
-        entropy={task: tuple(float(_entropy(gates[s]).mean()) for s in sites) for task, gates in named.items()},
+        entropy={task: tuple(float(entropies(gates[s]).mean()) for s in sites) for task, gates in named.items()},
         course=tuple(course),
     )
 
@@ -165,11 +179,11 @@ def entropy_course(composition: str) -> list[tuple[int, float]]:
 
 def write_report(report: GateReport, folder: Path) -> None:
     """Writes gates.json, gates.csv and gates.png, and entropy.png where the training was logged."""
-    from molecli.engine.heatmap import entropy_png, heatmap_png
+    from molecli.engine.heatmap import entropy_png
 
     write_text(folder / "gates.json", json.dumps(report.document(), indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / "gates.csv", as_csv(report))
-    heatmap_png(report, folder / "gates.png")
+    write_text(folder / "gates.csv", report.csv())
+    report.draw(folder / "gates.png")
     if report.course:
         entropy_png(report, folder / "entropy.png")
 
@@ -191,7 +205,12 @@ def report_lines(report: GateReport) -> list[str]:
     head = [*report.experts, "entropy"]
     sites = [[*w, h] for w, h in zip(report.weights[ALL], report.entropy[ALL], strict=True)]
     tasks = [[*report.by_expert(task), sum(report.entropy[task]) / len(report.sites)] for task in report.weights]
-    lines = [*_table("site", head, report.sites, sites), "", *_table("task", head, tuple(report.weights), tasks), ""]
+    lines = [
+        *table_lines("site", head, report.sites, sites),
+        "",
+        *table_lines("task", head, tuple(report.weights), tasks),
+        "",
+    ]
     lines.append(f"mean entropy {report.mean_entropy:.2f} of at most {report.max_entropy:.2f}")
     if report.course:
         (first, before), (last, after) = report.course[0], report.course[-1]
@@ -200,7 +219,8 @@ def report_lines(report: GateReport) -> list[str]:
     return lines
 
 
-def _table(corner: str, head: Sequence[str], labels: Sequence[str], rows: Sequence[Sequence[float]]) -> list[str]:
+def table_lines(corner: str, head: Sequence[str], labels: Sequence[str], rows: Sequence[Sequence[float]]) -> list[str]:
+    """A table of numbers as lines of text."""
     first = max(len(corner), *map(len, labels))
     widths = [max(len(name), 5) for name in head]
     lines = [f"{corner:{first}}  " + "  ".join(f"{name:>{w}}" for name, w in zip(head, widths, strict=True))]
@@ -209,6 +229,6 @@ def _table(corner: str, head: Sequence[str], labels: Sequence[str], rows: Sequen
     return lines
 
 
-def _entropy(gates: Tensor) -> Tensor:
-    """Entropy in nats of each row of [examples, N]; a weight of 0 adds nothing."""
+def entropies(gates: Tensor) -> Tensor:
+    """Entropy in nats of each row of [..., N]; a weight of 0 adds nothing."""
     return -torch.special.xlogy(gates, gates).sum(-1)
