@@ -2,7 +2,8 @@
 
 Axis legend, used in every shape annotation of the package:
   B batch, T tokens, N experts, r rank of one expert, R = sum of the ranks at one matrix,
-  d_in / d_out width of an adapted matrix, d any feature width.
+  d_in / d_out width of an adapted matrix, d any feature width;
+  in images C channels, H and W the sides of a map, P = H*W its positions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from molecli.errors import UsageError
 
 @dataclass(frozen=True)
 class LowRank:
-    """One LoRA at one matrix: `delta = scaling * B @ A`; A is [r, d_in], B is [d_out, r]."""
+    """One LoRA at one matrix: `delta = scaling * B @ A`; A is [r, d_in], B is [d_out, r].
+
+    At a convolution A is [r, c_in, k_h, k_w] and B, a 1x1 convolution, is [c_out, r].
+    """
 
     A: Tensor
     B: Tensor
@@ -29,8 +33,9 @@ class LowRank:
         return self.A.shape[0]
 
     def delta(self) -> Tensor:
-        """The dense update, [d_out, d_in]. For references and merging; the engine never builds it."""
-        return self.scaling * (self.B @ self.A)
+        """The dense update, [d_out, d_in] or [c_out, c_in, k_h, k_w]. For references and merging; the engine never
+        builds it."""
+        return self.scaling * (self.B @ self.A.flatten(1)).view(-1, *self.A.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Expert:
 class Stacked:
     """All experts at one matrix, concatenated along rank; scalings are folded into B.
 
-    A: [R, d_in]; B: [d_out, R]; owner: [R], the index of the expert that each rank belongs to.
+    A: [R, d_in] or [R, c_in, k_h, k_w]; B: [d_out, R]; owner: [R], the index of the expert that each rank belongs to.
     """
 
     A: Tensor
@@ -89,7 +94,7 @@ class ExpertBank:
         return tuple(i for i, expert in enumerate(self.experts) if matrix in expert.factors)
 
     def width(self, matrix: str) -> int:
-        """d_in of `matrix`, read off the factors."""
+        """d_in (c_in) of `matrix`, read off the factors."""
         return self.experts[self.present(matrix)[0]].factors[matrix].A.shape[1]
 
     def owner(self, matrix: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -10,10 +10,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Family = Literal["seq2seq", "causal"]
+Family = Literal["seq2seq", "causal", "diffusion"]
 Split = Literal["train", "test"]
 Granularity = Literal["network", "block", "layer", "matrix"]
-Stream = Literal["encoder", "decoder", "memory"]
+# Token axes. Language models: the encoder's tokens, the decoder's (all of a causal model), and the encoder's as keys
+# and values of cross-attention. Diffusion: a UNet's positions, a text encoder's tokens and the keys and values made of
+# them, and the embedding of the denoising time, one vector a picture.
+Stream = Literal["encoder", "decoder", "memory", "spatial", "text", "time"]
+# (d_out, d_in) of a linear layer, (c_out, c_in, k_h, k_w) of a convolution.
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,30 @@ class Example:
         return self.references or (self.target,)
 
 
+@dataclass(frozen=True)
+class Picture:
+    """One picture to learn: `target` is its file, `task` the concept that it shows."""
+
+    task: str
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One denoising step: `index` of `total`, from 0; `timestep` as the UNet is told it.
+
+    guided: the UNet's rows are two halves, unconditional and conditional (classifier-free guidance).
+    """
+
+    index: int
+    total: int
+    timestep: float
+    guided: bool
+
+
 class Backbone(Protocol):
-    """A frozen model that hosts experts."""
+    """A frozen language model that hosts experts."""
 
     family: Family
     model: nn.Module
@@ -41,8 +68,8 @@ class Backbone(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Adaptable matrices: module name -> (d_out, d_in), whatever layout the layer stores."""
+    def matrices(self) -> dict[str, Shape]:
+        """Adaptable matrices: module name -> shape, whatever layout the layer stores."""
         ...
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -117,10 +144,10 @@ class Site:
 
 @dataclass
 class Reading:
-    """What a gate sees at its site's entry: B sequences of T tokens.
+    """What a gate sees at its site's entry: B sequences of T tokens, or B pictures of T positions.
 
     x: [B, T, d_in], the entry's input; u: [B, T, R], that input projected onto every expert's A;
-    valid, prompt: [B, T], which tokens are not padding, and which belong to the prompt;
+    valid, prompt: [B, T], which tokens are not padding, and which belong to the prompt; None where nothing is padding;
     memory: [B, S, d], the encoder's output where the site sits in a seq2seq decoder, with memory_valid [B, S];
     state: what `running` pooling left behind after an earlier chunk of the same sequences;
     shared: lives as long as the pass, for what all its gates compute alike.
@@ -128,8 +155,8 @@ class Reading:
 
     x: Tensor
     u: Tensor
-    valid: Tensor
-    prompt: Tensor
+    valid: Tensor | None
+    prompt: Tensor | None
     memory: Tensor | None = None
     memory_valid: Tensor | None = None
     state: tuple[Tensor, Tensor] | None = None
@@ -149,3 +176,26 @@ class Gate(Protocol):
     constant: bool
 
     def __call__(self, reading: Reading | None, keep: Tensor | None = None) -> Tensor: ...
+
+
+class OutputMethod(Protocol):
+    """A composition that acts on the UNet's outputs: at each denoising step K branches run, each with its own weights.
+
+    `keep` [N] is 0 for masked experts, None when none is.
+    """
+
+    def prepare(self, prompt: str, encode: Callable[[Sequence[str]], Tensor]) -> None:
+        """Look at the prompt, for methods that do; `encode` gives [P, T, d], texts as the base alone encodes them."""
+        ...
+
+    def text_weights(self, keep: Tensor | None) -> Tensor:
+        """[N], the experts' weights in the text encoder(s)."""
+        ...
+
+    def branches(self, moment: Moment, keep: Tensor | None) -> Tensor:
+        """[K, N], the experts' weights in each branch at this step."""
+        ...
+
+    def combine(self, outputs: Tensor, moment: Moment, keep: Tensor | None) -> Tensor:
+        """[B, C, H, W] of the branches' outputs [K, B, C, H, W]."""
+        ...

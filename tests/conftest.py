@@ -2,7 +2,8 @@
 
 Fixtures: `make_tiny(kind)` builds a fresh `Tiny(model, tokenizer)`; `tiny_t5`, `tiny_bart`, `tiny_llama` and
 `tiny_gpt2` are private copies that a test may wrap or change; `tiny_folder(kind)` is a saved base that
-`load_backbone` reads; `make_peft_adapter(model, folder, ...)` saves a PEFT adapter with a nonzero B.
+`load_backbone` reads; `make_peft_adapter(model, folder, ...)` saves a PEFT adapter with a nonzero B. Of diffusion:
+`make_pipeline(kind)`, `tiny_sd`, `tiny_sd2`, `tiny_sdxl` and `pipeline_folder(kind)` likewise; see `tiny_pipelines`.
 """
 
 from __future__ import annotations
@@ -168,6 +169,46 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, make_tiny: Callable[..
                 part.save_pretrained(path)
             built[key] = path
         return built[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_pipeline() -> Callable[..., Any]:
+    """`make_pipeline(kind, seed=0)` -> a fresh random pipeline; kind is sd, sd2 or sdxl."""
+    from tiny_pipelines import build_pipeline
+
+    return build_pipeline
+
+
+@pytest.fixture
+def tiny_sd(make_pipeline: Callable[..., Any]) -> Any:
+    """A private pipeline of Stable Diffusion 1's shape: 1x1 convolutions around attention, predicts noise."""
+    return make_pipeline("sd")
+
+
+@pytest.fixture
+def tiny_sd2(make_pipeline: Callable[..., Any]) -> Any:
+    """A private pipeline of Stable Diffusion 2's shape: linear projections, OpenCLIP's encoder, predicts velocity."""
+    return make_pipeline("sd2")
+
+
+@pytest.fixture
+def tiny_sdxl(make_pipeline: Callable[..., Any]) -> Any:
+    """A private pipeline of Stable Diffusion XL's shape: two text encoders, sizes among the conditions."""
+    return make_pipeline("sdxl")
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, make_pipeline: Callable[..., Any]) -> Callable[..., Path]:
+    """`pipeline_folder(kind, seed=0)` -> a folder that diffusers loads; built once, do not write in it."""
+    built: dict[tuple[str, int], Path] = {}
+
+    def folder(kind: str, *, seed: int = 0) -> Path:
+        if (kind, seed) not in built:
+            built[kind, seed] = tmp_path_factory.mktemp("pipelines") / kind
+            make_pipeline(kind, seed).save_pretrained(built[kind, seed])
+        return built[kind, seed]
 
     return folder
 

@@ -9,9 +9,10 @@ _EXPORTS = {
     "load_backbone": "molecli.backbones.loading",
     "load_skeleton": "molecli.backbones.loading",
     "pick_device": "molecli.backbones.loading",
-    "adaptable_matrices": "molecli.backbones.text",
+    "adaptable_matrices": "molecli.backbones.layouts",
     "Seq2Seq": "molecli.backbones.seq2seq",
     "Causal": "molecli.backbones.causal",
+    "Diffusion": "molecli.backbones.diffusion",
 }
 
 

@@ -14,7 +14,7 @@ from molecli.backbones import text
 from molecli.backbones.chat import PromptFormat
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
-from molecli.protocols import Example, Family
+from molecli.protocols import Example, Family, Shape
 
 
 class Causal:
@@ -43,7 +43,7 @@ class Causal:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def matrices(self) -> dict[str, tuple[int, int]]:
+    def matrices(self) -> dict[str, Shape]:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return text.adaptable_matrices(self.model)
 

@@ -14,52 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from molecli.backbones.hosted import HostedGroup, HostedSite, host_group, reference
 from molecli.backbones.streams import Pass, Streams
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
-from molecli.functional.low_rank import add_expanded, project
-from molecli.protocols import Gate, Group, Reading, Site
-
-
-class _HostedSite:
-    """A site at run time: its gate, and the gate's value in the current pass."""
-
-    def __init__(self, site: Site, gate: nn.Module) -> None:
-        self.site = site
-        self.gate = gate
-        self.step = -1
-        self.value: Tensor | None = None  # as the gate returned it, experts masked
-        self.valid: Tensor | None = None
-        self.state: tuple[Tensor, Tensor] | None = None
-        self.origin: Pass | None = None  # the prompt that value and state are from
-        self.owners: list[Tensor] = []  # of its groups' ranks, in the order of the groups
-        self.owner = torch.empty(0)  # the same as one tensor
-        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
-
-
-class _HostedGroup:
-    """Matrices that read one input: their stacked factors, and the mixed projections of the current input."""
-
-    def __init__(self, group: Group, site: _HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
-        self.site = site
-        weight = _reference(modules[group.matrices[0]])
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        stacked = [bank.stacked(m, device=weight.device, dtype=dtype) for m in group.matrices]
-        self.A = torch.cat([s.A for s in stacked]) if len(stacked) > 1 else stacked[0].A
-        self.Bt = [s.B.t() for s in stacked]
-        self.owner = torch.cat([s.owner for s in stacked])
-        self.place = len(site.owners)
-        site.owners.append(self.owner)
-        self.sizes = [s.A.shape[0] for s in stacked]
-        self.present = [_indicator(bank, m, weight.device) for m in group.matrices]
-        self.complete = all(len(bank.present(m)) == len(bank) for m in group.matrices)
-        self.x: Tensor | None = None
-        self.mixed: tuple[Tensor, ...] = ()
-        self.served = 0
-
-    def forget(self) -> None:
-        self.x, self.mixed, self.served = None, (), 0
+from molecli.protocols import Gate, Site
 
 
 class Mixture:
@@ -75,7 +35,7 @@ class Mixture:
         sites: Sequence[Site],
         gates: Mapping[str, nn.Module],
         *,
-        seq2seq: bool,
+        streams: Streams,
         renormalize_absent: bool = False,
     ) -> None:
         self.model, self.bank = model, bank
@@ -85,15 +45,15 @@ class Mixture:
             if matrix not in modules:
                 raise MismatchError(matrix, "the LoRAs adapt this matrix, and the base has none of that name")
         self._modules = modules
-        self._streams = Streams(model, seq2seq=seq2seq)
+        self._streams = streams
         self._renormalize_absent = renormalize_absent
-        self._hosted = {site.name: _HostedSite(site, gates[site.name]) for site in sites}
-        self._groups: list[_HostedGroup] = []
+        self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
+        self._groups: list[HostedGroup] = []
         self._handles: list[RemovableHandle] = []
         self._keep: Tensor | None = None
         self._off = False
         for hosted in self._hosted.values():
-            hosted.gate.to(_reference(modules[hosted.site.matrices[0]]).device)
+            hosted.gate.to(reference(modules[hosted.site.matrices[0]]).device)
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
@@ -112,9 +72,9 @@ class Mixture:
         for hosted in self._hosted.values():
             hosted.owners, hosted.expanded = [], None
             # A gate of an earlier attachment is none of this one's prompts.
-            hosted.step, hosted.value, hosted.origin = -1, None, None
+            hosted.step, hosted.value, hosted.maker, hosted.origin = -1, None, None, None
             for group in hosted.site.groups:
-                live = _HostedGroup(group, hosted, self.bank, self._modules)
+                live = host_group(group, hosted, self.bank, self._modules)
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
@@ -125,6 +85,8 @@ class Mixture:
         for handle in self._handles:
             handle.remove()
         self._handles, self._groups = [], []
+        for hosted in self._hosted.values():
+            hosted.maker = None  # it would keep a copy of its factors
 
     # -- what a user asks of it --------------------------------------------------------------------------------------
 
@@ -136,7 +98,7 @@ class Mixture:
         """Switch off exactly the named experts, and all others on; the gates of these are rescaled to sum to 1."""
         off = {self.bank.index(name) for name in names}
         keep = torch.tensor([0.0 if i in off else 1.0 for i in range(len(self.bank))])
-        self._keep = keep.to(_reference(self.model).device) if off else None
+        self._keep = keep.to(reference(self.model).device) if off else None
         self._off = len(off) == len(self.bank)
         for hosted in self._hosted.values():
             hosted.step, hosted.value = -1, None
@@ -154,7 +116,8 @@ class Mixture:
         """[M sites, B, N], as `gates`, but with gradient: what the balance loss is built from (MoLE, Eq. 15)."""
         values = [mean for _, mean in self._means()]
         batch = max(value.shape[0] for value in values)
-        return torch.stack([value.expand(batch, -1) for value in values])
+        # Guidance doubles the UNet's rows and not a text encoder's: row i then stands for rows i and i + B.
+        return torch.stack([value.repeat(batch // len(value), 1) for value in values])
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The gates' trainable parameters as `site/<name>/<parameter>`."""
@@ -195,33 +158,22 @@ class Mixture:
 
     # -- one forward pass --------------------------------------------------------------------------------------------
 
-    def _hook(self, group: _HostedGroup, index: int) -> Any:
+    def _hook(self, group: HostedGroup, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
             if self._off:
                 return None
             if group.x is not args[0]:
                 self._mix(group, args[0])
-            y = add_expanded(y, group.mixed[index], group.Bt[index])
-            group.served += 1
-            if group.served == len(group.Bt):
-                group.forget()
-            return y
+            return group.add(y, index)
 
         return hook
 
-    def _mix(self, group: _HostedGroup, x: Tensor) -> None:
+    def _mix(self, group: HostedGroup, x: Tensor) -> None:
         """Project x for every matrix of the group and weight each rank by its expert's gate."""
-        u = project(x, group.A)
-        weights = self._per_rank(group, self._value(group.site, x, u), u.dtype)
-        group.x, group.served = x, 0
-        if weights.dim() == 2:
-            weights = weights.unsqueeze(1)  # one per sequence: the same for all its tokens
-        if weights.dim() == 3:
-            weights = _fit_batch(weights, x)
-        mixed = (u * weights).reshape(-1, u.shape[-1])
-        group.mixed = mixed.split(group.sizes, dim=-1) if len(group.sizes) > 1 else (mixed,)
+        u = group.project(x)
+        group.weight(x, u, self._per_rank(group, self._value(group, x, u), u.dtype))
 
-    def _per_rank(self, group: _HostedGroup, value: Tensor, dtype: torch.dtype) -> Tensor:
+    def _per_rank(self, group: HostedGroup, value: Tensor, dtype: torch.dtype) -> Tensor:
         if self._renormalize_absent and not group.complete:
             parts = [rescale(value, present) for present in group.present]
             owners = group.owner.split(group.sizes)
@@ -237,11 +189,18 @@ class Mixture:
             site.expanded = value, ranks.split([len(owner) for owner in site.owners], dim=-1)
         return site.expanded[1][group.place]
 
-    def _value(self, hosted: _HostedSite, x: Tensor, u: Tensor) -> Tensor:
-        """The site's gate in this pass, computed when its first matrix is called."""
-        current = self._streams.of(hosted.site.stream)
-        if hosted.value is not None and hosted.step == current.step:
+    def _value(self, group: HostedGroup, x: Tensor, u: Tensor) -> Tensor:
+        """The gate of the group's site in this pass, computed when its first matrix is called.
+
+        A checkpointed layer is called again for its backward pass. What it computed there it must compute once more,
+        the gate too, so that autograd finds the same tensors; what came from outside it must be taken as it was.
+        """
+        hosted = group.site
+        current = self._streams.of(hosted.site)
+        again = current.over and group is hosted.maker
+        if hosted.value is not None and hosted.step == current.step and not again:
             return hosted.value
+        hosted.maker = group
         gate: Gate = hosted.gate  # type: ignore[assignment]
         if gate.constant:
             hosted.step, hosted.value = current.step, gate(None, self._keep)
@@ -252,13 +211,14 @@ class Mixture:
         if decoding and gate.per_sequence and hosted.value is not None:
             hosted.step = current.step  # decided at prefill, then fixed
             return hosted.value
-        reading = self._reading(hosted, current, x, u)
+        reading = self._streams.reading(hosted.site, x, u, hosted.state)
+        hosted.valid = reading.valid
         value = gate(reading, self._keep)
         hosted.step, hosted.value, hosted.state = current.step, value, reading.state
         hosted.origin = hosted.origin if decoding else current
         return value
 
-    def _check_cache(self, hosted: _HostedSite, current: Pass) -> None:
+    def _check_cache(self, hosted: HostedSite, current: Pass) -> None:
         """Nothing, where the pass goes on from the prompt that the site's gate was made for. Raises: RunError."""
         what = None
         if hosted.value is None:
@@ -267,26 +227,6 @@ class Mixture:
             what = "the cache is another than the last prompt's, whose gates are in force"
         if what is not None:
             raise RunError("generation", what, "Start with an empty cache.")
-
-    def _reading(self, hosted: _HostedSite, current: Pass, x: Tensor, u: Tensor) -> Reading:
-        memory = hosted.site.stream == "memory"
-        valid, prompt = (current.memory_valid,) * 2 if memory else (current.valid, current.prompt)
-        if valid is None or prompt is None:
-            raise RunError(
-                "mixture", "the experts were called outside the model they are attached to", "Call the model itself."
-            )
-        hosted.valid = valid
-        batch, tokens = valid.shape
-        return Reading(
-            x.reshape(batch, tokens, -1),
-            u.reshape(batch, tokens, -1),
-            valid,
-            prompt,
-            memory=current.memory if hosted.site.stream == "decoder" else None,
-            memory_valid=current.memory_valid,
-            state=hosted.state if current.past else None,
-            shared=current.shared,
-        )
 
     def _forget(self) -> None:
         for group in self._groups:
@@ -297,28 +237,10 @@ class Mixture:
             if hosted.value is None:
                 continue
             value = hosted.value
-            if value.dim() == 3:
+            if value.dim() == 3 and hosted.valid is None:
+                value = value.mean(1)
+            elif value.dim() == 3:
                 assert hosted.valid is not None
                 weight = hosted.valid.unsqueeze(-1).to(value.dtype)
                 value = (value * weight).sum(1) / weight.sum(1).clamp_min(1)
             yield name, value if value.dim() == 2 else value.unsqueeze(0)
-
-
-def _reference(module: nn.Module) -> Tensor:
-    return next(module.parameters())
-
-
-def _indicator(bank: ExpertBank, matrix: str, device: torch.device) -> Tensor:
-    present = torch.zeros(len(bank), device=device)
-    present[list(bank.present(matrix))] = 1.0
-    return present
-
-
-def _fit_batch(weights: Tensor, x: Tensor) -> Tensor:
-    """Weights [b, t, R] for an input [B, T, d] (beams repeat each sequence) or [B*T, d] (flattened by the model)."""
-    if x.dim() == 2:
-        tokens = x.shape[0] // weights.shape[0]
-        return weights.expand(-1, tokens, -1).reshape(x.shape[0], -1)
-    if x.shape[0] != weights.shape[0]:
-        return weights.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
-    return weights

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molecli.backbones import text
 from molecli.functional import fingerprint
-from molecli.protocols import Example, Family
+from molecli.protocols import Example, Family, Shape
 
 
 class Seq2Seq:
@@ -32,7 +32,7 @@ class Seq2Seq:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def matrices(self) -> dict[str, tuple[int, int]]:
+    def matrices(self) -> dict[str, Shape]:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return text.adaptable_matrices(self.model)
 

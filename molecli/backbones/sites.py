@@ -9,7 +9,8 @@ cached key could depend on a later token.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from molecli.protocols import Granularity, Group, Site, Stream
 
@@ -43,7 +44,8 @@ def make_sites(matrices: Sequence[str], granularity: Granularity, *, seq2seq: bo
     `per_token` gates of a seq2seq network cannot span encoder and decoder: `network` then means one site per axis.
     """
     members: dict[str, list[Group]] = {}
-    for group in _groups(matrices, seq2seq=seq2seq, fuse=granularity != "matrix"):
+    stream = partial(stream_of, seq2seq=seq2seq)
+    for group in groups_of(matrices, stream, fuse=granularity != "matrix"):
         members.setdefault(_site_name(group, granularity, seq2seq, per_token), []).append(group)
     return [Site(name, tuple(groups)) for name, groups in members.items()]
 
@@ -56,30 +58,31 @@ def _site_name(group: Group, granularity: Granularity, seq2seq: bool, per_token:
         if not (seq2seq and per_token):
             return "network"
         return "network.decoder" if group.stream == "decoder" else "network.encoder"
-    name = _block(matrix) if granularity == "block" else _layer(matrix)
+    name = block_of(matrix) if granularity == "block" else layer_of(matrix)
     return f"{name}.memory" if group.stream == "memory" else name
 
 
-def _groups(matrices: Iterable[str], *, seq2seq: bool, fuse: bool) -> list[Group]:
+def groups_of(matrices: Iterable[str], stream_of: Callable[[str], Stream], *, fuse: bool) -> list[Group]:
+    """The matrices in groups that read one tensor, in the order of each one's first; alone without `fuse`."""
     grouped: dict[tuple[str, object, Stream], list[str]] = {}
     for matrix in matrices:
         parent, _, leaf = matrix.rpartition(".")
-        stream = stream_of(matrix, seq2seq=seq2seq)
+        stream = stream_of(matrix)
         family = next((f for f in _SIBLINGS if leaf in f), None) if fuse else None
         # In cross-attention the query reads the decoder, key and value the encoder: the stream keeps them apart.
         grouped.setdefault((parent, family or leaf, stream), []).append(matrix)
     return [Group(tuple(members), stream) for (_, _, stream), members in grouped.items()]
 
 
-def _block(matrix: str) -> str:
+def block_of(matrix: str) -> str:
     """The path up to the first index: `model.layers.3.mlp.up_proj` -> `model.layers.3`."""
     found = re.match(r"(.*?\.\d+)(?:\.|$)", matrix)
     return found.group(1) if found else matrix
 
 
-def _layer(matrix: str) -> str:
+def layer_of(matrix: str) -> str:
     """The sub-layer inside the block; matrices right under the block (BART's fc1, fc2) form its feed-forward."""
-    block = _block(matrix)
+    block = block_of(matrix)
     rest = matrix[len(block) + 1 :].split(".")
     if len(rest) <= 1:
         return f"{block}.feed_forward" if rest != [""] else block

@@ -1,17 +1,22 @@
-"""What the tokens of a forward pass are (padding, prompt, cached past), read from the model's own call by hooks."""
+"""What the tokens of a forward pass are (padding, prompt, cached past), read from the model's own call by hooks.
+
+Contents: Pass; Streams, what a mixture asks of any model; TextStreams, of a language model. Those of a diffusion
+pipeline are in `pipeline_streams`.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from molecli.protocols import Stream
+from molecli.errors import RunError
+from molecli.protocols import Reading, Site
 
 
 @dataclass
@@ -19,7 +24,7 @@ class Pass:
     """One forward pass along one token axis.
 
     step: counts passes, so that a site knows its gate is stale; past: tokens already in the key-value
-    cache, and which that is;
+    cache, and which that is; over: the pass has ended, and what is called now is recomputed for its backward pass;
     shared: what a first gate computed and the others of this pass need too.
     """
 
@@ -30,6 +35,7 @@ class Pass:
     prompt: Tensor | None = None
     memory: Tensor | None = None
     memory_valid: Tensor | None = None
+    over: bool = False
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def differs(self, later: Pass) -> bool:
@@ -37,17 +43,61 @@ class Pass:
         return self.cache is not None and later.cache is not None and self.cache() is not later.cache()
 
 
-class Streams:
+class Streams(Protocol):
     """The current pass along each token axis of a model."""
+
+    def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
+        """Hooks that keep the passes current; `on_pass` is called at the start of each."""
+        ...
+
+    def of(self, site: Site) -> Pass:
+        """The pass that `site` belongs to."""
+        ...
+
+    def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
+        """What the gate of `site` sees of the entry's input x and its projections u.
+
+        Raises: RunError where the model itself was never called.
+        """
+        ...
+
+
+def outside() -> RunError:
+    """The error for experts that are called when no pass has begun."""
+    what = "the experts were called outside the model they are attached to"
+    return RunError("mixture", what, "Call the model itself.")
+
+
+class TextStreams:
+    """The passes of a language model: its encoder's and its decoder's, or the one of a causal model."""
 
     def __init__(self, model: nn.Module, *, seq2seq: bool) -> None:
         self.model, self.seq2seq = model, seq2seq
         self.encoder = Pass()
         self.decoder = Pass()
 
-    def of(self, stream: Stream) -> Pass:
-        """The pass a site of `stream` belongs to; cross-attention keys run once per decoder pass, on encoder tokens."""
-        return self.encoder if stream == "encoder" else self.decoder
+    def of(self, site: Site) -> Pass:
+        """The pass a site belongs to; cross-attention keys run once per decoder pass, on encoder tokens."""
+        return self.encoder if site.stream == "encoder" else self.decoder
+
+    def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
+        """x and u [B, T, .] with the masks of the site's tokens, and the memory where the site sits in a decoder."""
+        current = self.of(site)
+        memory = site.stream == "memory"
+        valid, prompt = (current.memory_valid,) * 2 if memory else (current.valid, current.prompt)
+        if valid is None or prompt is None:
+            raise outside()
+        batch, tokens = valid.shape
+        return Reading(
+            x.reshape(batch, tokens, -1),
+            u.reshape(batch, tokens, -1),
+            valid,
+            prompt,
+            memory=current.memory if site.stream == "decoder" else None,
+            memory_valid=current.memory_valid,
+            state=state if current.past else None,
+            shared=current.shared,
+        )
 
     def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
         """Hooks that keep the passes current; `on_pass` is called at the start of each."""

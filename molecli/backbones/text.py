@@ -13,18 +13,19 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from molecli.errors import UsageError
+from molecli.protocols import Shape
 
 UNSCORED = -100
 Side = Literal["left", "right"]
 
 
-def adaptable_matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
+def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
     """Module name -> (d_out, d_in) of every linear layer but the output head; also on the meta device.
 
     GPT-2's Conv1D stores its weight as [d_in, d_out]; the shape here is (d_out, d_in) all the same.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, Shape] = {}
     for name, module in model.named_modules():
         if module is head:
             continue

@@ -24,11 +24,19 @@ def resolve_pool(pool: str, stream: Stream, *, seq2seq: bool, reads: str = "hidd
     """How positions are pooled at a site of `stream` by a gate that reads `hidden` or `experts`.
 
     One of mean, running, prompt or token. `auto` is the prompt, which all positions may know; in a seq2seq decoder the
-    experts' outputs know it only position by position, so there it is the running mean.
-    Raises: UsageError for `mean` on a causal model, whose tokens must not see later ones.
+    experts' outputs know it only position by position, so there it is the running mean. In a diffusion pipeline, where
+    every position sees every other, it is the mean.
+    Raises: UsageError for `mean` on a causal model, whose tokens must not see later ones; for `running` and `prompt` on
+    a pipeline, which reads nothing token by token.
     """
+    if stream in ("spatial", "text", "time") and pool in ("prompt", "running"):
+        raise UsageError(
+            "gate.pool", f"{pool!r} is for language models, and this base draws pictures", "Use auto, mean or token."
+        )
     if pool == "token":
         return "token"
+    if stream in ("spatial", "text", "time"):
+        return "mean"
     if stream in ("encoder", "memory"):
         return "mean"  # every token of an encoder is prompt, and sees every other
     if pool == "auto":
@@ -103,6 +111,7 @@ class InputGate(nn.Module):
             return reading.shared[key]
         source = reading.x if self.reads == "x" else reading.u
         if self.pool == "running":
+            assert reading.valid is not None
             pooled, reading.state = running_mean(source, reading.valid, reading.state)
             return pooled
         if self.pool == "token":
@@ -131,8 +140,10 @@ class InputGate(nn.Module):
             self.observed = None
 
 
-def _mean(reading: Reading, x: Tensor, weight: Tensor) -> Tensor:
-    """`mean_pool` of x; what it needs of `weight` is computed once a pass."""
+def _mean(reading: Reading, x: Tensor, weight: Tensor | None) -> Tensor:
+    """`mean_pool` of x, over all of it without a `weight`; what it needs of `weight` is computed once a pass."""
+    if weight is None:
+        return x.mean(1, dtype=torch.float32)
     key = "span", id(weight), x.dtype
     if key not in reading.shared:
         reading.shared[key] = span(weight, x.dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from molecli.backbones.hosting import Mixture
-from molecli.backbones.text import adaptable_matrices
+from molecli.backbones.layouts import adaptable_matrices, host_of
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank
@@ -21,7 +22,7 @@ Loras = Mapping[str, str] | Iterable[str]
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     *,
     loras: Loras | None = None,
     composition: str | Path | None = None,
@@ -31,15 +32,19 @@ def attach(
     gate: GateConfig | None = None,
     allow_partial: bool = False,
 ) -> Mixture:
-    """The LoRAs on `model` as a context manager; inside it, the model's own API runs the mixture.
+    """The LoRAs on `model`, a transformers model or a diffusers pipeline, as a context manager; inside it, the model's
+    own API runs the mixture.
 
         with attach(model, loras={"a": "loras/a", "b": "loras/b"}, composition="runs/ab") as mixture:
             model.generate(**inputs)
+        with attach(pipe, loras={"a": "loras/a", "b": "loras/b"}, mode="nla"):
+            pipe("a photo of ...")
 
     `loras` maps names to folders, files or hub ids (or lists `name=PATH@WEIGHT`); a composition remembers its own.
     With a composition its gates or weights are loaded and checked against base and LoRAs; without, `mode` says how
     to compose (default linear). Raises: UsageError, MismatchError.
     """
+    model = host_of(model)
     if composition is not None:
         if mode is not None or weights is not None or gate is not None or only is not None:
             raise UsageError("attach", "a composition brings its own mode, weights and gates", "Leave those out.")

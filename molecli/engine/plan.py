@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from molecli.backbones.layouts import adaptable_matrices
 from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
-from molecli.backbones.text import adaptable_matrices
 from molecli.engine.compose import with_tasks
 from molecli.engine.data import load_tasks, split_tasks
 from molecli.engine.mixing import build_mixture
@@ -25,12 +25,13 @@ from molecli.experts import Expert, LowRank
 from molecli.files.adapters import AdapterInfo, Coverage, check_coverage, read_info
 from molecli.files.composition import load_composition
 from molecli.files.recipe import ComposeRecipe, DataConfig, EvalDataConfig, EvaluateRecipe, Recipe, TrainLoraRecipe
+from molecli.protocols import Shape
 
 # A guess at the length of an example, prompt and target: real lengths need the tokenizer and every line.
 TOKENS_PER_EXAMPLE = 256
 # AdamW keeps a float32 parameter, its gradient and two moments.
 BYTES_PER_TRAINED = 16
-Shapes = Mapping[str, tuple[int, int]]
+Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)

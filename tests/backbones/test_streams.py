@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from molecli.backbones.streams import Pass, Streams
+from molecli.backbones.streams import Pass, TextStreams
 from molecli.engine.attach import attach
 from molecli.engine.mixing import build_mixture
 from molecli.errors import RunError
 from molecli.files.recipe import GateConfig
+from molecli.protocols import Group, Site
 
 IDS = torch.tensor([[7, 8, 9, 10, 11], [0, 0, 12, 13, 14]])
 LEFT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
@@ -27,7 +28,7 @@ class Record:
     def __init__(self, model: nn.Module, *, seq2seq: bool = False, axis: str = "decoder") -> None:
         self.passes: list[Pass] = []
         self.begun = 0
-        self.streams = Streams(model, seq2seq=seq2seq)
+        self.streams = TextStreams(model, seq2seq=seq2seq)
         self.axis, self.model = axis, model
 
     def __enter__(self) -> Record:
@@ -154,9 +155,13 @@ def test_memory_without_a_mask_is_valid_throughout(tiny_t5: Any) -> None:
 
 
 def test_the_stream_of_cross_attention_is_the_decoders_pass(tiny_t5: Any) -> None:
-    streams = Streams(tiny_t5.model, seq2seq=True)
-    assert streams.of("memory") is streams.of("decoder") is streams.decoder
-    assert streams.of("encoder") is streams.encoder
+    streams = TextStreams(tiny_t5.model, seq2seq=True)
+
+    def of(stream: Any) -> Pass:
+        return streams.of(Site("s", (Group(("m",), stream),)))
+
+    assert of("memory") is of("decoder") is streams.decoder
+    assert of("encoder") is streams.encoder
 
 
 # -- what the gates make of it -----------------------------------------------------------------------------------------

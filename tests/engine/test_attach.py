@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import molecli
 from molecli.backbones.hosting import Mixture
+from molecli.backbones.streams import TextStreams
 from molecli.engine.attach import attach
 from molecli.errors import MismatchError, RunError, UsageError
 from molecli.experts import ExpertBank
@@ -375,7 +376,7 @@ def test_a_matrix_that_the_base_lacks_is_named(model: nn.Module, folders: dict[s
     lacking = copy.deepcopy(model)
     del lacking.model.layers[1].mlp.down_proj  # type: ignore[union-attr, operator, index]
     with pytest.raises(MismatchError) as caught:
-        Mixture(lacking, bank, [], {}, seq2seq=False)
+        Mixture(lacking, bank, [], {}, streams=TextStreams(lacking, seq2seq=False))
     assert str(caught.value) == (
         "model.layers.1.mlp.down_proj: the LoRAs adapt this matrix, and the base has none of that name."
     )

@@ -1,0 +1,143 @@
+"""A site and its groups at run time: stacked factors, and what one forward pass leaves there.
+
+Contents: HostedSite; HostedGroup, of linear layers; HostedMaps, of convolutions; host_group, which picks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from molecli.backbones.streams import Pass
+from molecli.errors import MismatchError
+from molecli.experts import ExpertBank
+from molecli.functional.low_rank import add_expanded, add_expanded_maps, project, project_maps
+from molecli.protocols import Group, Site
+
+
+class HostedSite:
+    """A site at run time: its gate, and the gate's value in the current pass."""
+
+    def __init__(self, site: Site, gate: nn.Module) -> None:
+        self.site = site
+        self.gate = gate
+        self.step = -1
+        self.value: Tensor | None = None  # as the gate returned it, experts masked
+        self.maker: HostedGroup | None = None  # the group whose call the value was computed in
+        self.valid: Tensor | None = None
+        self.state: tuple[Tensor, Tensor] | None = None
+        self.origin: Pass | None = None  # the prompt that value and state are from
+        self.owners: list[Tensor] = []  # of its groups' ranks, in the order of the groups
+        self.owner = torch.empty(0)  # the same as one tensor
+        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
+
+
+class HostedGroup:
+    """Matrices that read one input: their stacked factors, and the mixed projections of the current input."""
+
+    def __init__(self, group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
+        self.site = site
+        weight = reference(modules[group.matrices[0]])
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+        stacked = [bank.stacked(m, device=weight.device, dtype=dtype) for m in group.matrices]
+        self.A = torch.cat([s.A for s in stacked]) if len(stacked) > 1 else stacked[0].A
+        self.Bt = [s.B.t() for s in stacked]
+        self.owner = torch.cat([s.owner for s in stacked])
+        self.place = len(site.owners)
+        site.owners.append(self.owner)
+        self.sizes = [s.A.shape[0] for s in stacked]
+        self.present = [_indicator(bank, m, weight.device) for m in group.matrices]
+        self.complete = all(len(bank.present(m)) == len(bank) for m in group.matrices)
+        self.x: Tensor | None = None
+        self.mixed: tuple[Tensor, ...] = ()
+        self.served = 0
+
+    def project(self, x: Tensor) -> Tensor:
+        """u [..., R], x on every expert's A."""
+        return project(x, self.A)
+
+    def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
+        """Keep u times `weights` by rank ([R], [B, R] or [B, T, R]) for the matrices of the group."""
+        if weights.dim() == 2:
+            weights = weights.unsqueeze(1)  # one per sequence: the same for all its tokens
+        if weights.dim() == 3:
+            weights = _fit_batch(weights, x)
+        mixed = (u * weights).reshape(-1, u.shape[-1])
+        self.x, self.served = x, 0
+        self.mixed = mixed.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (mixed,)
+
+    def add(self, y: Tensor, index: int) -> Tensor:
+        """y and the experts' share of the group's matrix `index`; after the last one nothing is kept."""
+        y = self.expand(y, self.mixed[index], self.Bt[index])
+        self.served += 1
+        if self.served == len(self.Bt):
+            self.forget()
+        return y
+
+    def expand(self, y: Tensor, mixed: Tensor, Bt: Tensor) -> Tensor:
+        """y + mixed Bᵀ."""
+        return add_expanded(y, mixed, Bt)
+
+    def forget(self) -> None:
+        self.x, self.mixed, self.served = None, (), 0
+
+
+class HostedMaps(HostedGroup):
+    """The same for convolutions: x [B, C, H, W], u [B, R, H', W'].
+
+    Raises: MismatchError for a convolution in groups or with a padding other than zeros, which no A can follow.
+    """
+
+    def __init__(self, group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
+        conv = modules[group.matrices[0]]
+        assert isinstance(conv, nn.Conv2d)
+        if conv.groups != 1 or conv.padding_mode != "zeros":
+            kind = "in groups" if conv.groups != 1 else f"padded by {conv.padding_mode!r}"
+            what = f"the LoRAs adapt a convolution {kind}, which a low-rank update cannot follow"
+            raise MismatchError(group.matrices[0], what, "Use LoRAs that leave it out.")
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        super().__init__(group, site, bank, modules)
+
+    def project(self, x: Tensor) -> Tensor:
+        """u [B, R, H', W'], x under every expert's A."""
+        return project_maps(x, self.A, stride=self.stride, padding=self.padding, dilation=self.dilation)
+
+    def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
+        """Keep u times `weights` by rank ([R], [B, R] or [B, P, R]) for the matrices of the group."""
+        by_position = weights.transpose(1, 2) if weights.dim() == 3 else weights.unsqueeze(-1)
+        mixed = u.flatten(2) * by_position
+        self.x, self.served = x, 0
+        self.mixed = mixed.split(self.sizes, dim=1) if len(self.sizes) > 1 else (mixed,)
+
+    def expand(self, y: Tensor, mixed: Tensor, Bt: Tensor) -> Tensor:
+        """y + B mixed at every position."""
+        return add_expanded_maps(y, mixed, Bt)
+
+
+def host_group(group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> HostedGroup:
+    """The group at run time, as its first module's kind asks."""
+    maps = isinstance(modules[group.matrices[0]], nn.Conv2d)
+    return (HostedMaps if maps else HostedGroup)(group, site, bank, modules)
+
+
+def reference(module: nn.Module) -> Tensor:
+    """A parameter that tells the module's device and type."""
+    return next(module.parameters())
+
+
+def _indicator(bank: ExpertBank, matrix: str, device: torch.device) -> Tensor:
+    present = torch.zeros(len(bank), device=device)
+    present[list(bank.present(matrix))] = 1.0
+    return present
+
+
+def _fit_batch(weights: Tensor, x: Tensor) -> Tensor:
+    """Weights [b, t, R] for an input [B, T, d] (beams repeat each sequence) or [B*T, d] (flattened by the model)."""
+    if x.dim() == 2:
+        tokens = x.shape[0] // weights.shape[0]
+        return weights.expand(-1, tokens, -1).reshape(x.shape[0], -1)
+    if x.shape[0] != weights.shape[0]:
+        return weights.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
+    return weights

@@ -1,0 +1,73 @@
+"""The parts of a diffusion pipeline that experts adapt, as one module, and their matrices in the order they are called.
+
+Needs no diffusers: what is here goes by the names of modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from molecli.protocols import Shape
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+PARTS = ("unet", *TEXT_ENCODERS)
+# The linear layers of a CLIP layer. Its text_projection is left out: no LoRA format adapts it.
+_CLIP_LEAVES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+class PipelineModules(nn.Module):
+    """unet, text_encoder and text_encoder_2, those that there are; `pipe` is the pipeline they belong to, if any."""
+
+    def __init__(self, pipe: Any = None, **parts: nn.Module) -> None:
+        super().__init__()
+        self.pipe = pipe
+        for name in PARTS:
+            part = parts.get(name, getattr(pipe, name, None))
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Those there are, by name."""
+        return {name: part for name, part in self.named_children() if name in TEXT_ENCODERS}
+
+
+def pipeline_matrices(model: PipelineModules) -> dict[str, Shape]:
+    """Matrix name -> shape, of every linear layer and convolution of the UNet and the linear layers of the CLIP layers
+    of the text encoder(s), in the order they are called; also on the meta device."""
+    found: dict[str, Shape] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and (name.startswith("unet.") or _in_clip_layer(name)):
+            found[name] = tuple(module.weight.shape)
+    return {name: found[name] for name in in_call_order(found)}
+
+
+def in_call_order(matrices: Iterable[str]) -> list[str]:
+    """The matrices in the order of a pipeline's calls: the gate of a site that spans blocks looks at the first of them.
+
+    Modules are registered in another order: attention before the residual blocks, the middle of the UNet last.
+    """
+    return sorted(matrices, key=_place)  # stable: within one sub-block the given order stays
+
+
+def _in_clip_layer(name: str) -> bool:
+    return bool(re.search(r"\.layers\.\d+\.", name)) and name.rpartition(".")[2] in _CLIP_LEAVES
+
+
+def _place(matrix: str) -> tuple[int, int, int, int]:
+    """(part, stage of the UNet, block of the stage, sub-block): text encoders first."""
+    part, _, rest = matrix.partition(".")
+    if part != "unet":
+        return (TEXT_ENCODERS.index(part) if part in TEXT_ENCODERS else len(TEXT_ENCODERS), 0, 0, 0)
+    names = rest.split(".")
+    stages = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
+    stage = stages.index(names[0]) if names[0] in stages else -1
+    blocks, names = (int(names[1]), names[2:]) if names[0] in ("down_blocks", "up_blocks") else (0, names[1:])
+    # Residual block 0, attention 0, residual block 1, ...; then what changes the resolution.
+    order = {"resnets": 0, "attentions": 1}
+    within = 2 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
+    return (len(TEXT_ENCODERS), stage, blocks, within)
