@@ -1,0 +1,16 @@
+"""A vision-language judge of pictures in pairs, each pair shown in both orders (Multi-LoRA Composition, 2402.16843).
+
+prompt    elements -> the question                 client    one request, one answer; the key stays inside
+pictures  a file -> what a request carries         pair      both orders of one pair -> a verdict
+parse     an answer -> scores                      run       many pairs at once
+summary   verdicts -> wins, ties, losses with intervals
+"""
+
+from __future__ import annotations
+
+from molecli.metrics.judge.client import read_key
+from molecli.metrics.judge.pair import Failure, Judgement, Pair, Verdict
+from molecli.metrics.judge.prompt import Element
+from molecli.metrics.judge.run import judge_pairs
+
+__all__ = ["Element", "Failure", "Judgement", "Pair", "Verdict", "judge_pairs", "read_key"]
