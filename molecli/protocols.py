@@ -58,11 +58,13 @@ class Moment:
 
 
 class Backbone(Protocol):
-    """A frozen language model that hosts experts."""
+    """A frozen model that hosts experts: a language model, or the UNet and text encoder(s) of a diffusion pipeline.
+
+    What it learns from and what it makes follow its `family`: examples and completions, or pictures.
+    """
 
     family: Family
     model: nn.Module
-    tokenizer: Any
     name: str
 
     @property
@@ -72,20 +74,22 @@ class Backbone(Protocol):
         """Adaptable matrices: module name -> shape, whatever layout the layer stores."""
         ...
 
-    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Model inputs for teacher forcing: input_ids, attention_mask, labels (-100 is not scored)."""
+    def collate(self, rows: Sequence[Any], /) -> dict[str, Any]:
+        """A batch to learn: for teacher forcing input_ids, attention_mask, labels (-100 is not scored); of pictures
+        pixels, prompts, noise and timesteps."""
         ...
 
-    def token_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy over the scored tokens and their number (both scalars)."""
+    def token_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Summed loss and the number of what it is summed over (both scalars): cross-entropies of the scored tokens,
+        or squared errors of pictures."""
         ...
 
-    def example_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The examples' mean cross-entropies, summed, and the number of examples (both scalars)."""
+    def example_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The examples' or pictures' mean losses, summed, and their number (both scalars)."""
         ...
 
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> list[str]:
-        """Completions of one batch of prompts, special tokens removed."""
+    def generate(self, prompts: Sequence[str], *args: Any, **options: Any) -> list[Any]:
+        """What the model makes of a batch of prompts: completions, or pictures; the options are the family's own."""
         ...
 
     def fingerprint(self) -> str:

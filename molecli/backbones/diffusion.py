@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from molecli.backbones.pipeline import PipelineModules, pipeline_matrices
 from molecli.backbones.prompts import warn_of_cuts
@@ -45,7 +45,8 @@ class Diffusion:
 
     def __init__(self, pipe: Any, name: str = "") -> None:
         self.pipe = pipe
-        self.model = PipelineModules(pipe)
+        self._parts = PipelineModules(pipe)
+        self.model: nn.Module = self._parts
         self.name = name
         for part in (self.model, pipe.vae):
             freeze(part)
@@ -64,7 +65,7 @@ class Diffusion:
 
     def matrices(self) -> dict[str, Shape]:
         """Adaptable matrices: name -> shape; see `pipeline.pipeline_matrices`."""
-        return pipeline_matrices(self.model)
+        return pipeline_matrices(self._parts)
 
     def fingerprint(self) -> str:
         """A string that tells this UNet and text encoder(s) from others; see `functional.fingerprint`."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from molecli.backbones import text
-from molecli.backbones.pipeline import PipelineModules, in_call_order, pipeline_matrices
+from molecli.backbones.pipeline import PipelineModules, idle_matrices, in_call_order, pipeline_matrices
 from molecli.backbones.pipeline_sites import make_pipeline_sites
 from molecli.backbones.pipeline_streams import PipelineStreams
 from molecli.backbones.sites import make_sites
@@ -95,8 +95,10 @@ class PipelineLayout:
         return PipelineStreams(self.model)
 
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
-        """See `pipeline_sites.make_pipeline_sites`."""
-        return make_pipeline_sites(matrices, granularity, per_token=per_token)
+        """See `pipeline_sites.make_pipeline_sites`; no site where nothing could be learned."""
+        sites = make_pipeline_sites(matrices, granularity, per_token=per_token)
+        idle = idle_matrices(self.model)
+        return [site for site in sites if not idle.issuperset(site.matrices)]
 
 
 def layout_of(model: nn.Module) -> Layout:

@@ -1,27 +1,21 @@
-"""From a base's settings to a frozen backbone, through transformers' Auto classes.
+"""From a base's settings to a frozen backbone: a language model through transformers' Auto classes, or a pipeline.
 
 Contents: load_backbone, load_skeleton (no weights), pick_device, pick_dtype.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import re
-import sys
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from molecli.backbones.causal import Causal
+from molecli.backbones.quiet import first_line, quiet
 from molecli.backbones.seq2seq import Seq2Seq
 from molecli.backbones.sources import BaseSettings, Source, explain_hub, find_base
 from molecli.backbones.text import freeze
@@ -38,7 +32,11 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
     where its files are damaged or do not belong together.
     """
     source, place = find_base(base), pick_device(device)
-    with _quiet(source):
+    if source.pipeline:
+        from molecli.backbones.pipeline_loading import load_pipeline
+
+        return load_pipeline(base, place, pick_dtype(base.dtype, place))
+    with quiet(source):
         config = _config(source)
         auto = _auto_class(source, config)
         tokenizer = _tokenizer(source)
@@ -56,7 +54,11 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
 def load_skeleton(base: BaseSettings) -> nn.Module:
     """The base's model on the meta device: names, shapes and dtype, no weights read. For plans and dry runs."""
     source = find_base(base)
-    with _quiet(source), torch.device("meta"):
+    if source.pipeline:
+        from molecli.backbones.pipeline_loading import load_pipeline_skeleton
+
+        return load_pipeline_skeleton(base)
+    with quiet(source), torch.device("meta"):
         config = _config(source)
         model = _auto_class(source, config).from_config(config, dtype=DTYPES.get(base.dtype, torch.float32))
     return freeze(model)
@@ -117,7 +119,7 @@ def _tokenizer(source: Source) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
     except Exception as error:
         # Each tokenizer class fails in its own way on a missing or damaged file.
-        what = f"its tokenizer cannot be loaded ({_first_line(error)})"
+        what = f"its tokenizer cannot be loaded ({first_line(error)})"
         raise MismatchError(f"base {source.name}", what, "Put tokenizer.json beside config.json.") from error
 
 
@@ -151,7 +153,7 @@ def _unread(source: Source, error: Exception) -> Exception:
     """The message for a source that could not be read."""
     if not source.local and isinstance(error, OSError):
         return explain_hub(source, error, offline=huggingface_hub.is_offline_mode())
-    what = f"damaged or incomplete ({_first_line(error)})"
+    what = f"damaged or incomplete ({first_line(error)})"
     return MismatchError(source.where, what, "Download the base again.")
 
 
@@ -162,35 +164,6 @@ def _unknown(source: Source, error: Exception) -> Exception:
         return UsageError(where, "it needs code of its own, which is never run", "Write a base transformers knows.")
     found = re.search(r"(?:model type|architecture) [`'\"]?([\w.-]+)", reason)
     if found is None:
-        return MismatchError(source.where, f"damaged or incomplete ({_first_line(error)})", "Download the base again.")
+        return MismatchError(source.where, f"damaged or incomplete ({first_line(error)})", "Download the base again.")
     what = f"transformers {transformers.__version__} does not know the architecture {found.group(1)!r}"
     return UsageError(where, what, "Upgrade transformers, or write another base.")
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).strip().split("\n")[0].split()).rstrip(".")
-    return f"{type(error).__name__}: {text}"[:160]
-
-
-@contextlib.contextmanager
-def _quiet(source: Source) -> Iterator[None]:
-    """Inside, transformers prints nothing, unless molecli's log level is DEBUG (`--verbose`).
-
-    Its log level stays at errors afterwards too: generation warns about settings that are ours on purpose.
-    """
-    if logging.getLogger("molecli").isEnabledFor(logging.DEBUG):
-        yield
-        return
-    transformers_logging.set_verbosity_error()
-    bars = transformers_logging.is_progress_bar_enabled()
-    if source.local or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # But a download shows its bar.
-    # The GGUF reader draws a bar that no setting turns off.
-    hidden = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext()
-    try:
-        with hidden, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()

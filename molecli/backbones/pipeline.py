@@ -46,6 +46,22 @@ def pipeline_matrices(model: PipelineModules) -> dict[str, Shape]:
     return {name: found[name] for name in in_call_order(found)}
 
 
+def idle_matrices(model: PipelineModules) -> frozenset[str]:
+    """Matrices whose output nothing reads: SDXL takes its first encoder's last layer but one.
+
+    A LoRA may well have trained factors there; a gate could learn nothing.
+    """
+    if set(model.text_encoders) != set(TEXT_ENCODERS):
+        return frozenset()
+    layers = [
+        (int(found.group(1)), name)
+        for name in pipeline_matrices(model)
+        if name.startswith("text_encoder.") and (found := re.search(r"\.layers\.(\d+)\.", name))
+    ]
+    last = max((layer for layer, _ in layers), default=-1)
+    return frozenset(name for layer, name in layers if layer == last)
+
+
 def in_call_order(matrices: Iterable[str]) -> list[str]:
     """The matrices in the order of a pipeline's calls: the gate of a site that spans blocks looks at the first of them.
 

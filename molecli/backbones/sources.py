@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from molecli.catalog import BUILTIN_PREFIX, builtin_base
+from molecli.catalog import BUILTIN_PREFIX, PIPELINE_FILE, builtin_base
 from molecli.errors import MismatchError, RunError, UsageError, UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -32,13 +32,17 @@ class BaseSettings(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """What transformers is given: a folder or hub id, and a GGUF file inside it."""
+    """What transformers or diffusers is given: a folder or hub id, and a GGUF file inside it.
+
+    pipeline: it is a diffusers pipeline, which names its parts in model_index.json.
+    """
 
     name: str
     path: str
     local: bool
     gguf_file: str | None = None
     revision: str | None = None
+    pipeline: bool = False
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -57,16 +61,16 @@ def find_base(base: BaseSettings) -> Source:
     if base.gguf_file is not None or base.id.endswith(".gguf"):
         _check_gguf_package(base.gguf_file or base.id)
     if base.id.startswith(BUILTIN_PREFIX):
-        return Source(base.id, str(builtin_base(base.id)), local=True, gguf_file=base.gguf_file)
+        return _folder(base, builtin_base(base.id))
     path = Path(base.id).expanduser()
     if path.is_file():
         return _single_file(base, path)
     if path.is_dir():
-        _check_folder(path, base.gguf_file)
-        return Source(base.id, str(path), local=True, gguf_file=base.gguf_file)
+        return _folder(base, path)
     if not _HUB_ID.fullmatch(base.id):
         raise UsageError(f"base {base.id}", "no such folder", "Write an existing folder, a hub id or builtin:NAME.")
-    return Source(base.id, base.id, local=False, gguf_file=base.gguf_file, revision=base.revision)
+    pipeline = base.gguf_file is None and _is_hub_pipeline(base.id, base.revision)
+    return Source(base.id, base.id, False, base.gguf_file, base.revision, pipeline)
 
 
 def explain_hub(source: Source, error: Exception, *, offline: bool) -> UserError:
@@ -81,6 +85,24 @@ def explain_hub(source: Source, error: Exception, *, offline: bool) -> UserError
         )
     reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
     return UsageError(where, f"no such folder, and the hub says: {reason}", "Write an existing folder or a hub id.")
+
+
+def _folder(base: BaseSettings, path: Path) -> Source:
+    pipeline = base.gguf_file is None and (path / PIPELINE_FILE).is_file()
+    if not pipeline:
+        _check_folder(path, base.gguf_file)
+    return Source(base.id, str(path), local=True, gguf_file=base.gguf_file, pipeline=pipeline)
+
+
+def _is_hub_pipeline(hub_id: str, revision: str | None) -> bool:
+    """Whether the hub, or its cache on this machine, has a model_index.json under that id."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.hf_hub_download(hub_id, PIPELINE_FILE, revision=revision)
+    except Exception:  # a language model has none; whatever else is wrong is said when the base itself is read
+        return False
+    return True
 
 
 def _single_file(base: BaseSettings, path: Path) -> Source:
