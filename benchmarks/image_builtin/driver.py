@@ -1,0 +1,91 @@
+"""Runs the stages as processes within a deadline, side by side where they leave the device idle, and packs results."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .export import export
+
+JUDGE_MINUTES = 1.0  # kept free at the end for judging and packing
+
+
+@dataclass
+class Driver:
+    """One call: what all stages are told, and until when."""
+
+    work: Path
+    target: Path
+    common: list[str]  # options of every stage
+    deadline: float  # minutes
+    _start: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        """Minutes since the start."""
+        return (time.monotonic() - self._start) / 60
+
+    def start(self, stage: str, *options: str) -> subprocess.Popen[bytes]:
+        """Start a stage in a process of its own."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        print(f"[all] {self.elapsed:.2f} min: {stage} {' '.join(options)}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.image_builtin", stage, *self.common, *options]
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"), "TRITON_CACHE_DIR": str(self.work / "triton")}
+        return subprocess.Popen(command, env={**os.environ, **cache})
+
+    def wait(self, process: subprocess.Popen[bytes], *, reserve: float = 0.2) -> bool:
+        """Whether a stage ended well; it is stopped when less than `reserve` minutes are left."""
+        try:
+            code = process.wait(max(1.0, (self.deadline - reserve - self.elapsed) * 60))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        if code:
+            print(f"[all] {self.elapsed:.2f} min: a stage ended with code {code}", flush=True)
+        return code == 0
+
+    def pack(self) -> None:
+        """Write the archives, the contact sheet and the reports to the export folder."""
+        for line in export(self.work, self.target):
+            print(f"[all] {self.elapsed:.2f} min: {line}", flush=True)
+        for name in ("judge.png", "report-judge.json", "report-clip.json", "report-recogniser.json"):
+            if (self.work / name).is_file():
+                shutil.copy(self.work / name, self.target / name)
+
+
+def run_all(
+    driver: Driver, *, vae: float, clip: float, recogniser: float, unet: float | None, schedule: float, last: bool
+) -> int:
+    """VAE (while the UNet compiles), CLIP beside the recogniser, then the UNet until the deadline, then the judge."""
+    warm = None if (driver.work / "inductor-warm").exists() else driver.start("unet", "--warm")
+    if not driver.wait(driver.start("vae", "--minutes", str(vae))):
+        return 1
+    both = [driver.start("clip", "--minutes", str(clip)), driver.start("recogniser", "--minutes", str(recogniser))]
+    well = [driver.wait(process) for process in both]
+    driver.pack()
+    if warm is not None and driver.wait(warm):
+        (driver.work / "inductor-warm").touch()
+    left = driver.deadline - driver.elapsed - JUDGE_MINUTES
+    minutes = left if unet is None else min(unet, left)
+    if minutes > 0:
+        until = time.time() + minutes * 60
+        options = [
+            "--minutes",
+            f"{minutes:.3f}",
+            "--until",
+            f"{until:.0f}",
+            "--schedule",
+            str(schedule),
+            *(["--last"] if last else []),
+        ]
+        well.append(driver.wait(driver.start("unet", *options)))
+        driver.pack()
+        well.append(driver.wait(driver.start("judge"), reserve=0.1))
+        driver.pack()
+    print(f"[all] done after {driver.elapsed:.2f} min", flush=True)
+    return 0 if all(well) else 1
