@@ -3,21 +3,25 @@
 A picture follows from its prompt, its seed and the method alone: neither the batch it was drawn in nor what was drawn
 before it changes it. So a batch that fails is drawn again in smaller pieces, and what fails alone is reported.
 
-Contents: Job, Failure, draw, check_drawn.
+Contents: Job, Failure, draw, check_drawn, warnings_as_notes.
 """
 
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from molecli.catalog import package_folder
 from molecli.errors import RunError, UserError
 from molecli.files.recipe import ImageConfig
 
@@ -95,6 +99,25 @@ def check_drawn(failures: Sequence[Failure], total: int) -> None:
         what += f", for {len(reasons)} different reasons"
     remedy = LESS_MEMORY if _NO_MEMORY in reasons else "The others are kept. Run with --verbose for the traceback."
     raise RunError("pictures", what, remedy) from first.error
+
+
+@contextmanager
+def warnings_as_notes(note: Callable[[str], object]) -> Iterator[None]:
+    """Inside, what the engine warns of (words that a prompt loses, say) goes to `note`, every text once."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], filename: str, *more: Any, **others: Any) -> None:
+            if not Path(filename).is_relative_to(package_folder()):
+                show(message, category, filename, *more, **others)
+            elif str(message) not in said:
+                said.add(str(message))
+                note(str(message))
+
+        warnings.showwarning = tell
+        warnings.filterwarnings("always", category=UserWarning, module=r"molecli\b")
+        yield
 
 
 def out_of_memory(error: Exception) -> bool:
