@@ -1,6 +1,6 @@
 """`mole train-lora`: one LoRA trained on a frozen base with the task loss, in a folder that PEFT loads.
 
-run_train_lora    the whole command
+run_train_lora    the whole command; on a diffusion base it is `engine.images.train_lora` that runs
 adapted           a backbone with a fresh LoRA in it, taken out again at the end
 write_adapter     the folder
 """
@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molecli import __version__
 from molecli.backbones.loading import load_backbone
+from molecli.backbones.sources import find_base
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, finished_report, recipe_digest
 from molecli.engine.data import Tasks, flatten, split_tasks
 from molecli.engine.loop import LossFunction, Progress, Record, StepLoss, train
@@ -55,6 +56,10 @@ def run_train_lora(
     done: Any = share_from_main(found, accelerator)
     if done is not None:
         return done
+    if recipe.pictures is not None or find_base(recipe.base).pipeline:
+        from molecli.engine.images.train_lora import train_on_pictures  # which needs diffusers, and this module
+
+        return train_on_pictures(recipe, accelerator, resume=resume, progress=progress)
     tasks, held_out = split_tasks(recipe.data)
     backbone = load_backbone(recipe.base, accelerator.device)
     start_s = time.monotonic()
@@ -84,21 +89,25 @@ def run_train_lora(
 
 
 @contextmanager
-def adapted(backbone: Backbone, adapter: AdapterConfig, *, seed: int) -> Iterator[PeftModel]:
+def adapted(
+    backbone: Backbone, adapter: AdapterConfig, *, seed: int, targets: Sequence[str] | None = None
+) -> Iterator[PeftModel]:
     """The backbone's model with a fresh LoRA in it; when the block ends, the backbone is as it was.
 
     Only the LoRA trains, in float32 whatever the base's dtype. The base stays in eval mode: of all dropouts only the
-    adapter's own is active. Raises: UsageError for targets that name no adaptable matrix.
+    adapter's own is active. `targets` are full names, by default those that the adapter's mean.
+    Raises: UsageError for targets that name no adaptable matrix.
     """
-    targets = target_matrices(adapter.targets, backbone.matrices())
+    if targets is None:
+        targets = target_matrices(adapter.targets, backbone.matrices())
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=targets,
+        target_modules=list(targets),
         use_rslora=adapter.rslora,
         bias="none",
-        task_type=TASK_TYPES[backbone.family],
+        task_type=TASK_TYPES.get(backbone.family),
         fan_in_fan_out=any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in targets),
     )
     # PEFT draws A from the global generator.

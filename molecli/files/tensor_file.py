@@ -1,7 +1,11 @@
-"""Safetensors files, opened so that a missing, unreadable or damaged one is explained."""
+"""Safetensors files, opened so that a missing, unreadable or damaged one is explained.
+
+Contents: opened; in_fixed_order, the same content always the same bytes.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +38,13 @@ def opened(path: Path, *, remedy: str) -> Iterator[Any]:
     except SafetensorError as error:
         reason = str(error).removeprefix(_HEADER_ERROR)
         raise MismatchError(str(path), f"a damaged safetensors file ({reason})", remedy) from None
+
+
+def in_fixed_order(data: bytes) -> bytes:
+    """The file `data` with its metadata sorted: safetensors writes it in another order every time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]

@@ -1,0 +1,1 @@
+"""Diffusion bases at work: training LoRAs on pictures, learning gates, drawing and scoring."""
