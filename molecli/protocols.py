@@ -185,8 +185,12 @@ class Gate(Protocol):
 class OutputMethod(Protocol):
     """A composition that acts on the UNet's outputs: at each denoising step K branches run, each with its own weights.
 
+    weights [N]: the experts' own, on the CPU; reads_prompt: whether `prepare` must be called for every prompt.
     `keep` [N] is 0 for masked experts, None when none is.
     """
+
+    weights: Tensor
+    reads_prompt: bool
 
     def prepare(self, prompt: str, encode: Callable[[Sequence[str]], Tensor]) -> None:
         """Look at the prompt, for methods that do; `encode` gives [P, T, d], texts as the base alone encodes them."""

@@ -36,14 +36,57 @@ METHODS = {
             "nla", "weights", False, "MoLE Eq. 2", "the sum with weights that add up to 1", "molecli.compose.nla:gate"
         ),
         Method("single", "weights", False, "Hu et al. 2021", "one LoRA alone", "molecli.compose.single:gate"),
+        Method(
+            "switch",
+            "output",
+            False,
+            "Multi-LoRA Composition, 2402.16843",
+            "images: the LoRAs take turns over the denoising steps",
+            "molecli.compose.switch:Switch",
+        ),
+        Method(
+            "composite",
+            "output",
+            False,
+            "Multi-LoRA Composition, 2402.16843",
+            "images: the mean of each LoRA's own prediction at every step",
+            "molecli.compose.composite:Composite",
+        ),
+        Method(
+            "w_switch",
+            "output",
+            False,
+            "W-Switch, 2606.03792",
+            "images: turns as long as the prompt needs each LoRA",
+            "molecli.compose.w_switch:WSwitch",
+        ),
+        Method(
+            "w_composite",
+            "output",
+            False,
+            "W-Composite, 2606.03792",
+            "images: predictions weighted by the prompt's likeness to each trigger",
+            "molecli.compose.w_composite:WComposite",
+        ),
+        Method(
+            "loratorio",
+            "output",
+            False,
+            "LoRAtorio, 2508.11624",
+            "images: predictions weighted patch by patch by their distance from the base's",
+            "molecli.compose.loratorio:Loratorio",
+        ),
     )
 }
+# Other names in use: what diffusers and Multi-LoRA Composition call the sum.
+ALIASES = {"merge": "linear"}
 
 
 def get_method(name: str) -> Method:
-    """The method called `name`. Raises: UsageError that names the nearest."""
+    """The method called `name`, an alias too. Raises: UsageError that names the nearest."""
+    name = ALIASES.get(name, name)
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
+        near = difflib.get_close_matches(name, (*METHODS, *ALIASES), n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(METHODS)}."
         raise UsageError("--mode", f"no composition method {name!r}", hint)
     return METHODS[name]

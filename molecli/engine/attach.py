@@ -10,12 +10,15 @@ from torch import nn
 
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.layouts import adaptable_matrices, host_of
+from molecli.compose import get_method
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank
 from molecli.files.adapters import LoraLike, LoraSpec, parse_loras, read_expert
+from molecli.files.adapters.source import resolve_source
 from molecli.files.composition import Composition, check_base, check_experts, load_composition
-from molecli.files.recipe import GateConfig
+from molecli.files.concepts import Concept, read_concept
+from molecli.files.recipe import GateConfig, MethodConfig
 from molecli.functional.fingerprint import fingerprint, same_base
 
 Loras = Mapping[str, str] | Iterable[str]
@@ -30,6 +33,8 @@ def attach(
     weights: Mapping[str, float] | None = None,
     only: str | None = None,
     gate: GateConfig | None = None,
+    method: MethodConfig | None = None,
+    triggers: Mapping[str, str] | None = None,
     allow_partial: bool = False,
 ) -> Mixture:
     """The LoRAs on `model`, a transformers model or a diffusers pipeline, as a context manager; inside it, the model's
@@ -40,13 +45,15 @@ def attach(
         with attach(pipe, loras={"a": "loras/a", "b": "loras/b"}, mode="nla"):
             pipe("a photo of ...")
 
+    Modes that weigh LoRAs by the prompt (w_switch, w_composite) need the words that call each: `triggers` by name, else
+    those of concept.json beside the LoRA; and `mixture.prepare(prompt)` before the pipeline is called.
     `loras` maps names to folders, files or hub ids (or lists `name=PATH@WEIGHT`); a composition remembers its own.
     With a composition its gates or weights are loaded and checked against base and LoRAs; without, `mode` says how
     to compose (default linear). Raises: UsageError, MismatchError.
     """
     model = host_of(model)
     if composition is not None:
-        if mode is not None or weights is not None or gate is not None or only is not None:
+        if any(given is not None for given in (mode, weights, gate, only, method, triggers)):
             raise UsageError("attach", "a composition brings its own mode, weights and gates", "Leave those out.")
         return attach_composition(model, load_composition(composition), loras=_specs(loras) if loras else None)
     specs = _specs(loras or ())
@@ -59,7 +66,18 @@ def attach(
         raise UsageError("attach", "the gates learn the weights in mode 'gated'", "Leave weights= out.")
     experts = read_experts(model, specs, allow_partial=allow_partial)
     own = {spec.name: spec.weight for spec in specs} | dict(weights or {})
-    return build_mixture(model, experts, mode=mode or "linear", gate=gate, weights=own, only=only)
+    concepts = _concepts(specs) if get_method(mode or "linear").level == "output" else {}
+    return build_mixture(
+        model,
+        experts,
+        mode=mode or "linear",
+        gate=gate,
+        weights=own,
+        only=only,
+        method=method,
+        triggers={name: concept.trigger for name, concept in concepts.items()} | dict(triggers or {}),
+        kinds={name: concept.kind for name, concept in concepts.items()},
+    )
 
 
 def read_experts(model: nn.Module, loras: Sequence[LoraLike], *, allow_partial: bool = False) -> list[Expert]:
@@ -92,9 +110,18 @@ def attach_composition(
         mode=composition.mode,
         gate=GateConfig.model_validate(composition.gate) if composition.gate else None,
         only=composition.settings.get("only"),
+        method=MethodConfig.model_validate(composition.settings.get("method", {})),
+        triggers=composition.settings.get("triggers"),
+        kinds=composition.settings.get("kinds"),
     )
     mixture.load_state_dict(composition.tensors)
     return mixture
+
+
+def _concepts(specs: Sequence[LoraSpec]) -> dict[str, Concept]:
+    """What lies beside the LoRAs that says what they add, by name."""
+    found = {spec.name: read_concept(resolve_source(spec)) for spec in specs}
+    return {name: concept for name, concept in found.items() if concept is not None}
 
 
 def _specs(loras: Loras) -> tuple[LoraSpec, ...]:

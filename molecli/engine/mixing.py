@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from molecli.backbones.branching import Branching
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.layouts import layout_of
 from molecli.compose import gated, get_method, linear, nla, single
+from molecli.compose.output import output_method
 from molecli.experts import Expert, ExpertBank
-from molecli.files.recipe import GateConfig
+from molecli.files.recipe import GateConfig, MethodConfig
 
 
 def build_mixture(
@@ -22,29 +24,42 @@ def build_mixture(
     gate: GateConfig | None = None,
     weights: Mapping[str, float] | None = None,
     only: str | None = None,
+    method: MethodConfig | None = None,
+    triggers: Mapping[str, str] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    branches_at_once: int | None = None,
 ) -> Mixture:
     """The experts on `model`, composed by `mode`, not attached yet; fresh gates are uniform.
 
-    `weights` are the users' coefficients by expert name, 1 where not given. Raises: UsageError, MismatchError.
+    `weights` are the users' coefficients by expert name, 1 where not given; `method`, `triggers` and `kinds` (by expert
+    name) are for the modes that act on the denoising steps. Raises: UsageError, MismatchError.
     """
-    get_method(mode)
+    chosen, config = get_method(mode), method or MethodConfig()
     bank, layout = ExpertBank(experts), layout_of(model)
     matrices = layout.in_order(bank.matrices)
-    if mode == "gated":
-        config = gate or GateConfig()
-        sites = layout.sites(matrices, config.granularity, per_token=config.pool == "token")
-        gates = gated.build_gates(config, bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
-        renormalize = config.absent == "renormalize"
+    if chosen.name == "gated":
+        settings = gate or GateConfig()
+        sites = layout.sites(matrices, settings.granularity, per_token=settings.pool == "token")
+        gates = gated.build_gates(settings, bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
+        renormalize = settings.absent == "renormalize"
         return Mixture(model, bank, sites, gates, streams=layout.streams(), renormalize_absent=renormalize)
     sites = layout.sites(matrices, "network", per_token=False)
-    fixed = _fixed_gate(mode, bank, weights or {}, only)
+    values = _values(bank, weights or {}) * config.scale
+    if chosen.level == "output":
+        acting = output_method(chosen.name, bank.names, values, config, triggers=triggers, kinds=kinds)
+        return Branching(model, bank, sites, acting, streams=layout.streams(), branches_at_once=branches_at_once)
+    fixed = _fixed_gate(chosen.name, bank, values, only)
     return Mixture(model, bank, sites, {site.name: fixed for site in sites}, streams=layout.streams())
 
 
-def _fixed_gate(mode: str, bank: ExpertBank, weights: Mapping[str, float], only: str | None) -> nn.Module:
+def _values(bank: ExpertBank, weights: Mapping[str, float]) -> Tensor:
+    """[N], the users' coefficients."""
     for name in weights:
         bank.index(name)  # an unknown name is an error
-    values = torch.tensor([float(weights.get(name, 1.0)) for name in bank.names])
+    return torch.tensor([float(weights.get(name, 1.0)) for name in bank.names])
+
+
+def _fixed_gate(mode: str, bank: ExpertBank, values: Tensor, only: str | None) -> nn.Module:
     if mode == "linear":
         return linear.gate(values)
     if mode == "nla":

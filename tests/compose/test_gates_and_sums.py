@@ -65,7 +65,9 @@ def gate_of(bank: ExpertBank, **config: Any) -> Any:
 
 
 def test_every_row_names_what_can_be_imported() -> None:
-    assert list(METHODS) == ["gated", "linear", "nla", "single"]
+    images = ["switch", "composite", "w_switch", "w_composite", "loratorio"]
+    assert list(METHODS) == ["gated", "linear", "nla", "single", *images]
+    assert [name for name, method in METHODS.items() if method.level == "output"] == images
     for method in METHODS.values():
         module, attribute = method.target.split(":")
         assert callable(getattr(import_module(module), attribute))
@@ -77,7 +79,8 @@ def test_every_row_names_what_can_be_imported() -> None:
     ("name", "message"),
     [
         ("gaetd", "--mode: no composition method 'gaetd'. Did you mean gated?"),
-        ("ties-merging", "--mode: no composition method 'ties-merging'. Known: gated, linear, nla, single."),
+        ("ties-merging", f"--mode: no composition method 'ties-merging'. Known: {', '.join(METHODS)}."),
+        ("marge", "--mode: no composition method 'marge'. Did you mean merge?"),
     ],
 )
 def test_an_unknown_method_names_the_nearest_or_all(name: str, message: str) -> None:

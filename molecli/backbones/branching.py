@@ -1,0 +1,328 @@
+"""Methods on the UNet's outputs, hosted: K branches of one denoising step in one UNet call, or in a few.
+
+    rows of the UNet     [branch 0's B rows; branch 1's B rows; ...]     each branch with its own experts' weights
+
+A hook before the UNet repeats its inputs, a hook after it combines the outputs, and inside each branch's rows only its
+own experts' ranks are computed. The pipeline is used as it is and knows nothing of it.
+
+Contents: Branching; BranchedGroup, the experts apart at matrices that read one input.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molecli.backbones.hosted import HostedGroup, HostedSite, host_group, reference
+from molecli.backbones.hosting import Mixture
+from molecli.backbones.pipeline import PipelineModules
+from molecli.backbones.streams import Streams
+from molecli.errors import UsageError
+from molecli.experts import ExpertBank
+from molecli.protocols import Group, Moment, OutputMethod, Reading, Site
+
+# Of each branch in a UNet call: its experts and their weights, each a tensor [1] on the UNet's device.
+Branches = Sequence[Sequence[tuple[int, Tensor]]]
+
+
+class BranchedGroup:
+    """Matrices that read one input, the factors of each expert apart, so that a branch pays for its own only."""
+
+    def __init__(self, group: Group, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
+        self.parts: list[HostedGroup | None] = []
+        self.places: list[dict[int, int]] = []  # of each expert: place in the group -> place in its part
+        for expert in bank.experts:
+            own = [place for place, matrix in enumerate(group.matrices) if matrix in expert.factors]
+            part = Group(tuple(group.matrices[place] for place in own), group.stream)
+            site = HostedSite(Site(expert.name, (part,)), nn.Identity())
+            self.parts.append(host_group(part, site, ExpertBank([expert]), modules) if own else None)
+            self.places.append({place: i for i, place in enumerate(own)})
+        self.matrices = len(group.matrices)
+        self.x: Tensor | None = None
+        self.mixed: list[dict[int, tuple[Tensor, ...]]] = []
+        self.served = 0
+
+    def add(self, y: Tensor, x: Tensor, index: int, branches: Branches) -> Tensor:
+        """y, the output of the group's matrix `index` for x, and on each branch's rows the share of its experts."""
+        if self.x is not x:
+            self._mix(x, branches)
+        if len(branches) == 1:
+            y = self._expanded(y, 0, index)
+        else:
+            # In place without gradients: the pieces are views of y.
+            pieces = [self._expanded(piece, k, index) for k, piece in enumerate(y.chunk(len(branches)))]
+            y = torch.cat(pieces) if torch.is_grad_enabled() else y
+        self.served += 1
+        if self.served == self.matrices:
+            self.forget()
+        return y
+
+    def forget(self) -> None:
+        """Drop what is kept of the current input."""
+        self.x, self.mixed, self.served = None, [], 0
+
+    def _mix(self, x: Tensor, branches: Branches) -> None:
+        pieces = x.chunk(len(branches)) if len(branches) > 1 else (x,)
+        self.mixed = [
+            {expert: self._projected(expert, piece, weight) for expert, weight in branch}
+            for piece, branch in zip(pieces, branches, strict=True)
+        ]
+        self.x, self.served = x, 0
+
+    def _projected(self, expert: int, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        part = self.parts[expert]
+        if part is None:
+            return ()
+        u = part.project(x)
+        part.weight(x, u, weight.to(u.dtype))
+        mixed = part.mixed
+        part.forget()
+        return mixed
+
+    def _expanded(self, y: Tensor, branch: int, index: int) -> Tensor:
+        for expert, mixed in self.mixed[branch].items():
+            part, place = self.parts[expert], self.places[expert].get(index)
+            if part is not None and place is not None:
+                y = part.expand(y, mixed[place], part.Bt[place])
+        return y
+
+
+@dataclass
+class _Call:
+    """A UNet call under way: its inputs as the pipeline gave them, and the weights [K, N] of the branches."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rows: int
+    moment: Moment
+    weights: Tensor
+    at_once: int
+
+    def inputs(self, branches: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs, with every tensor that has one entry a row repeated for so many branches."""
+        if branches == 1:
+            return self.args, self.kwargs
+        return _repeated(self.args, branches, self.rows), _repeated(self.kwargs, branches, self.rows)
+
+
+class Branching(Mixture):
+    """Experts on a pipeline, composed by a method on the UNet's outputs; a context manager like every mixture.
+
+    In the text encoder(s) the experts are summed with the method's `text_weights`, since a prompt is encoded once.
+    `branches_at_once` limits how many branches run in one UNet call (memory); None runs all in one, with equal results.
+    Raises: UsageError where the model is no pipeline; MismatchError as every mixture.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: ExpertBank,
+        sites: Sequence[Site],
+        method: OutputMethod,
+        *,
+        streams: Streams,
+        branches_at_once: int | None = None,
+    ) -> None:
+        if not isinstance(model, PipelineModules):
+            what = "the mode composes the steps of a diffusion pipeline, and the base is another model"
+            raise UsageError("--mode", what, "Use gated, linear, nla or single, or name a diffusion base.")
+        inside = [site for site in sites if site.entry.matrices[0].startswith("unet.")]
+        others = [site for site in sites if site not in inside]
+        super().__init__(model, bank, others, {site.name: _TextGate(method) for site in others}, streams=streams)
+        self.sites = tuple(sites)
+        self.pipeline, self.method, self.branches_at_once = model, method, branches_at_once
+        self._inside = inside
+        self._clock = _Clock()
+        self._branched: list[BranchedGroup] = []
+        self._kept: Tensor | None = None
+        self._branches: Branches = ()
+        self._call: _Call | None = None
+        self._further = False
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        super().attach()
+        try:
+            for group in (group for site in self._inside for group in site.groups):
+                live = BranchedGroup(group, self.bank, self._modules)
+                self._branched.append(live)
+                for index, matrix in enumerate(group.matrices):
+                    hook = self._branched_hook(live, index)
+                    self._handles.append(self._modules[matrix].register_forward_hook(hook))
+            unet = self._unet
+            self._handles.append(unet.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(unet.register_forward_hook(self._after))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take every hook off; the pipeline is the base again, bit for bit."""
+        super().detach()
+        self._branched, self._branches, self._call = [], (), None
+
+    # -- what a user asks of it --------------------------------------------------------------------------------------
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether `prepare` must be called for every new prompt."""
+        return self.method.reads_prompt
+
+    def prepare(self, prompt: str) -> None:
+        """Tell the method the prompt of the pictures that come next; needed where it `reads_prompt`."""
+        self.method.prepare(prompt, self._encode)
+
+    def mask(self, *names: str) -> None:
+        """Switch off exactly the named experts, and all others on: the method composes those that are left."""
+        super().mask(*names)
+        self._kept = None if self._keep is None else self._keep.cpu()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The experts' weights."""
+        return {"method/weights": self.method.weights}
+
+    # -- one denoising step ------------------------------------------------------------------------------------------
+
+    @property
+    def _unet(self) -> nn.Module:
+        return self.pipeline.get_submodule("unet")
+
+    def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note the call, and repeat its inputs for the branches that run first."""
+        if self._off or self._further:
+            return None
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        pipe = self.pipeline.pipe
+        moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, _guided(pipe, len(sample)))
+        weights = self.method.branches(moment, self._kept)
+        at_once = min(self.branches_at_once or len(weights), len(weights))
+        self._call = _Call(args, kwargs, len(sample), moment, weights, at_once)
+        self._start(weights[:at_once])
+        return self._call.inputs(at_once)
+
+    def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Run what branches are left, and combine all."""
+        if self._off or self._further or self._call is None:
+            return None
+        call, self._call = self._call, None
+        samples = [_sample(output)]
+        for start in range(call.at_once, len(call.weights), call.at_once):
+            some = call.weights[start : start + call.at_once]
+            self._start(some)
+            inputs, named = call.inputs(len(some))
+            self._further = True
+            try:
+                samples.append(_sample(unet(*inputs, **named)))
+            finally:
+                self._further = False
+        outputs = torch.cat(samples) if len(samples) > 1 else samples[0]
+        outputs = outputs.view(len(call.weights), call.rows, *outputs.shape[1:])
+        return _with_sample(output, self.method.combine(outputs, call.moment, self._kept))
+
+    def _start(self, weights: Tensor) -> None:
+        """From here on the UNet's rows are those of branches with these weights [k, N]."""
+        here = weights.to(reference(self._unet).device)
+        self._branches = [
+            [(expert, here[k, expert : expert + 1]) for expert, weight in enumerate(row) if weight]
+            for k, row in enumerate(weights.tolist())
+        ]
+
+    def _branched_hook(self, group: BranchedGroup, index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+            return None if self._off else group.add(y, args[0], index, self._branches)
+
+        return hook
+
+    def _forget(self) -> None:
+        super()._forget()
+        for group in self._branched:
+            group.forget()
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """[P, T, d], the texts as the base alone encodes them."""
+        pipe, off = self.pipeline.pipe, self._off
+        self._off = True
+        try:
+            with torch.no_grad():
+                return pipe.encode_prompt(
+                    prompt=list(texts),
+                    device=reference(self._unet).device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=False,
+                )[0]
+        finally:
+            self._off = off
+
+
+class _TextGate(nn.Module):
+    """The method's weights [N] in the text encoder(s), as a constant gate."""
+
+    per_sequence = True
+    remembers = False
+    constant = True
+    place: Tensor
+
+    def __init__(self, method: OutputMethod) -> None:
+        super().__init__()
+        self.method = method
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+    def forward(self, reading: Reading | None, keep: Tensor | None = None) -> Tensor:
+        return self.method.text_weights(keep).to(self.place.device)
+
+
+class _Clock:
+    """Which denoising step a UNet call is, read off the scheduler: its own loop need not be known."""
+
+    def __init__(self) -> None:
+        self._times: weakref.ref[Tensor] | None = None
+        self._values: list[float] = []
+        self._index = -1
+
+    def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool) -> Moment:
+        """The step at `timestep`: the next one, where it fits (a scheduler may come back to a time), else the first
+        of that time."""
+        time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        times = getattr(scheduler, "timesteps", None)
+        if not isinstance(times, Tensor) or times.numel() == 0:
+            return Moment(0, 1, time, guided)
+        if self._times is None or self._times() is not times:  # every picture's scheduler sets its times anew
+            self._times, self._values, self._index = weakref.ref(times), [float(t) for t in times.tolist()], -1
+        following = self._index + 1
+        if following >= len(self._values) or self._values[following] != time:
+            gaps = [abs(value - time) for value in self._values]
+            following = gaps.index(min(gaps))
+        self._index = following
+        return Moment(following, len(self._values), time, guided)
+
+
+def _guided(pipe: Any, rows: int) -> bool:
+    """Whether the UNet's rows are two halves. A pipeline that was never called knows of no guidance."""
+    return rows % 2 == 0 and bool(getattr(pipe, "do_classifier_free_guidance", False))
+
+
+def _repeated(value: Any, branches: int, rows: int) -> Any:
+    """`value`, with every tensor in it that has `rows` entries repeated: [branches * rows, ...]."""
+    if isinstance(value, Tensor):
+        return value.repeat(branches, *(1,) * (value.dim() - 1)) if value.dim() and len(value) == rows else value
+    if isinstance(value, Mapping):
+        return {key: _repeated(entry, branches, rows) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_repeated(entry, branches, rows) for entry in value)
+    return value
+
+
+def _sample(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _with_sample(output: Any, sample: Tensor) -> Any:
+    return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)

@@ -1,0 +1,51 @@
+"""W-Composite: Composite weighted by how much the prompt is about each LoRA. Source: arXiv 2606.03792 and its code.
+
+w_i = cos(ē(trigger_i), ē(P)), normalised; Σ w_i [u_i + g(c_i − u_i)] / Σ w_i: the weighted mean of both halves, which
+the pipeline then guides by g. N passes. Departs: ē is the base's own, where the code encodes with the loaded LoRAs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from molecli.compose.branches import kept, mean_weights, one_each
+from molecli.compose.triggers import likeness, prepared
+from molecli.errors import RunError
+from molecli.protocols import Moment
+
+
+class WComposite:
+    """An `OutputMethod` with a branch for each kept expert: `weights` [N], and a trigger each."""
+
+    reads_prompt = True
+
+    def __init__(self, weights: Tensor, triggers: Sequence[str]) -> None:
+        self.weights, self.triggers = weights, tuple(triggers)
+        self.shares: Tensor | None = None
+
+    def prepare(self, prompt: str, encode: Callable[[Sequence[str]], Tensor]) -> None:
+        """Sets `shares` [N], cosines; those of kept experts are normalised when used."""
+        self.shares = likeness(prompt, self.triggers, encode)
+
+    def text_weights(self, keep: Tensor | None) -> Tensor:
+        """[N], see `mean_weights`."""
+        return mean_weights(self.weights, keep)
+
+    def branches(self, moment: Moment, keep: Tensor | None) -> Tensor:
+        """[K, N], each kept expert alone with its own weight."""
+        return one_each(self.weights, kept(range(len(self.weights)), keep))
+
+    def combine(self, outputs: Tensor, moment: Moment, keep: Tensor | None) -> Tensor:
+        """The weighted mean over the branches. Raises: RunError before a prompt is prepared."""
+        experts = kept(range(len(self.weights)), keep)
+        if not experts:
+            return outputs[0]
+        shares = prepared(self.shares, "w_composite")[experts]
+        total = float(shares.sum())
+        if total < 1e-6:
+            what = "no trigger has any likeness to the prompt, so that the outputs have no weights"
+            raise RunError("mode w_composite", what, "Name other triggers, or use --mode composite.")
+        return torch.tensordot((shares / total).to(outputs), outputs, dims=1)
