@@ -114,10 +114,13 @@ class NaiveGate:
         first[:, 0] = 1
         return first if gate.pool == "prompt" else torch.ones(x.shape[:2])
 
+    def _ranks(self, site: Any, x: Tensor) -> Tensor:
+        """[B, T, R], x on every expert's A."""
+        return torch.cat([x @ self.mixture.bank.stacked(m).A.T for m in site.entry.matrices], -1)
+
     def _features(self, site: Any, gate: Any, x: Tensor) -> Tensor:
         if self.config["input"] == "experts":
-            bank = self.mixture.bank
-            x = torch.cat([x @ bank.stacked(m).A.T for m in site.entry.matrices], -1)
+            x = self._ranks(site, x)
         elif gate.pool == "prompt" and site.stream == "decoder" and not self.causal:
             return self._pooled(self.memory(), "mean", self.batch["attention_mask"])
         return self._pooled(x, gate.pool, self._weight(site, gate, x))
@@ -155,3 +158,84 @@ class NaiveGate:
         if self.config["head"] == "per_expert":
             return (flat.view(E.shape) * head.weight[:, 0]).sum(-1)
         return flat @ head.weight.permute(0, 2, 1).reshape(count * width, count)
+
+
+class NaivePipelineMixture(NaiveMixture):
+    """The same on the UNet and text encoders of a pipeline; convolutions as the dense update of each expert."""
+
+    def __enter__(self) -> NaivePipelineMixture:
+        super().__enter__()
+        for part in self.model.children():
+            self.handles.append(part.register_forward_pre_hook(lambda *_: self.values.clear()))
+        self.modules = dict(self.model.named_modules())
+        return self
+
+    def outputs(self, matrix: str, x: Tensor) -> Tensor:
+        """[B, P, N, d_out], a convolution's positions in rows; [B, N, d_out] of a vector a row."""
+        if x.dim() != 4:
+            return super().outputs(matrix, x)
+        conv = self.modules[matrix]
+        maps = []
+        for expert in self.experts:
+            factor = expert.factors.get(matrix)
+            # An expert that is absent contributes zeros of the same size.
+            delta = torch.zeros_like(conv.weight) if factor is None else dense(factor.A, factor.B) * factor.scaling
+            maps.append(nn.functional.conv2d(x, delta, None, conv.stride, conv.padding, conv.dilation))
+        return torch.stack([in_rows(m) for m in maps], dim=-2)
+
+    def _hook(self, site: Any, matrix: str) -> Any:
+        def hook(_: nn.Module, args: Any, y: Tensor) -> Tensor:
+            x = args[0]
+            own = self.outputs(matrix, x)
+            if site.name not in self.values:
+                entry = torch.cat([self.outputs(m, x) for m in site.entry.matrices], dim=-1)
+                self.values[site.name] = self.gate_of(site, x, entry)
+            g = self.values[site.name]
+            if x.dim() == 2:  # one vector a row has one position
+                g = g[:, 0] if g.dim() == 3 else g
+            elif g.dim() == 2:
+                g = g[:, None]
+            added = (g.unsqueeze(-1) * own).sum(-2)
+            return y + (added.transpose(1, 2).reshape(y.shape) if y.dim() == 4 else added)
+
+        return hook
+
+
+class NaivePipelineGate(NaiveGate):
+    """The gate from its definition on a pipeline, where every position counts; `model` holds the convolutions."""
+
+    def __init__(self, mixture: Any, model: nn.Module, config: dict[str, Any]) -> None:
+        super().__init__(mixture, {}, config, lambda: torch.empty(0))
+        self.modules = dict(model.named_modules())
+        self.raw = torch.empty(0)
+
+    def __call__(self, site: Any, x: Tensor, outputs: Tensor) -> Tensor:
+        self.raw = x
+        if x.dim() == 4:
+            # Under a stride, a gate sees the mean of what lies under each position of the output.
+            stride = self.modules[site.entry.matrices[0]].stride
+            x = in_rows(nn.functional.avg_pool2d(x, stride) if stride != (1, 1) else x)
+        elif x.dim() == 2:
+            x, outputs = x[:, None], outputs[:, None]
+        return super().__call__(site, x, outputs)
+
+    def _weight(self, site: Any, gate: Any, x: Tensor) -> Tensor:
+        return torch.ones(x.shape[:2])
+
+    def _ranks(self, site: Any, x: Tensor) -> Tensor:
+        if self.raw.dim() != 4:
+            return super()._ranks(site, x)
+        (matrix,) = site.entry.matrices
+        conv = self.modules[matrix]
+        A = self.mixture.bank.stacked(matrix).A
+        return in_rows(nn.functional.conv2d(self.raw, A, None, conv.stride, conv.padding, conv.dilation))
+
+
+def dense(A: Tensor, B: Tensor) -> Tensor:
+    """[c_out, c_in, k_h, k_w] of a convolution's factors, one rank at a time."""
+    return torch.stack([B[:, r, None, None, None] * A[r] for r in range(len(A))]).sum(0)
+
+
+def in_rows(maps: Tensor) -> Tensor:
+    """[B, H*W, C] of [B, C, H, W]."""
+    return torch.stack([maps[:, :, h, w] for h in range(maps.shape[2]) for w in range(maps.shape[3])], dim=1)
