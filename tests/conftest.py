@@ -4,6 +4,7 @@ Fixtures: `make_tiny(kind)` builds a fresh `Tiny(model, tokenizer)`; `tiny_t5`, 
 `tiny_gpt2` are private copies that a test may wrap or change; `tiny_folder(kind)` is a saved base that
 `load_backbone` reads; `make_peft_adapter(model, folder, ...)` saves a PEFT adapter with a nonzero B. Of diffusion:
 `make_pipeline(kind)`, `tiny_sd`, `tiny_sd2`, `tiny_sdxl` and `pipeline_folder(kind)` likewise; see `tiny_pipelines`.
+`picture_world` is a saved base with LoRAs and a composition.
 """
 
 from __future__ import annotations
@@ -211,6 +212,16 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory, make_pipeline: Cal
         return built[kind, seed]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def picture_world(
+    tmp_path_factory: pytest.TempPathFactory, make_pipeline: Callable[..., Any], pipeline_folder: Callable[..., Path]
+) -> Any:
+    """A base that draws, LoRAs cat, hat and sea on it, and a gated composition, in folders; see `picture_world`."""
+    from picture_world import build_world
+
+    return build_world(tmp_path_factory.mktemp("world"), pipeline_folder("sd"), make_pipeline("sd"))
 
 
 @pytest.fixture(scope="session")

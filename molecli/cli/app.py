@@ -23,9 +23,12 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 # name -> (module:Typer app, one line of help; it is the first line of the command's own help)
 COMMANDS = {
-    "train-lora": ("molecli.cli.train_lora:app", "Train one LoRA on a frozen base."),
+    "train-lora": (
+        "molecli.cli.train_lora:app",
+        "Train one LoRA on a frozen base: on a suite's tasks, or on a few pictures of one subject.",
+    ),
     "compose": ("molecli.cli.compose:app", "Compose trained LoRAs, by learned gates or a fixed mixture."),
-    "sample": ("molecli.cli.sample:app", "Complete prompts with a composition, single LoRAs or the bare base."),
+    "sample": ("molecli.cli.sample:app", "Complete or draw prompts with a composition, single LoRAs or the bare base."),
     "evaluate": ("molecli.cli.evaluate:app", "Score compositions on a suite of tasks, on one load of the base."),
     "inspect-gates": ("molecli.cli.inspect_gates:app", "Show what the gates of a composition do."),
     "recipe": ("molecli.cli.recipe:app", "List, copy and check recipes."),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from molecli.cli.options import BASE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Switch, recipe_command
+from molecli.cli.options import BASE, IMAGE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Switch, recipe_command
 from molecli.cli.runs import is_recipe, started
 from molecli.cli.single import single
 from molecli.errors import UsageError
 from molecli.files.recipe import EvaluateRecipe
 
-EXAMPLES_PER_TASK = 64
+EXAMPLES_PER_TASK, PICTURES_PER_PROMPT = 64, 1
 
 FLAGS = (
     *BASE,
@@ -22,10 +22,18 @@ FLAGS = (
     Flag("--split", "eval.data.split"),
     Flag("--holdout", "eval.data.holdout"),
     Flag("--limit", "eval.data.limit", default=str(EXAMPLES_PER_TASK)),
+    Switch(
+        "--prompt",
+        "a diffusion base: a prompt to draw; may be repeated; without one, the prompts of the concepts",
+        kind=list[str],
+        metavar="TEXT",
+    ),
+    Flag("--images", "eval.images", default=str(PICTURES_PER_PROMPT)),
+    *IMAGE,
     Flag("--batch-size", "eval.batch_size"),
     *MASK,
-    Switch("--csv", "print CSV on stdout: task, site, expert, weight, entropy"),
-    Switch("--png", "also draw the heatmap of sites by experts into FILE", kind=str, metavar="FILE"),
+    Switch("--csv", "print CSV on stdout: task or denoising step, site, expert, weight"),
+    Switch("--png", "also draw the heatmap of sites by experts or denoising steps into FILE", kind=str, metavar="FILE"),
     *SEED_AND_DEVICE,
     *SAVE,
 )
@@ -36,14 +44,18 @@ TARGET = ("COMPOSITION", "The folder of a composition, or its .safetensors.")
 def inspect_gates(request: Request) -> None:
     """Show what the gates of a composition do.
 
-    Prints the mean weight of each expert by site and by task, the gates' entropy and dead experts. With --output also
-    writes gates.json, gates.csv, gates.png (sites by experts) and entropy.png (over training).
+    Prints the mean weight of each expert by site and by task, the gates' entropy and dead experts; on a diffusion base
+    by prompt and by denoising step. With --output also writes gates.json, gates.csv, gates.png (sites by experts, or by
+    denoising steps) and entropy.png (over training).
     """
     if not request.targets:
         raise UsageError("mole inspect-gates", "no composition is named", "Name the output folder of mole compose.")
     target = request.targets[0]
     file = target if is_recipe(target) else None
-    recipe = request.recipe(file, more={} if file else _own_data(target, request))
+    more = {} if file else _own_data(target, request)
+    if request.switches["prompt"]:
+        more["prompts"] = list(request.switches["prompt"])
+    recipe = request.recipe(file, more=more)
     assert isinstance(recipe, EvaluateRecipe)
     if len(recipe.compositions) != 1:
         raise UsageError(target, f"it names {len(recipe.compositions)} compositions, not one", "Name the composition.")
@@ -57,7 +69,7 @@ def inspect_gates(request: Request) -> None:
 def _inspect(recipe: EvaluateRecipe, request: Request, *, save: bool) -> None:
     from molecli.engine.inspect import run_inspect
 
-    report = run_inspect(recipe, progress=request.console.progress, save=save)
+    report = run_inspect(recipe, progress=request.console.progress, note=request.console.note, save=save)
     if request.switches["png"]:
         report.draw(request.switches["png"])
     text = report.csv() if request.switches["csv"] else "\n".join(report.lines()) + "\n"
@@ -68,11 +80,21 @@ def _own_data(path: str, request: Request) -> dict[str, Any]:
     """The composition, and as the data to look at what its own recipe scored, unless a suite is named."""
     import yaml
 
+    from molecli.backbones.sources import find_base
+    from molecli.engine.sample import base_of
     from molecli.files.composition import load_composition
+    from molecli.files.recipe import BaseConfig
 
+    composition = load_composition(path)
+    named = request.overrides.get("base.id")
+    if (
+        composition.mode == "gated"
+        and find_base(base_of(BaseConfig(id=named) if named else None, composition)).pipeline
+    ):
+        return {"compositions": [path], "eval.images": PICTURES_PER_PROMPT}
     more: dict[str, Any] = {"compositions": [path], "eval.data.limit": EXAMPLES_PER_TASK}
     if "eval.data.suite" not in request.overrides:
-        own = yaml.safe_load(load_composition(path).recipe)
+        own = yaml.safe_load(composition.recipe)
         scored = (own.get("evaluate") or {}).get("data")
         # What the gates learned from, whole: its held-out part is no more than a part.
         data = scored or {**own["data"], "holdout": 0.0}

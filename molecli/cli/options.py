@@ -5,7 +5,7 @@
     Request           what a command was asked to do
     recipe_command    a command function whose signature is built from flags
 
-Shared flags: BASE, LORAS, GATE, TRAIN, SEED_AND_DEVICE.
+Shared flags: BASE, LORAS, GATE, TRAIN, DATA, MASK, IMAGE, METHOD, SEED_AND_DEVICE, OUTPUT, SAVE.
 """
 
 from __future__ import annotations
@@ -105,10 +105,23 @@ DATA = (
     Flag("--holdout", "data.holdout"),
 )
 MASK = (Flag("--mask", "mask", metavar="NAMES"), Flag("--only", "only", metavar="NAMES"))
+IMAGE = (
+    Flag("--denoise-steps", "image.steps"),
+    Flag("--guidance", "image.guidance"),
+    Flag("--scheduler", "image.scheduler"),
+    Flag("--negative-prompt", "image.negative_prompt"),
+    Flag("--width", "image.width"),
+    Flag("--height", "image.height"),
+)
+METHOD = (
+    Flag("--scale", "method.scale"),
+    Flag("--tau", "method.tau"),
+    Flag("--order", "method.order", metavar="NAMES"),
+)
 SEED_AND_DEVICE = (Flag("--seed", "seed"), Flag("--device", "device"))
-_OVERWRITE = Switch("--overwrite", "replace what an earlier run left in the output folder")
-OUTPUT = (Flag("--output", "output", metavar="DIR", default="runs/COMMAND-TIME"), _OVERWRITE)
-SAVE = (Flag("--output", "output", "without one nothing is written", metavar="DIR", default=""), _OVERWRITE)
+OVERWRITE = Switch("--overwrite", "replace what an earlier run left in the output folder")
+OUTPUT = (Flag("--output", "output", metavar="DIR", default="runs/COMMAND-TIME"), OVERWRITE)
+SAVE = (Flag("--output", "output", "without one nothing is written", metavar="DIR", default=""), OVERWRITE)
 RECIPE = ("RECIPE", "A .yaml file, a run's folder or the name of a shipped recipe.")
 RESUME = Switch("--resume", "continue from the newest checkpoint in the output folder")
 DRY_RUN = Switch("--dry-run", "show the resolved plan; load no weights, write nothing")

@@ -105,8 +105,8 @@ def output_folder(recipe: Recipe, request: Request, file: str | None) -> str:
     """
     from molecli.engine import output
 
-    given = str(recipe.output)
     default = type(recipe).model_fields["output"].default
+    given = default if recipe.output is None else str(recipe.output)
     repeated = file is not None and _same(_record(file), Path(given) / RECIPE_FILE) and not request.resume
     overwrite = bool(request.switches.get("overwrite"))
     if "output" in request.overrides or not (given == default or (repeated and not overwrite)):

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from molecli.cli.options import BASE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Switch, recipe_command
+from molecli.cli.options import (
+    BASE,
+    IMAGE,
+    LORAS,
+    MASK,
+    METHOD,
+    OVERWRITE,
+    SEED_AND_DEVICE,
+    Flag,
+    Request,
+    Switch,
+    recipe_command,
+)
 from molecli.cli.runs import is_recipe, started
 from molecli.cli.single import single
 from molecli.errors import UsageError
@@ -24,18 +36,25 @@ FLAGS = (
     Flag("--max-new-tokens", "max_new_tokens"),
     Flag("--temperature", "temperature"),
     Flag("--top-p", "top_p"),
+    Flag("--modes", "modes", metavar="MODES"),
+    Flag("--images", "images"),
+    *IMAGE,
+    *METHOD,
     Flag("--batch-size", "batch_size"),
     *SEED_AND_DEVICE,
-    *SAVE,
+    Flag("--output", "output", metavar="DIR"),
+    OVERWRITE,
 )
 TARGET = ("RECIPE | COMPOSITION | -", "A recipe (.yaml), a composition (folder or .safetensors), or - for stdin.")
 
 
 @recipe_command("sample", target=TARGET, flags=FLAGS)
 def sample(request: Request) -> None:
-    """Complete prompts with a composition, single LoRAs or the bare base.
+    """Complete or draw prompts with a composition, single LoRAs or the bare base.
 
-    Completions go to stdout, one a line in the order of the prompts; with --output also to samples.jsonl there.
+    Completions go to stdout, one a line in the order of the prompts; with --output also to samples.jsonl there. A
+    diffusion base draws: a PNG per image, samples.jsonl and the contact sheet sheet.png (methods as columns, prompts as
+    rows) go to the output folder, the pictures' paths to stdout.
     """
     target = request.targets[0] if request.targets else None
     file = target if target is not None and is_recipe(target) else None
@@ -51,11 +70,13 @@ def sample(request: Request) -> None:
         raise UsageError(
             "mole sample", "there is no prompt", "Write --prompt TEXT, --prompts-file FILE, or - for stdin."
         )
-    if recipe.output is None:
+    if _draws_pictures(recipe):
+        _draw(recipe, request, file)
+    elif recipe.output is None:
         _complete(recipe, request)
-        return
-    with started(recipe, request, file=file) as ready:
-        _complete(ready, request)
+    else:
+        with started(recipe, request, file=file) as ready:
+            _complete(ready, request)
 
 
 def _complete(recipe: SampleRecipe, request: Request) -> None:
@@ -63,6 +84,22 @@ def _complete(recipe: SampleRecipe, request: Request) -> None:
 
     samples = run_sample(recipe, progress=request.console.progress)
     request.console.result([sample.document() for sample in samples], lambda: _show([s.text for s in samples]))
+
+
+def _draw(recipe: SampleRecipe, request: Request, file: str | None) -> None:
+    from molecli.engine.images.sample import run_sample_pictures
+
+    with started(recipe, request, file=file) as ready:
+        album = run_sample_pictures(ready, progress=request.console.progress, note=request.console.note)
+        if album.pictures:
+            request.console.result(album.document(), lambda: _show([picture.path for picture in album.pictures]))
+        album.check()
+
+
+def _draws_pictures(recipe: SampleRecipe) -> bool:
+    from molecli.engine.sample import draws_pictures
+
+    return draws_pictures(recipe.base, recipe.composition)
 
 
 def _show(texts: list[str]) -> None:

@@ -17,6 +17,7 @@ from molecli.cli.options import (
 )
 from molecli.cli.runs import recipe_file, show_plan, started
 from molecli.cli.single import single
+from molecli.errors import UsageError
 from molecli.files.recipe import PicturesConfig, TrainLoraRecipe
 
 # Pictures are an optional section, whose defaults the help would not show otherwise.
@@ -63,14 +64,24 @@ def train_lora(request: Request) -> None:
     file = recipe_file(request)
     recipe = request.recipe(file)
     assert isinstance(recipe, TrainLoraRecipe)
+    _check_flags(request, recipe)
     if request.switches["dry_run"]:
         show_plan(recipe, request, file=file)
         return
     with started(recipe, request, file=file) as ready:
         from molecli.engine.train_lora import run_train_lora
 
-        report = run_train_lora(ready, resume=request.resume, progress=request.console.progress)
+        console = request.console
+        report = run_train_lora(ready, resume=request.resume, progress=console.progress, note=console.note)
     request.console.result(report, lambda: print(ready.output))
+
+
+def _check_flags(request: Request, recipe: TrainLoraRecipe) -> None:
+    """Nothing, or UsageError where a flag for tasks stands beside pictures, even with the value it has by default."""
+    named = next((flag for flag in DATA if flag.key in request.overrides), None)
+    if recipe.pictures is not None and named is not None:
+        what = "a suite's tasks train a language model, and pictures a diffusion pipeline"
+        raise UsageError(named.name, what, "Leave it out, or leave out --instance-dir.")
 
 
 app = single(train_lora)

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
+from molecli.backbones.sources import find_base
 from molecli.engine.attach import attach
 from molecli.engine.evaluate import make_bench
-from molecli.engine.sample import base_of, switch
+from molecli.engine.sample import TEXT_BASE, base_of, check_fields, switch
 from molecli.engine.train_log import read_log
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
-from molecli.files.composition import find_composition, load_composition
+from molecli.files.composition import Composition, find_composition, load_composition
 from molecli.files.recipe import EvaluateRecipe
 from molecli.protocols import Backbone, Example
 
@@ -99,27 +100,53 @@ class GateReport:
         return heatmap_png(self, path)
 
 
-def run_inspect(recipe: EvaluateRecipe, *, progress: Progress | None = None, save: bool = False) -> GateReport:
+def run_inspect(
+    recipe: EvaluateRecipe,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], object] = lambda text: None,
+    save: bool = False,
+) -> GateReport:
     """The report on the one composition of `recipe`; with `save` also gates.json, .csv, .png and entropy.png.
 
+    On a diffusion base it is by denoising step, and `note` is told what a prompt loses.
     Raises: UsageError for a composition without gates; MismatchError where base, LoRAs and gates do not fit.
     """
     path = recipe.compositions[0]
     composition = load_composition(path)
     if composition.mode != "gated":
         raise UsageError(path, f"a composition of mode {composition.mode} has no gates", "Name one of mode gated.")
+    if find_base(base_of(recipe.base, composition)).pipeline:
+        from molecli.engine.images.inspect import inspect_pictures  # which needs diffusers, and this module
+
+        report = inspect_pictures(recipe, composition, progress=progress, note=note)
+    else:
+        report = _inspect_text(recipe, composition, progress)
+    if save:
+        write_report(report, Path(recipe.output))
+    return report
+
+
+def _inspect_text(recipe: EvaluateRecipe, composition: Composition, progress: Progress | None) -> GateReport:
+    path = recipe.compositions[0]
+    if recipe.prompts:
+        what = "a language model's gates are looked at on examples, which have answers"
+        raise UsageError("--prompt", what, "Write --files FILE.jsonl.")
+    check_fields(recipe, ("image",), TEXT_BASE)
     tasks = make_bench(recipe.eval).tasks
     backbone = load_backbone(base_of(recipe.base, composition), recipe.device)
     loras: dict[str, Any] = {lora.name: lora.source for lora in recipe.loras}
     with attach(backbone.model, loras=loras or None, composition=path) as mixture:
         switch(mixture, mask=recipe.mask, only=recipe.only)
-        if set(recipe.mask) >= set(recipe.only or mixture.names):
-            raise UsageError("--mask", "every LoRA is switched off, and no gate is asked", "Keep one.")
+        check_some_on(recipe, mixture)
         values = collect(backbone, mixture, tasks, batch_size=recipe.eval.batch_size, progress=progress)
-        report = summarise(values, mixture.names, composition=path, course=entropy_course(path))
-    if save:
-        write_report(report, Path(recipe.output))
-    return report
+        return summarise(values, mixture.names, composition=path, course=entropy_course(path))
+
+
+def check_some_on(recipe: EvaluateRecipe, mixture: Mixture) -> None:
+    """Nothing, when an expert is left to ask. Raises: UsageError."""
+    if set(recipe.mask) >= set(recipe.only or mixture.names):
+        raise UsageError("--mask", "every LoRA is switched off, and no gate is asked", "Keep one.")
 
 
 @torch.no_grad()

@@ -1,9 +1,13 @@
-"""Completions of prompts: from a composition, a single LoRA, or the bare base."""
+"""Completions of prompts: from a composition, a single LoRA, or the bare base.
+
+run_sample       the completions of a language model; on a diffusion base `images.sample.run_sample_pictures` draws
+draws_pictures   which of the two a recipe is for
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,16 +17,22 @@ import yaml
 
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
+from molecli.backbones.sources import find_base
 from molecli.engine.attach import attach
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
 from molecli.files.composition import Composition, load_composition
-from molecli.files.recipe import BaseConfig, SampleRecipe
+from molecli.files.recipe import BaseConfig, Recipe, SampleRecipe
 from molecli.protocols import Backbone
 
 # label, done, total
 Progress = Callable[[str, int, int], None]
 SAMPLES_FILE = "samples.jsonl"
+# Fields that only one kind of base reads, and what is said of them on the other.
+TEXT_FIELDS = ("max_new_tokens", "temperature", "top_p")
+PICTURE_FIELDS = ("modes", "images", "image", "method", "concepts")
+TEXT_BASE = "a diffusion base draws by, and the base is a language model"
+PICTURE_BASE = "a language model completes by, and the base draws pictures"
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ def run_sample(recipe: SampleRecipe, *, progress: Progress | None = None) -> lis
     """
     if not recipe.prompts:
         raise UsageError("prompts", "there is none", "Write at least one.")
+    check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
     composition = load_composition(recipe.composition) if recipe.composition else None
     backbone = load_backbone(base_of(recipe.base, composition), recipe.device)
     with _experts(recipe, composition, backbone) as mixture:
@@ -54,6 +65,19 @@ def run_sample(recipe: SampleRecipe, *, progress: Progress | None = None) -> lis
         lines = (json.dumps(sample.document(), ensure_ascii=False) + "\n" for sample in samples)
         write_text(Path(recipe.output) / SAMPLES_FILE, "".join(lines))
     return samples
+
+
+def draws_pictures(base: BaseConfig | None, composition: str | None) -> bool:
+    """Whether the base that is meant (see `base_of`) is a diffusion pipeline. Raises: UsageError where it is none."""
+    return find_base(base_of(base, load_composition(composition) if composition else None)).pipeline
+
+
+def check_fields(recipe: Recipe, fields: Sequence[str], whose: str) -> None:
+    """Nothing, where `fields` are at their defaults. Raises: UsageError for one that would be ignored."""
+    for name in fields:
+        default = type(recipe).model_fields[name].get_default(call_default_factory=True)
+        if getattr(recipe, name) != default:
+            raise UsageError(name, f"it is what {whose}", "Leave it out.")
 
 
 def base_of(base: BaseConfig | None, composition: Composition | None) -> BaseConfig:

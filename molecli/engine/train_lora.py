@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +44,16 @@ TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
 
 
 def run_train_lora(
-    recipe: TrainLoraRecipe, *, resume: bool = False, progress: Progress | None = None
+    recipe: TrainLoraRecipe,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    note: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Trains the LoRA of `recipe` into its output folder; returns the report, which is also written there.
 
-    A run that is already finished is returned as it is (with `resume`). Raises: UserError.
+    On a diffusion base `note` is told what a prompt loses. A run that is already finished is returned as it is (with
+    `resume`). Raises: UserError.
     """
     folder = Path(recipe.output)
     accelerator = accelerator_for(recipe.device)
@@ -59,7 +64,7 @@ def run_train_lora(
     if recipe.pictures is not None or find_base(recipe.base).pipeline:
         from molecli.engine.images.train_lora import train_on_pictures  # which needs diffusers, and this module
 
-        return train_on_pictures(recipe, accelerator, resume=resume, progress=progress)
+        return train_on_pictures(recipe, accelerator, resume=resume, progress=progress, note=note)
     tasks, held_out = split_tasks(recipe.data)
     backbone = load_backbone(recipe.base, accelerator.device)
     start_s = time.monotonic()

@@ -84,7 +84,8 @@ def test_version(mole: Callable[..., Any]) -> None:
         ),
         (
             ("compose", "--mode", "gatd"),
-            "mole: command line: mode is 'gatd', not one of gated, linear, nla, single. Did you mean 'gated'?\n",
+            "mole: command line: mode is 'gatd', not one of gated, single, linear, merge, nla, switch, composite, "
+            "w_switch, w_composite, loratorio. Did you mean 'gated'?\n",
         ),
         (("compose", "no.yaml"), "mole: no.yaml: no such recipe. Known: none. `mole recipe ls` lists them.\n"),
     ],

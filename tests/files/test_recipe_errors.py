@@ -46,8 +46,8 @@ SETS = [
     ("train=3", "train is 3, not a section of keys. Write its keys indented below it."),
     (
         "mode=gatd",
-        "mode is 'gatd', not one of gated, single, linear, merge, nla, switch, composite, w_switch, w_composite, loratorio. "
-        "Did you mean 'gated'?",
+        "mode is 'gatd', not one of gated, single, linear, merge, nla, switch, composite, w_switch, w_composite, "
+        "loratorio. Did you mean 'gated'?",
     ),
     ("preset=papr", "preset is 'papr', not one of paper. Did you mean 'paper'?"),
     (

@@ -31,6 +31,7 @@ from molecli.catalog import BUILTIN_PREFIX, builtin_base
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, recipe_digest
 from molecli.engine.images.class_pictures import class_pictures, draw_missing
 from molecli.engine.images.denoising import PictureLoss, scaled_gradients
+from molecli.engine.images.drawing import warnings_as_notes
 from molecli.engine.images.pictures import Album, instance_pictures, lessons
 from molecli.engine.images.targets import by_component, picture_targets
 from molecli.engine.loop import Record, train
@@ -54,9 +55,24 @@ _ADAPTER = "default"  # PEFT's own name of an adapter that was given none
 
 
 def train_on_pictures(
-    recipe: TrainLoraRecipe, accelerator: Accelerator, *, resume: bool = False, progress: Progress | None = None
+    recipe: TrainLoraRecipe,
+    accelerator: Accelerator,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    note: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Trains the LoRA of `recipe` into its output folder; returns the report, also written there. Raises: UserError."""
+    """Trains the LoRA of `recipe` into its output folder; returns the report, also written there.
+
+    `note` is told what a prompt loses. Raises: UserError.
+    """
+    with warnings_as_notes(note):
+        return _train_on_pictures(recipe, accelerator, resume, progress)
+
+
+def _train_on_pictures(
+    recipe: TrainLoraRecipe, accelerator: Accelerator, resume: bool, progress: Progress | None
+) -> dict[str, Any]:
     config = check_pictures(recipe)
     name = Path(config.instance_dir).expanduser().resolve().name
     instances = instance_pictures(config, name)

@@ -127,7 +127,9 @@ class SampleRecipe(Section):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="nucleus sampling")
     mask: Names = Field(default=(), description=_MASK)
     only: Names = Field(default=(), description=_ONLY)
-    output: str | None = Field(default=None, description="folder to write; stdout when not given")
+    output: str | None = Field(
+        default=None, description="folder to write; without one, text goes to stdout and pictures to runs/sample-TIME"
+    )
     seed: int = Field(default=0, ge=0, description=_SEED)
     device: Device = Field(default="auto", description=_DEVICE)
     batch_size: int = Field(default=16, ge=1, description="prompts at once")
@@ -155,6 +157,9 @@ class EvaluateRecipe(Section):
     concepts: dict[str, ConceptConfig] = Field(
         default_factory=dict,
         description="a diffusion base: what each LoRA adds; read beside the LoRA if not given",
+    )
+    prompts: tuple[str, ...] = Field(
+        default=(), description="inspect-gates on a diffusion base: what to draw; the concepts' prompts when not given"
     )
     judge: JudgeConfig | None = Field(default=None, description="a vision-language judge of pairs of pictures")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="how completions are scored")

@@ -1,0 +1,81 @@
+"""`mole inspect-gates` on a diffusion base: the gates while pictures of some prompts are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from molecli.backbones.hosting import Mixture
+from molecli.backbones.loading import load_backbone
+from molecli.engine.attach import attach_composition
+from molecli.engine.images.columns import read_concepts
+from molecli.engine.images.drawing import warnings_as_notes
+from molecli.engine.images.gates import Trace, step_report
+from molecli.engine.images.record import GateRecorder
+from molecli.engine.inspect import GateReport, Progress, check_some_on, entropy_course
+from molecli.engine.sample import base_of, switch
+from molecli.errors import UsageError
+from molecli.files.composition import Composition
+from molecli.files.lora_spec import LoraSpec
+from molecli.files.recipe import ConceptConfig, EvaluateRecipe
+
+
+def inspect_pictures(
+    recipe: EvaluateRecipe,
+    composition: Composition,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], object] = lambda text: None,
+) -> GateReport:
+    """The report on `eval.images` pictures of every prompt, of the seeds from `recipe.seed` on; none is kept.
+
+    Raises: UsageError without a prompt; MismatchError where base, LoRAs and gates do not fit.
+    """
+    path = recipe.compositions[0]
+    prompts = recipe.prompts or default_prompts(composition)
+    backbone: Any = load_backbone(base_of(recipe.base, composition), recipe.device)
+    mixture = attach_composition(backbone.model, composition, loras=list(recipe.loras) or None)
+    switch(mixture, mask=recipe.mask, only=recipe.only)
+    check_some_on(recipe, mixture)
+    with mixture, warnings_as_notes(note):
+        traces = {}
+        for done, prompt in enumerate(dict.fromkeys(prompts), start=1):
+            traces[prompt] = _trace(recipe, backbone, mixture, prompt)
+            if progress is not None:
+                progress("gates", done, len(prompts))
+    return step_report(traces, mixture.names, composition=path, course=entropy_course(path))
+
+
+def default_prompts(composition: Composition) -> tuple[str, ...]:
+    """The prompts of the concepts that a composition joins, and one that names all of them. Raises: UsageError."""
+    recipe = yaml.safe_load(composition.recipe)
+    given = {name: ConceptConfig.model_validate(entry) for name, entry in (recipe.get("concepts") or {}).items()}
+    loras = [LoraSpec(record.name, record.source) for record in composition.experts]
+    concepts = list(read_concepts(loras, given).values())
+    if not concepts:
+        what = "no prompt is given, and its LoRAs have no concept.json that would say one"
+        raise UsageError("mole inspect-gates", what, "Write --prompt TEXT.")
+    together = [" and ".join(concept.trigger for concept in concepts)] if len(concepts) > 1 else []
+    return tuple(dict.fromkeys([*(concept.prompt for concept in concepts), *together]))
+
+
+def _trace(recipe: EvaluateRecipe, backbone: Any, mixture: Mixture, prompt: str) -> Trace:
+    image = recipe.image
+    seeds = range(recipe.seed, recipe.seed + recipe.eval.images)
+    with GateRecorder(mixture) as recorder:
+        for start in range(0, len(seeds), recipe.eval.batch_size):
+            batch = seeds[start : start + recipe.eval.batch_size]
+            backbone.generate(
+                [prompt] * len(batch),
+                seeds=batch,
+                steps=image.steps,
+                guidance=image.guidance,
+                negative_prompt=image.negative_prompt,
+                height=image.height,
+                width=image.width,
+                scheduler=image.scheduler,
+                on_step=recorder,
+            )
+    return recorder.trace()
