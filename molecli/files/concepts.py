@@ -30,6 +30,8 @@ _OPENING = re.compile(
     r"(?:of\s+|in\s+(?:the\s+style\s+of\s+)?)",
     re.IGNORECASE,
 )
+# What a run of shared words ends with where the scenes begin to differ: "an octopus on a" white, "... on" grass.
+_LOOSE_END = re.compile(r"(?:\s+(?:an?|the|and|on|in|at|by|of|with|under|near|over|beside))+$", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:an?|the|one)\s+", re.IGNORECASE)
 
 
@@ -87,7 +89,7 @@ def trigger_of(prompts: Sequence[str]) -> str:
 
 
 def _subject(text: str) -> str:
-    return _ARTICLE.sub("", _OPENING.sub("", text)).strip(" .,;:")
+    return _ARTICLE.sub("", _LOOSE_END.sub("", _OPENING.sub("", text))).strip(" .,;:")
 
 
 def _longest_common(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -68,6 +68,8 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: str, message
         (["sks dog"], "sks dog"),
         (["a photo of sks dog in the snow", "sks dog on a beach", "a photo of sks dog"], "sks dog"),
         (["one sks", "no such word"], "sks"),
+        (["an octopus on a white background", "an octopus on grass under a blue sky"], "octopus"),
+        (["an elephant in flat style on a red background", "a pizza in flat style on sand"], "in flat style"),
     ],
 )
 def test_the_trigger_is_what_all_prompts_are_about(prompts: list[str], trigger: str) -> None:
