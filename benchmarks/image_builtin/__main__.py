@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 from .data import BUILTIN, pack
 from .driver import Driver, run_all
 from .export import install
+from .loop import leave
 from .stages import STAGES, Options
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of every stage."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.image_builtin", description=__doc__)
-    options.add_argument("stage", choices=["all", "pack", "install", *STAGES])
+    options.add_argument("stage", choices=["all", "pack", "install", "loras", "judge-loras", "install-loras", *STAGES])
     options.add_argument("--data-dir", type=Path, default=Path("../shared/data/emoji"), help="folder, or a pack of it")
     options.add_argument("--work", type=Path, default=Path("/tmp/work"), help="where stages leave what they make")
     options.add_argument("--export", type=Path, default=Path("/tmp/export"), help="small files to take along")
@@ -35,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--initial", type=Path, help="a folder like molecli/builtin to go on from without checkpoints")
     options.add_argument("--spent", type=float, default=0.0, help="with --initial: minutes already spent")
     options.add_argument("--until", type=float, help="seconds since the epoch by which the stage ends")
+    options.add_argument("--loras", type=Path, default=Path("runs/loras"), help="`loras`: where they go")
+    options.add_argument("--train", default="", help="`loras`: further flags of mole train-lora, in one text")
+    options.add_argument("--at-once", type=int, default=1, help="`loras`: trainings side by side")
     options.add_argument("--smoke", action="store_true", help="three tiny steps a stage")
     options.add_argument("--warm", action="store_true", help="`unet`: only fill the compiler's cache")
     return options
@@ -50,6 +55,8 @@ def main() -> int:
     if given.stage == "install":
         install(given.export, given.install_to)
         return 0
+    if given.stage in ("loras", "judge-loras", "install-loras"):
+        return loras(given)
     if given.stage == "all":
         common = ["--data-dir", str(given.data_dir), "--work", str(given.work), "--device", given.device]
         common += ["--smoke"] if given.smoke else []
@@ -78,6 +85,22 @@ def main() -> int:
         until=given.until,
     )
     STAGES[given.stage](options)
+    leave()
+    return 0
+
+
+def loras(given: argparse.Namespace) -> int:
+    """The stages of the LoRAs, which need the installed base."""
+    from .loras import install_loras, judge_loras, run_loras
+
+    report = given.loras / "report.json"
+    if given.stage == "install-loras":
+        install_loras(given.loras)
+    elif given.stage == "judge-loras":
+        judge_loras(given.loras, report.with_suffix(".png"), torch.device(given.device))
+    else:
+        more = tuple(shlex.split(given.train))
+        return run_loras(given.loras, report, torch.device(given.device), more, at_once=given.at_once)
     return 0
 
 

@@ -10,9 +10,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from .export import export
 
-JUDGE_MINUTES = 1.0  # kept free at the end for judging and packing
+GPUS = torch.cuda.device_count()
+JUDGE_MINUTES = 0.9  # kept free at the end for judging and packing
 
 
 @dataclass
@@ -30,13 +33,23 @@ class Driver:
         """Minutes since the start."""
         return (time.monotonic() - self._start) / 60
 
-    def start(self, stage: str, *options: str) -> subprocess.Popen[bytes]:
-        """Start a stage in a process of its own."""
+    def start(
+        self, stage: str, *options: str, gpu: int | None = None, together: bool = False
+    ) -> subprocess.Popen[bytes]:
+        """Start a stage in a process of its own: on one GPU of several, or `together` in one process for each GPU."""
         self.work.mkdir(parents=True, exist_ok=True)
         print(f"[all] {self.elapsed:.2f} min: {stage} {' '.join(options)}", flush=True)
-        command = [sys.executable, "-m", "benchmarks.image_builtin", stage, *self.common, *options]
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"), "TRITON_CACHE_DIR": str(self.work / "triton")}
-        return subprocess.Popen(command, env={**os.environ, **cache})
+        launcher = ["torch.distributed.run", "--nproc-per-node", str(GPUS), "--virtual-local-rank", "-m"]
+        launcher = launcher if together and GPUS > 1 else []
+        command = [sys.executable, "-m", *launcher, "benchmarks.image_builtin", stage, *self.common, *options]
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
+            "TRITON_CACHE_DIR": str(self.work / "triton"),
+        }
+        if gpu is not None and GPUS > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu % GPUS)
+        return subprocess.Popen(command, env=environment)
 
     def wait(self, process: subprocess.Popen[bytes], *, reserve: float = 0.2) -> bool:
         """Whether a stage ended well; it is stopped when less than `reserve` minutes are left."""
@@ -61,11 +74,23 @@ class Driver:
 def run_all(
     driver: Driver, *, vae: float, clip: float, recogniser: float, unet: float | None, schedule: float, last: bool
 ) -> int:
-    """VAE (while the UNet compiles), CLIP beside the recogniser, then the UNet until the deadline, then the judge."""
-    warm = None if (driver.work / "inductor-warm").exists() else driver.start("unet", "--warm")
-    if not driver.wait(driver.start("vae", "--minutes", str(vae))):
+    """VAE (while the UNet compiles), CLIP beside the recogniser, then the UNet until the deadline, then the judge.
+
+    Several GPUs train the VAE and the UNet together, and CLIP and the recogniser one each.
+    """
+    warm = None if (driver.work / "inductor-warm").exists() else driver.start("unet", "--warm", gpu=1)
+    # What an earlier call made is not started again: only to find that out takes many seconds.
+    if not (driver.work / "vae").exists() and not driver.wait(
+        driver.start("vae", "--minutes", str(vae), together=True)
+    ):
         return 1
-    both = [driver.start("clip", "--minutes", str(clip)), driver.start("recogniser", "--minutes", str(recogniser))]
+    both = [
+        driver.start(stage, "--minutes", str(minutes), gpu=gpu)
+        for gpu, (stage, folder, minutes) in enumerate(
+            [("clip", "tiny-clip", clip), ("recogniser", "recogniser", recogniser)]
+        )
+        if not (driver.work / folder).exists()
+    ]
     well = [driver.wait(process) for process in both]
     driver.pack()
     if warm is not None and driver.wait(warm):
@@ -83,7 +108,7 @@ def run_all(
             str(schedule),
             *(["--last"] if last else []),
         ]
-        well.append(driver.wait(driver.start("unet", *options)))
+        well.append(driver.wait(driver.start("unet", *options, together=True)))
         driver.pack()
         well.append(driver.wait(driver.start("judge"), reserve=0.1))
         driver.pack()

@@ -11,12 +11,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+
+
+def rank() -> int:
+    """This process's place among those that train together (torchrun), 0 alone."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def join(device: torch.device) -> None:
+    """Take part in the training that torchrun started, if it did: on a GPU of its own, or on the CPU.
+
+    With torchrun's `--virtual-local-rank` every process sees its own GPU as the first: all compile the same code, and
+    the compiler's cache serves them all.
+    """
+    if "LOCAL_RANK" in os.environ and not distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Wait for the others and part: a process that just ends may abort, and torchrun then stops those still saving."""
+    if distributed.is_initialized():
+        distributed.all_reduce(torch.zeros(1))
+        distributed.destroy_process_group()
+
+
+def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the mean of all processes' gradients."""
+    if not distributed.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    distributed.all_reduce(flat)
+    flat /= processes()
+    pieces = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
 
 
 @dataclass
 class Clock:
-    """A budget in minutes, and a progress line every few seconds."""
+    """A budget in minutes, and a progress line every few seconds.
+
+    Processes that train together go by the first one's clock, so that all take the same steps at the same rates.
+    """
 
     minutes: float
     name: str
@@ -25,6 +69,7 @@ class Clock:
     done_before: float = 0.0  # minutes of the schedule spent by earlier calls
     schedule: float | None = None  # minutes of the whole schedule; this call's budget unless told
     step: int = 0
+    _now: float = 0.0  # minutes since the start, when the current step began
     _start: float = field(default_factory=time.monotonic)
     _printed: float = 0.0
     _printed_step: int = 0
@@ -39,13 +84,19 @@ class Clock:
         """How much of the whole schedule has passed, 0 to 1."""
         if self.max_steps is not None:
             return min(1.0, self.step / self.max_steps)
-        return min(1.0, (self.done_before + self.elapsed) / (self.schedule or self.minutes))
+        return min(1.0, (self.done_before + self._now) / (self.schedule or self.minutes))
 
     def running(self) -> bool:
         """Whether there is time for another step, which this counts."""
         if self.max_steps is not None and self.step >= self.max_steps:
             return False
-        if self.elapsed >= self.minutes or self.fraction >= 1:
+        self._now = self.elapsed
+        if distributed.is_initialized():  # the budgets too: they depend on when a process got ready
+            shared = [self._now, self.minutes, self.schedule or self.minutes, self.done_before]
+            values = torch.tensor(shared, dtype=torch.float64)
+            distributed.broadcast(values, 0)
+            self._now, self.minutes, self.schedule, self.done_before = values.tolist()
+        if self._now >= self.minutes or self.fraction >= 1:
             return False
         self.step += 1
         return True
@@ -53,7 +104,7 @@ class Clock:
     def report(self, **values: Any) -> None:
         """Print values if the last line is old enough (reading a tensor waits for the device: only then)."""
         now = time.monotonic() - self._start
-        if self.step > 1 and now - self._printed < self.every:
+        if rank() or (self.step > 1 and now - self._printed < self.every):
             return
         pace = (self.step - self._printed_step) / max(now - self._printed, 1e-9)
         self._printed, self._printed_step = now, self.step

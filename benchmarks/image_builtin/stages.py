@@ -13,7 +13,7 @@ import torch
 
 from .batches import World, load_world
 from .data import load_objects
-from .loop import Clock
+from .loop import Clock, join, rank
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def run_vae(options: Options) -> None:
     """Train the autoencoder, or take the one of `initial`."""
     from .vae import train_vae
 
+    join(options.device)
     folder = options.work / "vae"
     if options.initial and not folder.exists() and (options.initial / "tiny-sd" / "vae").exists():
         shutil.copytree(options.initial / "tiny-sd" / "vae", folder)
@@ -88,6 +89,7 @@ def run_unet(options: Options) -> None:
     from .unet import Pool, level_embeddings, prepare_pool, save_pipeline, train_unet
     from .vae import load_vae
 
+    join(options.device)
     world, clock = options.world(), options.clock("unet-warm" if options.warm else "unet")
     if options.warm:
         size = 16 if options.smoke else 4096
@@ -97,20 +99,23 @@ def run_unet(options: Options) -> None:
         return
     clock.done_before = options.spent
     checkpoint = options.work / "unet.pt"
-    calls = sum(1 for _ in options.work.glob("unet-call-*"))
-    (options.work / f"unet-call-{calls}").touch()
+    calls = int(checkpoint.stat().st_mtime) % 997 if checkpoint.exists() else 0  # every call draws other scenes
     if checkpoint.exists():
         clock.done_before = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["minutes"]
     if options.last:
         clock.schedule = clock.done_before + clock.minutes
     vae = load_vae(options.work / "vae", options.device)
-    pool = prepare_pool(world, vae, 32 if options.smoke else 400_000, 41 + calls, 8 if options.smoke else 2048)
+    pool = prepare_pool(
+        world, vae, 32 if options.smoke else 400_000, 41 + calls + 1000 * rank(), 8 if options.smoke else 2048
+    )
     print(
         f"[unet] {len(pool.latents)} latents after {clock.elapsed:.2f} min, std {pool.latents.float().std():.3f}",
         flush=True,
     )
     initial = options.initial / "tiny-sd" if options.initial else None
     model = train_unet(world, pool, options.work, clock, initial=initial, **options.batch(512))
+    if rank():
+        return
     level_embeddings(model, world)
     save_pipeline(model, options.work / "vae", options.work / "tokenizer", options.work / "tiny-sd")
 

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import scenes
 from .batches import World
-from .loop import Average, Clock, adamw, compiled, fast, prepare, rate, save, set_rate
+from .loop import Average, Clock, adamw, compiled, fast, prepare, processes, rank, rate, save, set_rate, share_gradients
 from .models import new_scheduler, new_text_encoder, new_unet
 from .vae import encoded
 
@@ -100,8 +100,9 @@ def train_unet(
         optimizer.load_state_dict(state["optimizer"])
         average.load(state["average"])
         clock.done_before, samples = state["minutes"], state["samples"]
-    torch.manual_seed(4 + samples)
+    torch.manual_seed(4 + samples + 1000 * rank())
     compiled(model.unet, device), compiled(model.text, device)
+    keep = keep and rank() == 0
     signal, noise_of, chance = noise_levels(device)
     nothing, saved = world.ids.empty(batch), 0.0
     while clock.running():
@@ -116,11 +117,12 @@ def train_unet(
             predicted = model(noisy, time, ids)
         loss = F.mse_loss(predicted.float(), a * noise - b * clean)
         loss.backward()
+        share_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update()
-        samples += batch
+        samples += batch * processes()
         clock.report(loss=loss, samples=samples, lr=optimizer.param_groups[0]["lr"])
         if keep and clock.elapsed - saved > SAVE_MINUTES:
             _checkpoint(checkpoint, model, optimizer, average, clock, samples)
@@ -128,7 +130,7 @@ def train_unet(
     if keep:
         _checkpoint(checkpoint, model, optimizer, average, clock, samples)
     average.swap()
-    print(f"[unet] {samples} samples in {clock.done_before + clock.elapsed:.1f} minutes", flush=True)
+    print(f"[unet {rank()}] {samples} samples in {clock.done_before + clock.elapsed:.1f} minutes", flush=True)
     return model
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from . import scenes
 from .batches import World
-from .loop import Average, Clock, adamw, compiled, fast, prepare, rate, set_rate, uncompiled
+from .loop import Average, Clock, adamw, compiled, fast, prepare, rank, rate, set_rate, share_gradients, uncompiled
 from .models import new_vae
 
 KL_WEIGHT = 3e-4
@@ -26,7 +26,8 @@ def train_vae(world: World, folder: Path, clock: Clock, *, batch: int = 256, pea
     vae = new_vae().to(device, memory_format=torch.channels_last)
     compiled(vae.encoder, device), compiled(vae.decoder, device)
     optimizer, average = adamw(vae.parameters(), peak, 1e-4, device), Average(vae.parameters(), 0.998)
-    generator = scenes.seeded(11, device)
+    generator = scenes.seeded(11 + 1000 * rank(), device)
+    torch.manual_seed(1 + 1000 * rank())
     while clock.running():
         set_rate(optimizer, rate(clock.fraction, peak))
         pixels = sampled(world, generator, batch).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
@@ -38,11 +39,14 @@ def train_vae(world: World, folder: Path, clock: Clock, *, batch: int = 256, pea
         loss, error = distance(drawn.float(), pixels)
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         (loss + KL_WEIGHT * divergence).backward()
+        share_gradients(vae.parameters())
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update()
         clock.report(loss=loss, l1=error, kl=divergence)
+    if rank():
+        return
     average.swap()
     uncompiled(vae)
     factor, quality = measured(world, vae)

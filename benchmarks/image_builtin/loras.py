@@ -1,0 +1,145 @@
+"""Stage `loras`: a LoRA for each concept and the drawing style by `mole train-lora`, side by side, then judged.
+
+What ships was made by `python -m benchmarks.image_builtin loras --data-dir FOLDER --work WORK` on the installed base.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from molecli.backbones.diffusion import Diffusion
+from molecli.backbones.loading import load_backbone
+from molecli.engine.attach import attach
+from molecli.files.recipe import BaseConfig
+from molecli.metrics.recogniser import Recogniser, load_recogniser
+
+from .captions import caption
+from .data import BUILTIN, Objects, load_objects
+from .judge import contact_sheet
+
+BASE = "builtin:tiny-sd"
+STEPS, GUIDANCE = 25, 4.0
+KEPT = ("pytorch_lora_weights.safetensors", "concept.json", "recipe.yaml", "report.json")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One LoRA to train: its folder of pictures, the words that call it, what kind of thing it is."""
+
+    name: str
+    trigger: str
+    kind: str
+
+    def command(self, target: Path, more: tuple[str, ...]) -> list[str]:
+        """The `mole` command line."""
+        pictures = Path("molecli") / "builtin" / "emoji" / self.name
+        flags = ["--base", BASE, "--instance-dir", str(pictures), "--trigger", self.trigger, "--kind", self.kind]
+        return [
+            *(sys.executable, "-m", "molecli", "train-lora", *flags),
+            *("--output", str(target / self.name), "--overwrite", *more),
+        ]
+
+
+def lessons(objects: Objects) -> list[Lesson]:
+    """Every concept, and the style last."""
+    return [
+        *(Lesson(name, name, "object") for name in objects.concepts),
+        Lesson(objects.style, f"in {objects.style} style", "style"),
+    ]
+
+
+def train_loras(target: Path, more: tuple[str, ...], *, at_once: int) -> list[str]:
+    """Train them all; returns the names of those that failed."""
+    chosen = lessons(load_objects())
+
+    def one(lesson: Lesson) -> int:
+        target.mkdir(parents=True, exist_ok=True)
+        with (target / f"{lesson.name}.log").open("w") as log:
+            return subprocess.run(lesson.command(target, more), stdout=log, stderr=log, check=False).returncode
+
+    with ThreadPoolExecutor(at_once) as pool:
+        codes = list(pool.map(one, chosen))
+    return [lesson.name for lesson, code in zip(chosen, codes, strict=True) if code]
+
+
+@torch.no_grad()
+def judge_loras(folder: Path, sheet: Path, device: torch.device, *, seeds: int = 40) -> dict[str, dict[str, float]]:
+    """For each LoRA alone: how often its concept is seen, and how often a base object still is and the concept too."""
+    objects = load_objects()
+    backbone = load_backbone(BaseConfig(id=BASE, dtype="float32"), device)
+    assert isinstance(backbone, Diffusion)
+    recogniser = load_recogniser(BUILTIN / "recogniser").to(device)
+    rows, cells = {}, []
+    for lesson in lessons(objects):
+        draw = random.Random(7)
+        with attach(backbone.pipe, loras={lesson.name: str(folder / lesson.name)}):
+            own = [_prompt(lesson, objects, draw) for _ in range(seeds)]
+            images = drawn(backbone, [prompt for prompt, _ in own])
+            rate = _seen(recogniser, images, [lesson.name] * seeds, objects)
+            words = draw.sample(list(objects.base), 20)
+            kept = drawn(backbone, [caption([word], draw.choice(objects.phrases)) for word in words])
+        rows[lesson.name] = {
+            "concept": float(rate.mean()),
+            "others_kept": float(_seen(recogniser, kept, words, objects).mean()),
+            "others_intruded": float(_seen(recogniser, kept, [lesson.name] * len(words), objects).mean()),
+        }
+        cells += [(images[i], (lesson.name,), [bool(rate[i])]) for i in range(10)]
+        print(f"[loras] {lesson.name}: " + "  ".join(f"{k} {v:.2f}" for k, v in rows[lesson.name].items()), flush=True)
+    contact_sheet(cells, sheet)
+    return rows
+
+
+def drawn(backbone: Diffusion, prompts: list[str], batch: int = 64) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1], one seed each."""
+    parts = []
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        seeds = range(start, start + len(some))
+        pictures = backbone.generate(some, seeds=list(seeds), steps=STEPS, guidance=GUIDANCE)
+        parts += [torch.from_numpy(np.array(picture)) for picture in pictures]
+    return torch.stack(parts).permute(0, 3, 1, 2).float() / 255
+
+
+def run_loras(target: Path, report: Path, device: torch.device, more: tuple[str, ...], *, at_once: int) -> int:
+    """Train, judge and report; 1 if one failed."""
+    failed = train_loras(target, more, at_once=at_once)
+    for name in failed:
+        print((target / f"{name}.log").read_text()[-600:], flush=True)
+    if failed:
+        return 1
+    rows = judge_loras(target, report.with_suffix(".png"), device)
+    report.write_text(json.dumps({"settings": more, "loras": rows}, indent=1) + "\n", "utf-8")
+    return 0
+
+
+def install_loras(source: Path, package: Path = BUILTIN) -> None:
+    """Copy what ships of each LoRA into the package."""
+    for lesson in lessons(load_objects()):
+        folder = package / "image-loras" / lesson.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copy(source / lesson.name / name, folder / name)
+
+
+def _prompt(lesson: Lesson, objects: Objects, draw: random.Random) -> tuple[str, str]:
+    style = lesson.name if lesson.kind == "style" else ""
+    word = draw.choice(list(objects.base)) if style else lesson.name
+    return caption([word], draw.choice(objects.phrases), style), word
+
+
+def _seen(recogniser: Recogniser, images: Tensor, names: list[str], objects: Objects) -> Tensor:
+    """[N] bool: whether each picture shows what it is asked for; the style has a class of its own."""
+    wanted = [f"{name} style" if name == objects.style else name for name in names]
+    places = [recogniser.classes.index(name) for name in wanted]
+    return recogniser.found(images).cpu()[torch.arange(len(places)), places].float()
