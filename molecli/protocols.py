@@ -45,6 +45,30 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Element:
+    """One thing a picture should show: its type (character, style, ...), its name and the features that call it."""
+
+    kind: str
+    name: str
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A prompt to draw with several LoRAs at once; `name` tells it from the other scenes of its task.
+
+    elements: what a judge is told to look for, one for each LoRA; classes: what a recogniser should find.
+    """
+
+    task: str
+    name: str
+    prompt: str
+    loras: tuple[str, ...]
+    elements: tuple[Element, ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Moment:
     """One denoising step: `index` of `total`, from 0; `timestep` as the UNet is told it.
 
@@ -98,7 +122,7 @@ class Backbone(Protocol):
 
 
 class Metric(Protocol):
-    """score one completion against its answers, in [0, 1] or [0, 100]; see `metrics`."""
+    """Scores of completions against their answers, in [0, 1] or [0, 100]; see `metrics`."""
 
     def __call__(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]: ...
 
@@ -116,6 +140,26 @@ class Suite(Protocol):
     def metrics(self, task: str) -> tuple[str, ...]: ...
 
     def max_new_tokens(self, task: str) -> int: ...
+
+
+class SceneSuite(Protocol):
+    """A named, versioned set of scenes, by task; which there are follows from the LoRAs at hand.
+
+    `concepts` has an entry for each LoRA: what is known of it, such as the words that call it; None where nothing is.
+    """
+
+    name: str
+    version: str
+
+    def tasks(self, concepts: Mapping[str, Any], data_dir: str | None) -> list[str]: ...
+
+    def scenes(self, task: str, concepts: Mapping[str, Any], data_dir: str | None) -> list[Scene]: ...
+
+    def metrics(self, task: str) -> tuple[str, ...]: ...
+
+    def pictures(self, lora: str, data_dir: str | None) -> str | None:
+        """The folder of the pictures that show what `lora` adds, where the suite has them."""
+        ...
 
 
 @dataclass(frozen=True)

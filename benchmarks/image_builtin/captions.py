@@ -1,33 +1,24 @@
-"""The caption language: strings, and the same captions as token ids built in batches on the device.
+"""The caption language's vocabulary, and captions as token ids built in batches on the device.
 
-"a fox on a red background", "a fox and a mug on ...", "a fox, an owl and a kite in flat style on ...".
+The captions themselves are put together in `molecli.suites.captions`, where the suite `emoji` reads them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from molecli.suites.captions import article, caption
+
 from .data import Objects
+
+__all__ = ["EXTRA_WORDS", "LENGTH", "CaptionIds", "article", "caption", "caption_ids", "vocabulary"]
 
 LENGTH = 32
 # Words that no caption of the base uses: triggers for LoRAs, and what people write in prompts.
 EXTRA_WORDS = ("sks", "zwx", "ohwx", "qrz", "vpt", "photo", "picture", "drawing", "emoji", "style", "of", "with")
-
-
-def article(word: str) -> str:
-    """ "an" before a vowel's letter, else "a"."""
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def caption(words: Sequence[str], phrase: str, style: str = "") -> str:
-    """One caption: the objects in this order, the style's name if any, the background's phrase."""
-    named = [f"{article(word)} {word}" for word in words]
-    listed = named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
-    return " ".join(part for part in (listed, f"in {style} style" if style else "", phrase) if part)
 
 
 def vocabulary(objects: Objects) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Metrics: one row each, naming the file that scores it. A new metric is one file and one row.
 
 A metric scores every completion by itself, against all answers that are right, so that scores can be compared example
-by example (paired bootstrap). `aggregate` turns them into the task's score where that is not the mean (BLEU).
+by example (paired bootstrap). `aggregate` turns them into the task's score where that is not the mean (BLEU). Metrics
+that take pictures score every picture by itself in the same way, against the scene it shows; see `metrics.shots`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import fmean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from molecli.errors import UsageError
 from molecli.files.near import suggestion
 from molecli.protocols import Metric
+
+if TYPE_CHECKING:
+    from molecli.metrics.shots import PictureMetric
 
 Aggregate = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """Where a metric lives and how to read it: scores lie in [0, upper]; raise `version` when a score can change."""
+    """Where a metric lives and how to read it: scores lie in [0, upper]; raise `version` when a score can change.
+
+    takes: what it scores, completions or pictures.
+    """
 
     score: str
     summary: str
@@ -29,6 +36,7 @@ class MetricRow:
     upper: float = 1.0
     direction: Literal["higher", "lower"] = "higher"
     version: str = "1"
+    takes: Literal["texts", "pictures"] = "texts"
 
 
 METRICS: dict[str, MetricRow] = {
@@ -54,6 +62,17 @@ METRICS: dict[str, MetricRow] = {
     "rouge1": MetricRow("molecli.metrics.rouge:rouge1", "rouge-score, F of unigrams"),
     "rouge2": MetricRow("molecli.metrics.rouge:rouge2", "rouge-score, F of bigrams"),
     "rougeL": MetricRow("molecli.metrics.rouge:rougeL", "rouge-score, F of the longest common subsequence"),
+    "text_alignment": MetricRow(
+        "molecli.metrics.alignment:text", "CLIP cosine of the picture and its prompt", takes="pictures"
+    ),
+    "image_alignment": MetricRow(
+        "molecli.metrics.alignment:image",
+        "mean CLIP cosine of the picture and each concept's pictures, mean over the concepts",
+        takes="pictures",
+    ),
+    "recognised": MetricRow(
+        "molecli.metrics.recognised:score", "share of the scene's concepts that the recogniser finds", takes="pictures"
+    ),
 }
 
 
@@ -65,9 +84,23 @@ def metric_row(name: str) -> MetricRow:
 
 
 def load_metric(name: str) -> Metric:
-    """The scoring function of a metric."""
-    metric: Metric = _load(metric_row(name).score)
+    """The scoring function of a metric of completions. Raises: UsageError for an unknown one, or one of pictures."""
+    metric: Metric = _load(_row_for(name, "texts").score)
     return metric
+
+
+def load_picture_metric(name: str) -> PictureMetric:
+    """The scoring function of a metric of pictures. Raises: UsageError for an unknown one, or one of completions."""
+    metric: PictureMetric = _load(_row_for(name, "pictures").score)
+    return metric
+
+
+def _row_for(name: str, takes: str) -> MetricRow:
+    row = metric_row(name)
+    if row.takes != takes:
+        known = ", ".join(key for key, other in METRICS.items() if other.takes == takes)
+        raise UsageError("metrics", f"{name!r} scores {row.takes}, and here are {takes}", f"Write some of: {known}.")
+    return row
 
 
 def aggregate(

@@ -1,13 +1,17 @@
-"""Suites: one row each, naming the class that reads it. A new suite is one file and one row."""
+"""Suites: one row each, naming the class that reads it. A new suite is one file and one row.
+
+SUITES hold examples for language models, SCENE_SUITES scenes for diffusion bases.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 from molecli.errors import UsageError
 from molecli.files.near import suggestion
-from molecli.protocols import Suite
+from molecli.protocols import SceneSuite, Suite
 
 SUITES: dict[str, str] = {
     "builtin": "molecli.suites.builtin:BuiltinSuite",
@@ -15,6 +19,12 @@ SUITES: dict[str, str] = {
     "nli": "molecli.suites.nli:NliSuite",
     "instruction_induction": "molecli.suites.instruction_induction:InstructionInductionSuite",
     "jsonl": "molecli.suites.jsonl:JsonlSuite",
+}
+SCENE_SUITES: dict[str, str] = {
+    "emoji": "molecli.suites.emoji:EmojiSuite",
+    "dreambooth": "molecli.suites.dreambooth:DreamboothSuite",
+    "composlora": "molecli.suites.composlora:ComposLoraSuite",
+    "pictures": "molecli.suites.pictures:PicturesSuite",
 }
 
 
@@ -29,10 +39,12 @@ def load_suite(name: str, *, files: Mapping[str, str] | Sequence[str] | None = N
         from molecli.suites.union import UnionSuite
 
         return UnionSuite([load_suite(part) for part in name.split("+")])
+    if name in SCENE_SUITES:
+        what = f"the suite {name!r} has scenes to draw, and the base is a language model"
+        raise UsageError("--suite", what, f"Write one of: {', '.join(SUITES)}.")
     if name not in SUITES:
         raise UsageError("--suite", f"no suite is called {name!r}", suggestion(name, SUITES))
-    module, attribute = SUITES[name].split(":")
-    make = getattr(import_module(module), attribute)
+    make = _class(SUITES[name])
     if name == "jsonl":
         return make(files)
     if files:
@@ -40,15 +52,48 @@ def load_suite(name: str, *, files: Mapping[str, str] | Sequence[str] | None = N
     return make()
 
 
+def load_scene_suite(
+    name: str, *, files: Mapping[str, str] | Sequence[str] | None = None, scenes: Sequence[Any] = ()
+) -> SceneSuite:
+    """The suite of scenes called `name`; `files` is for `pictures` alone, `scenes` (of a recipe) for `dreambooth`.
+
+    Raises: UsageError for an unknown suite or one for language models, and for what the suite does not read.
+    """
+    if name not in SCENE_SUITES:
+        known = all(part in SUITES for part in name.split("+"))
+        what = f"the suite {name!r} has texts, and the base draws pictures" if known else f"no suite is called {name!r}"
+        remedy = f"Write one of: {', '.join(SCENE_SUITES)}." if known else suggestion(name, SCENE_SUITES)
+        raise UsageError("--suite", what, remedy)
+    make = _class(SCENE_SUITES[name])
+    if files and name != "pictures":
+        raise UsageError("data.files", f"the suite {name!r} has its own files", "Write suite: pictures to read yours.")
+    if scenes and name != "dreambooth":
+        raise UsageError("data.scenes", f"the suite {name!r} has its own scenes", "Write suite: dreambooth.")
+    suite: SceneSuite = make(files) if name == "pictures" else make(scenes) if name == "dreambooth" else make()
+    return suite
+
+
+def _class(row: str) -> Any:
+    module, attribute = row.split(":")
+    return getattr(import_module(module), attribute)
+
+
 def select_tasks(suite: Suite, wanted: Sequence[str] | None, data_dir: str | None) -> list[str]:
     """The tasks named in `wanted`, in that order, or all that the suite has there.
 
     Raises: UsageError for a task that the suite lacks, or where there is none at all.
     """
-    known = suite.tasks(data_dir)
+    return selected(suite.name, suite.tasks(data_dir), wanted, data_dir)
+
+
+def selected(suite: str, known: Sequence[str], wanted: Sequence[str] | None, data_dir: str | None) -> list[str]:
+    """Those of the tasks `known` that are `wanted`, in that order and once; all where none is named.
+
+    Raises: UsageError as `select_tasks` does.
+    """
     if not known:
-        raise UsageError(str(data_dir), f"no task of the suite {suite.name!r} is there", "Check --data-dir.")
+        raise UsageError(str(data_dir), f"no task of the suite {suite!r} is there", "Check --data-dir.")
     for task in wanted or ():
         if task not in known:
-            raise UsageError(f"suite {suite.name}", f"no task is called {task!r}", suggestion(task, known))
-    return list(dict.fromkeys(wanted)) if wanted else known
+            raise UsageError(f"suite {suite}", f"no task is called {task!r}", suggestion(task, known))
+    return list(dict.fromkeys(wanted)) if wanted else list(known)

@@ -20,7 +20,7 @@ class JsonlSuite:
     version = "1"
 
     def __init__(self, files: Mapping[str, str] | Sequence[str] | None = None) -> None:
-        self.files = _by_task(files or {})
+        self.files = by_task(files or {})
         # stdin can be read once, but a suite is asked for its tasks again and again.
         self._read: dict[str, list[Example]] = {}
 
@@ -62,7 +62,8 @@ def example(task: str, row: Row) -> Example:
     return Example(task, row.text("input"), target, tuple(dict.fromkeys((target, *references))) if references else ())
 
 
-def _by_task(files: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+def by_task(files: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """Task -> file: as named, else by the files' stems. Raises: UsageError for two of one name."""
     if isinstance(files, Mapping):
         # A recipe names each file by its stem, and that of "-" is no name for a task.
         return {"stdin" if task == "-" else task: file for task, file in files.items()}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 
 from molecli.errors import UsageError
-from molecli.metrics import METRICS, aggregate, load_metric, metric_row
+from molecli.metrics import METRICS, aggregate, load_metric, load_picture_metric, metric_row
+
+TEXTS = [name for name, row in METRICS.items() if row.takes == "texts"]
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", TEXTS)
 def test_every_metric_scores_a_right_answer_with_its_upper_bound(name: str) -> None:
     text = "one two three four five"
     assert load_metric(name)([text], [(text,)]) == [pytest.approx(METRICS[name].upper)]
     assert aggregate(name, [text], [(text,)], [METRICS[name].upper]) == pytest.approx(METRICS[name].upper)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", TEXTS)
 def test_every_metric_scores_an_empty_completion_zero(name: str) -> None:
     assert load_metric(name)([""], [("one two three four five",)]) == [0.0]
 
@@ -31,3 +33,15 @@ def test_an_unlike_name_lists_what_is_known() -> None:
     with pytest.raises(UsageError) as caught:
         metric_row("zzz")
     assert str(caught.value) == f"metrics: no metric is called 'zzz'. Known: {', '.join(METRICS)}."
+
+
+def test_a_metric_of_pictures_is_refused_for_completions_and_the_other_way_round() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_metric("text_alignment")
+    assert str(caught.value).startswith("metrics: 'text_alignment' scores pictures, and here are texts. Write some of")
+    with pytest.raises(UsageError) as caught:
+        load_picture_metric("bleu")
+    assert str(caught.value) == (
+        "metrics: 'bleu' scores texts, and here are pictures. "
+        "Write some of: text_alignment, image_alignment, recognised."
+    )

@@ -22,9 +22,10 @@ from molecli.files.near import suggestion
 from molecli.metrics.judge.client import read_key
 from molecli.metrics.judge.pair import Failure, Judgement, Pair, Reply, Verdict
 from molecli.metrics.judge.parse import DIMENSIONS, Scores
-from molecli.metrics.judge.prompt import VERSION, Element
+from molecli.metrics.judge.prompt import VERSION
 from molecli.metrics.judge.run import judge_pairs
 from molecli.metrics.judge.summary import Contest, contests
+from molecli.protocols import Element
 
 if TYPE_CHECKING:
     from molecli.files.recipe.judge import JudgeConfig

@@ -1,6 +1,6 @@
 """The sections of a recipe. A field holds its default and its help text; nothing else repeats them.
 
-Contents: BaseConfig, LoraConfig, DataConfig, GateConfig, TrainConfig, LoraTrainConfig, AdapterConfig,
+Contents: BaseConfig, LoraConfig, DataConfig, SceneConfig, GateConfig, TrainConfig, LoraTrainConfig, AdapterConfig,
 ClipConfig, EvalConfig.
 """
 
@@ -87,6 +87,19 @@ class DataConfig(Section):
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="fraction of the split kept out of training")
 
 
+class SceneConfig(Section):
+    """LoRAs to compose in one picture. In a recipe also a plain list of names."""
+
+    loras: Names = Field(min_length=1, description="the LoRAs, by name")
+    prompt: str | None = Field(default=None, min_length=1, description="what to draw; the suite's own when not given")
+    task: str | None = Field(default=None, min_length=1, description="row of the results; the LoRAs' names by default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_names(cls, value: Any) -> Any:
+        return {"loras": value} if isinstance(value, (str, list, tuple)) else value
+
+
 class EvalDataConfig(DataConfig):
     """Where examples to score come from: the test split."""
 
@@ -94,6 +107,7 @@ class EvalDataConfig(DataConfig):
     holdout: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="score only this fraction, the part that training with it left out"
     )
+    scenes: tuple[SceneConfig, ...] = Field(default=(), description="dreambooth: compositions to draw")
 
 
 class GateConfig(Section):
@@ -170,15 +184,15 @@ class ClipConfig(Section):
 class EvalConfig(Section):
     """How completions are scored."""
 
-    data: EvalDataConfig = Field(default_factory=EvalDataConfig, description="examples to score")
+    data: EvalDataConfig = Field(default_factory=EvalDataConfig, description="examples, or scenes, to score")
     metrics: Names | None = Field(default=None, description="metrics; the suite's own when not given")
-    batch_size: int = Field(default=32, ge=1, description="prompts at once")
+    batch_size: int = Field(default=32, ge=1, description="prompts, or pictures, at once")
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="longest completion; the suite's own when not given"
     )
     baselines: bool = Field(
         default=True, description="score the base, each LoRA alone and the static mixtures beside it"
     )
-    images: int = Field(default=4, ge=1, description="images: pictures per prompt, each of its own seed")
+    images: int = Field(default=4, ge=1, description="images: pictures per scene, each of its own seed")
     clip: ClipConfig = Field(default_factory=ClipConfig, description="images: the CLIP of the alignment metrics")
     bootstrap: int = Field(default=1000, ge=0, description="resamples of the paired bootstrap; 0 for no intervals")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from molecli.metrics.judge.client import read_key
 from molecli.metrics.judge.pair import Failure, Judgement, Pair, Verdict
-from molecli.metrics.judge.prompt import Element
 from molecli.metrics.judge.run import judge_pairs
+from molecli.protocols import Element
 
 __all__ = ["Element", "Failure", "Judgement", "Pair", "Verdict", "judge_pairs", "read_key"]

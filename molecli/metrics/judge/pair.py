@@ -19,7 +19,8 @@ from molecli.errors import RunError
 from molecli.metrics.judge.client import Client, NoAnswer
 from molecli.metrics.judge.parse import Dimension, Scores, UnreadableAnswer, parse_scores
 from molecli.metrics.judge.pictures import UnreadablePicture, data_url
-from molecli.metrics.judge.prompt import Element, once_more, question
+from molecli.metrics.judge.prompt import once_more, question
+from molecli.protocols import Element
 
 if TYPE_CHECKING:
     from molecli.files.recipe.judge import JudgeConfig

@@ -7,7 +7,8 @@ paper's, the wording is not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from molecli.protocols import Element
 
 VERSION = "1"  # raise it when a change of wording can change scores
 
@@ -39,15 +40,6 @@ Image 1: Composition Quality: x/10, Image Quality: y/10
 Image 2: Composition Quality: x/10, Image Quality: y/10"""
 
 _AGAIN = "An earlier answer to this could not be used: {reason}. Do not leave out the two lines at the end."
-
-
-@dataclass(frozen=True)
-class Element:
-    """One thing a picture should show: its type (character, style, ...), its name and the features that call it."""
-
-    kind: str
-    name: str
-    features: tuple[str, ...] = ()
 
 
 def question(elements: Sequence[Element]) -> str:

@@ -1,0 +1,101 @@
+"""The `composlora` suite: the testbed of Multi-LoRA Composition (Zhong et al., arXiv 2402.16843), 480 sets of LoRAs.
+
+A set holds one character and at most one LoRA of each other kind; tasks are a style and a size: "anime 2" to "anime 5",
+"reality 2" to "reality 5". `data_dir` holds anime_lora_info.json and reality_lora_info.json as the authors publish
+them; LoRAs carry the ids in there ("character_1"). The prompt is the style's opening and all triggers of the set, the
+character's first, as the authors' code joins them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from molecli.errors import MismatchError, UsageError
+from molecli.protocols import Element, Scene
+
+# The quality words that the authors' code puts before the triggers.
+OPENINGS = {
+    "anime": "masterpiece, best quality",
+    "reality": "RAW photo, subject, 8k uhd, dslr, high quality, Fujifilm XT3, half-length portrait from knees up",
+}
+SIZES = (2, 3, 4, 5)
+CHARACTER = "character"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One LoRA of the testbed."""
+
+    id: str
+    kind: str
+    name: str
+    triggers: tuple[str, ...]
+
+
+class ComposLoraSuite:
+    """The sets of both styles; a base draws one of them, so name its tasks."""
+
+    name = "composlora"
+    version = "1"
+
+    def tasks(self, concepts: Mapping[str, Any], data_dir: str | None) -> list[str]:
+        """Style and size for every file that is there. Raises: UsageError without a folder."""
+        if data_dir is None:
+            what = "its lists of LoRAs are read from a folder, and none is named"
+            raise UsageError("suite composlora", what, "Write --data-dir DIR with the testbed's *_lora_info.json.")
+        if not Path(data_dir).is_dir():
+            raise UsageError(str(data_dir), "no such folder", "Check --data-dir.")
+        return [f"{style} {size}" for style in OPENINGS if _file(style, data_dir).is_file() for size in SIZES]
+
+    def scenes(self, task: str, concepts: Mapping[str, Any], data_dir: str | None) -> list[Scene]:
+        """The sets of one style and size. Raises: MismatchError for a list that cannot be read."""
+        style, size = task.split()
+        entries = read_entries(_file(style, str(data_dir)))
+        return [_scene(task, OPENINGS[style], chosen) for chosen in sets(entries, int(size))]
+
+    def metrics(self, task: str) -> tuple[str, ...]:
+        """The text alignment: the testbed has no pictures of what its LoRAs add."""
+        return ("text_alignment",)
+
+    def pictures(self, lora: str, data_dir: str | None) -> str | None:
+        """None: there are none."""
+        return None
+
+
+def sets(entries: Mapping[str, list[Entry]], size: int) -> list[tuple[Entry, ...]]:
+    """Every set of `size` LoRAs of as many kinds, one of them the character, in the order of the authors' code."""
+    others = [kind for kind in entries if kind != CHARACTER]
+    kinds = [(CHARACTER, *chosen) for chosen in combinations(others, size - 1)]
+    return [chosen for some in kinds for chosen in product(*(entries[kind] for kind in some))]
+
+
+def read_entries(file: Path) -> dict[str, list[Entry]]:
+    """Kind -> its LoRAs, in the order of the file. Raises: MismatchError for a file that is damaged."""
+    try:
+        tree = json.loads(file.read_text("utf-8"))
+        found = {
+            kind: [Entry(row["id"], kind, row["name"], tuple(row["trigger"])) for row in rows]
+            for kind, rows in tree.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"not a list of LoRAs as the testbed has it ({type(error).__name__}: {error})"
+        raise MismatchError(str(file), what, "Download it again.") from None
+    if not found.get(CHARACTER):
+        raise MismatchError(str(file), "no character in it, and every set has one", "Download it again.")
+    return found
+
+
+def _file(style: str, data_dir: str) -> Path:
+    return Path(data_dir) / f"{style}_lora_info.json"
+
+
+def _scene(task: str, opening: str, chosen: tuple[Entry, ...]) -> Scene:
+    triggers = [trigger for entry in chosen for trigger in entry.triggers]
+    loras = tuple(entry.id for entry in chosen)
+    elements = tuple(Element(entry.kind, entry.name, entry.triggers) for entry in chosen)
+    return Scene(task, " ".join(loras), ", ".join([opening, *triggers]), loras, elements)
