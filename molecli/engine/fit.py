@@ -1,23 +1,30 @@
-"""Learning the gates: `L = L_task + α·L_balance`, with everything but the gates frozen (MoLE, Eq. 14-16)."""
+"""Learning the gates: `L = L_task + α·L_balance`, with everything but the gates frozen (MoLE, Eq. 14-16).
+
+fit             trains the gates of a mixture
+TaskLoss        what the task says of some rows: their loss, and the gates that it came from
+example_task    the task of a language model: its examples
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from molecli.backbones.hosting import Mixture
+from molecli.backbones.text import seeded
 from molecli.compose.gated import InputGate
 from molecli.engine.data import Batches
 from molecli.engine.loop import Progress, Record, StepLoss, train
 from molecli.engine.ranks import StepContext
 from molecli.functional.balance import balance_loss
 from molecli.functional.gating import entropy
-from molecli.protocols import Backbone, Example
+from molecli.protocols import Backbone
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,14 +38,42 @@ CALIBRATION_BATCHES = 8
 _TELLING = ("head.bias", "logits", "head.weight")
 
 
+@dataclass(frozen=True)
+class TaskLoss:
+    """The rows' losses, summed, their number, and the gates that gave them [M sites, rows of the passes, N], live.
+
+    extras are means over the rows, for the log.
+    """
+
+    sum: Tensor
+    count: Tensor | int
+    gates: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# Rows of the training data -> what the task says of them, with the mixture attached.
+Task = Callable[[Sequence[Any]], TaskLoss]
+
+
+def example_task(backbone: Backbone, mixture: Mixture) -> Task:
+    """The task of a language model: the mean losses of its examples."""
+
+    def task(batch: Sequence[Any]) -> TaskLoss:
+        total, count = backbone.example_loss(backbone.collate(batch))
+        return TaskLoss(total, count, mixture.stacked_gates())
+
+    return task
+
+
 def fit(
     backbone: Backbone,
     mixture: Mixture,
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     settings: TrainConfig,
     *,
     seed: int,
     folder: Path | str,
+    task: Task | None = None,
     resume: bool = False,
     accelerator: Accelerator | None = None,
     progress: Progress | None = None,
@@ -46,19 +81,22 @@ def fit(
     """Trains the gates of an attached, fresh mixture; returns a record per step, with the gates' mean entropy (nats)
     and each expert's mean gate, the course of the paper's Fig. 5.
 
+    `task` says what the rows of `examples` teach, by default `example_task`.
     Raises: as `loop.train`; RunError where a gate gets no gradient at the first step.
     """
-    calibrate(backbone, mixture, Batches(examples, batch_size=settings.batch_size, seed=seed))
+    batches = Batches(examples, batch_size=settings.batch_size, seed=seed)
+    with seeded(seed, backbone.device):
+        calibrate(backbone, mixture, batches, task)
+    task = task or example_task(backbone, mixture)
     parameters = mixture.named_parameters()
 
-    def loss(batch: Sequence[Example], context: StepContext) -> StepLoss:
-        total, count = backbone.example_loss(backbone.collate(batch))
-        gates = mixture.stacked_gates()
-        usage = context.global_mean(gates.flatten(0, 1).mean(0), len(batch))
+    def loss(batch: Sequence[Any], context: StepContext) -> StepLoss:
+        found = task(batch)
+        usage = context.global_mean(found.gates.flatten(0, 1).mean(0), len(batch))
         regulariser = settings.balance * balance_loss(usage) if settings.balance else None
-        extras = {"entropy": entropy(gates.detach()).mean()}
+        extras = {**found.extras, "entropy": entropy(found.gates.detach()).mean()}
         extras |= {f"gate/{name}": q for name, q in zip(mixture.names, usage.detach(), strict=True)}
-        return StepLoss(total, count, extras, regulariser)
+        return StepLoss(found.sum, found.count, extras, regulariser)
 
     return train(
         parameters=parameters,
@@ -81,16 +119,19 @@ def _telling(mixture: Mixture, parameters: Mapping[str, nn.Parameter]) -> set[st
 
 
 @torch.no_grad()
-def calibrate(backbone: Backbone, mixture: Mixture, batches: Batches) -> None:
+def calibrate(backbone: Backbone, mixture: Mixture, batches: Batches, task: Task | None = None) -> None:
     """Standardises each gate's features over the first training batches, with the gates still uniform.
 
-    Every process sees the same whole batches, so that all standardise alike.
+    Every process sees the same whole batches, and where the task draws random numbers the same ones, so that all
+    standardise alike.
     """
+    # A task of its own draws noise: what it sees of the same rows differs every time.
+    enough = math.inf if task is not None else len(batches.examples) / batches.batch_size
+    task = task or example_task(backbone, mixture)
     gates = [gate for gate in mixture.gate_modules().values() if isinstance(gate, InputGate)]
     for gate in gates:
         gate.observe()
-    count = math.ceil(min(CALIBRATION_BATCHES, len(batches.examples) / batches.batch_size))
-    for step in range(1, count + 1):
-        backbone.example_loss(backbone.collate(batches[step]))
+    for step in range(1, math.ceil(min(CALIBRATION_BATCHES, enough)) + 1):
+        task(batches[step])
     for gate in gates:
         gate.settle()

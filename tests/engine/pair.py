@@ -107,8 +107,8 @@ def main() -> None:
 
     calibrate = fit.calibrate
 
-    def watched(backbone: Any, mixture: Any, batches: Any) -> None:
-        calibrate(backbone, mixture, batches)
+    def watched(backbone: Any, mixture: Any, *others: Any) -> None:
+        calibrate(backbone, mixture, *others)
         rank = compose.accelerator_for("cpu").process_index
         kept = {name: t.clone() for name, t in mixture.state_dict().items() if name.endswith(("/mean", "/std"))}
         save_file(kept, arguments.calibration / f"rank{rank}.safetensors")
