@@ -90,7 +90,7 @@ def test_without_prompts_the_concepts_are_drawn_one_by_one_and_together(
     mole: Callable[..., Any], picture_world: Any
 ) -> None:
     ran = mole("inspect-gates", picture_world.gated, *SHORT, "--json")
-    assert json.loads(ran.out)["tasks"] == ["a cat", "a hat", "a sea", "cat and hat and sea"]
+    assert json.loads(ran.out)["tasks"] == ["a cat", "a hat", "a sea", "a cat and a hat, sea"]
     # The last is longer than the tiny encoder takes: what it loses is said once, and not on stdout.
     assert ran.err == "the text encoder takes 16 tokens, and the prompt is longer. Left out: 'a'\n"
 

@@ -1,6 +1,9 @@
 """The loss of one training step on pictures: noise on them, and what the UNet takes it for.
 
-PictureLoss         the loss function that the training loop asks for
+PictureLoss         the loss function that the training of a LoRA asks for
+Prompts             what the UNet is told of prompts, kept where it stays the same
+prediction_errors   each picture's squared error
+draw_noise          noise and timesteps, the same numbers on every device
 scaled_gradients    float16: gradients large enough for it between the loss and the parameters
 """
 
@@ -38,10 +41,9 @@ class PictureLoss:
     def __init__(self, backbone: Diffusion, album: Album, *, prior_weight: float, text_encoder: bool) -> None:
         self.backbone, self.album, self.prior_weight = backbone, album, prior_weight
         self.prompts = [picture.prompt for picture in album.pictures]
-        with torch.no_grad():
-            kept = {prompt: backbone.encode([prompt], size=self._size) for prompt in dict.fromkeys(self.prompts)}
-            self.latents = self._all_latents() if album.fixed else None
-        self.conditionings = None if text_encoder else kept
+        self.told = Prompts(backbone, album.resolution, keep=not text_encoder)
+        self.told.look_at(self.prompts)
+        self.latents = all_latents(backbone, album) if album.fixed else None
 
     def __call__(self, lessons: Sequence[Lesson], context: StepContext) -> StepLoss:
         """The step's loss over its lessons. Crops, noise and timesteps are drawn by torch's global CPU generator."""
@@ -58,13 +60,9 @@ class PictureLoss:
         return StepLoss(total, count, extras)
 
     def errors(self, places: Sequence[int], clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """[B], each picture's mean squared error. Source: DDPM, Ho et al. 2020, Eq. 14."""
-        backbone = self.backbone
-        noisy = backbone.noising.add_noise(clean, noise, timesteps)
-        predicted = backbone.predict(noisy, timesteps, self._conditioning(places))
-        # In float32 whatever the base's type: a mean of many small squares.
-        target = backbone.target(clean, noise, timesteps)
-        return (predicted.float() - target.float()).square().flatten(1).mean(1)
+        """[B], each picture's mean squared error."""
+        told = self.told([self.prompts[place] for place in places])
+        return prediction_errors(self.backbone, told, clean, noise, timesteps)
 
     @torch.no_grad()
     def probe(self, places: Sequence[int], seed: int, *, timesteps: int = 4) -> float:
@@ -90,43 +88,78 @@ class PictureLoss:
         dtype = self.backbone.pipe.unet.conv_in.weight.dtype
         return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        return self.album.resolution, self.album.resolution
-
     def _drawn(self, places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(clean latents, noise, timesteps) on the device, the same numbers on every device."""
-        device = self.backbone.device
+        """(clean latents, noise, timesteps) on the device."""
         if self.latents is not None:
             clean = self.latents[list(places)]
         else:
             with torch.no_grad():
-                clean = self.backbone.latents(self.album.pixels(places).to(device)).float()
-        noise = torch.randn(clean.shape)
-        timesteps = torch.randint(self.backbone.noising.config.num_train_timesteps, (len(places),))
-        return clean, noise.to(device), timesteps.to(device)
+                clean = self.backbone.latents(self.album.pixels(places).to(self.backbone.device)).float()
+        return clean, *draw_noise(self.backbone, clean)
 
-    def _all_latents(self) -> Tensor:
-        """[pictures, C, h, w] in float32."""
-        device, rows = self.backbone.device, range(len(self.album))
-        pieces = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
-        return torch.cat([self.backbone.latents(self.album.pixels(piece).to(device)).float() for piece in pieces])
 
-    def _conditioning(self, places: Sequence[int]) -> Conditioning:
-        prompts = [self.prompts[place] for place in places]
-        if self.conditionings is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PromptCut)  # said once, when the run began
-                return self.backbone.encode(prompts, size=self._size)
-        rows = [self.conditionings[prompt] for prompt in prompts]
-        first = rows[0]
-        if first.pooled is None or first.time_ids is None:
-            return replace(first, embeds=torch.cat([row.embeds for row in rows]))
-        return Conditioning(
-            torch.cat([row.embeds for row in rows]),
-            torch.cat([row.pooled for row in rows if row.pooled is not None]),
-            torch.cat([row.time_ids for row in rows if row.time_ids is not None]),
-        )
+class Prompts:
+    """What the UNet is told of prompts, for pictures of `side` pixels.
+
+    keep: the text encoder stays as it is, so that a prompt is encoded once, without gradient.
+    """
+
+    def __init__(self, backbone: Diffusion, side: int, *, keep: bool) -> None:
+        self.backbone, self.size, self.keep = backbone, (side, side), keep
+        self._kept: dict[str, Conditioning] = {}
+
+    @torch.no_grad()
+    def look_at(self, prompts: Sequence[str]) -> None:
+        """Encodes what is new of `prompts`; warns of what is cut of a prompt that is too long."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._kept:
+                self._kept[prompt] = self.backbone.encode([prompt], size=self.size)
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """What the UNet is told, a row for each prompt."""
+        if self.keep:
+            self.look_at(prompts)
+            return _joined([self._kept[prompt] for prompt in prompts])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptCut)  # said once, when the run began
+            return self.backbone.encode(prompts, size=self.size)
+
+
+def prediction_errors(
+    backbone: Diffusion, told: Conditioning, clean: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
+    """[B], each picture's mean squared error. Source: DDPM, Ho et al. 2020, Eq. 14."""
+    noisy = backbone.noising.add_noise(clean, noise, timesteps)
+    predicted = backbone.predict(noisy, timesteps, told)
+    # In float32 whatever the base's type: a mean of many small squares.
+    target = backbone.target(clean, noise, timesteps)
+    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+
+
+def draw_noise(backbone: Diffusion, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """(noise like `clean`, timesteps [B]) on its device, drawn by torch's global CPU generator."""
+    noise = torch.randn(clean.shape)
+    timesteps = torch.randint(backbone.noising.config.num_train_timesteps, (len(clean),))
+    return noise.to(clean.device), timesteps.to(clean.device)
+
+
+@torch.no_grad()
+def all_latents(backbone: Diffusion, album: Album) -> Tensor:
+    """[pictures, C, h, w] in float32, of an album whose pictures look alike at every step."""
+    rows = range(len(album))
+    pieces = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
+    return torch.cat([backbone.latents(album.pixels(piece).to(backbone.device)).float() for piece in pieces])
+
+
+def _joined(rows: Sequence[Conditioning]) -> Conditioning:
+    first = rows[0]
+    if first.pooled is None or first.time_ids is None:
+        return replace(first, embeds=torch.cat([row.embeds for row in rows]))
+    return Conditioning(
+        torch.cat([row.embeds for row in rows]),
+        torch.cat([row.pooled for row in rows if row.pooled is not None]),
+        torch.cat([row.time_ids for row in rows if row.time_ids is not None]),
+    )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
@@ -13,13 +13,14 @@ from molecli.engine.attach import attach_composition
 from molecli.engine.images.columns import read_concepts
 from molecli.engine.images.drawing import warnings_as_notes
 from molecli.engine.images.gates import Trace, step_report
+from molecli.engine.images.joint import prompts_of
 from molecli.engine.images.record import GateRecorder
 from molecli.engine.inspect import GateReport, Progress, check_some_on, entropy_course
 from molecli.engine.sample import base_of, switch
 from molecli.errors import UsageError
 from molecli.files.composition import Composition
 from molecli.files.lora_spec import LoraSpec
-from molecli.files.recipe import ConceptConfig, EvaluateRecipe
+from molecli.files.recipe import ConceptConfig, EvaluateRecipe, ImageConfig
 
 
 def inspect_pictures(
@@ -39,13 +40,31 @@ def inspect_pictures(
     mixture = attach_composition(backbone.model, composition, loras=list(recipe.loras) or None)
     switch(mixture, mask=recipe.mask, only=recipe.only)
     check_some_on(recipe, mixture)
+    seeds = range(recipe.seed, recipe.seed + recipe.eval.images)
     with mixture, warnings_as_notes(note):
-        traces = {}
-        for done, prompt in enumerate(dict.fromkeys(prompts), start=1):
-            traces[prompt] = _trace(recipe, backbone, mixture, prompt)
-            if progress is not None:
-                progress("gates", done, len(prompts))
+        traces = traced(
+            backbone, mixture, prompts, recipe.image, seeds, batch_size=recipe.eval.batch_size, progress=progress
+        )
     return step_report(traces, mixture.names, composition=path, course=entropy_course(path))
+
+
+def traced(
+    backbone: Any,
+    mixture: Mixture,
+    prompts: Sequence[str],
+    image: ImageConfig,
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> dict[str, Trace]:
+    """{prompt: the gates of the attached mixture while its pictures of these seeds are drawn}; none is kept."""
+    traces = {}
+    for done, prompt in enumerate(dict.fromkeys(prompts), start=1):
+        traces[prompt] = _trace(backbone, mixture, prompt, image, seeds, batch_size)
+        if progress is not None:
+            progress("gates", done, len(prompts))
+    return traces
 
 
 def default_prompts(composition: Composition) -> tuple[str, ...]:
@@ -53,20 +72,19 @@ def default_prompts(composition: Composition) -> tuple[str, ...]:
     recipe = yaml.safe_load(composition.recipe)
     given = {name: ConceptConfig.model_validate(entry) for name, entry in (recipe.get("concepts") or {}).items()}
     loras = [LoraSpec(record.name, record.source) for record in composition.experts]
-    concepts = list(read_concepts(loras, given).values())
-    if not concepts:
+    prompts = prompts_of(list(read_concepts(loras, given).values()))
+    if not prompts:
         what = "no prompt is given, and its LoRAs have no concept.json that would say one"
         raise UsageError("mole inspect-gates", what, "Write --prompt TEXT.")
-    together = [" and ".join(concept.trigger for concept in concepts)] if len(concepts) > 1 else []
-    return tuple(dict.fromkeys([*(concept.prompt for concept in concepts), *together]))
+    return prompts
 
 
-def _trace(recipe: EvaluateRecipe, backbone: Any, mixture: Mixture, prompt: str) -> Trace:
-    image = recipe.image
-    seeds = range(recipe.seed, recipe.seed + recipe.eval.images)
+def _trace(
+    backbone: Any, mixture: Mixture, prompt: str, image: ImageConfig, seeds: Sequence[int], batch_size: int
+) -> Trace:
     with GateRecorder(mixture) as recorder:
-        for start in range(0, len(seeds), recipe.eval.batch_size):
-            batch = seeds[start : start + recipe.eval.batch_size]
+        for start in range(0, len(seeds), batch_size):
+            batch = seeds[start : start + batch_size]
             backbone.generate(
                 [prompt] * len(batch),
                 seeds=batch,

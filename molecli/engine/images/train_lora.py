@@ -14,21 +14,19 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molecli import __version__
 from molecli.backbones.diffusion import Diffusion
 from molecli.backbones.loading import load_backbone
-from molecli.backbones.pipeline import TEXT_ENCODERS
 from molecli.catalog import BUILTIN_PREFIX, builtin_base
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, recipe_digest
+from molecli.engine.images.checkpointing import checkpointed
 from molecli.engine.images.class_pictures import class_pictures, draw_missing
 from molecli.engine.images.denoising import PictureLoss, scaled_gradients
 from molecli.engine.images.drawing import warnings_as_notes
@@ -182,40 +180,6 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> None:
         written = write_diffusers(Path(scratch) / "lora", lora_factors(model), metadata=metadata)
         data = (written / DIFFUSERS_FILE).read_bytes()
     write_bytes(folder / DIFFUSERS_FILE, in_fixed_order(data))
-
-
-@contextmanager
-def checkpointed(backbone: Diffusion, on: bool) -> Iterator[None]:
-    """Inside, activations are computed again in the backward pass instead of kept, if `on`.
-
-    The base stays in eval mode, so that its dropouts stay off; of a text encoder only the layers themselves are told
-    that they train, which is what transformers asks before it saves memory.
-    """
-    unet: Any = backbone.pipe.unet
-    parts = [getattr(backbone.pipe, name, None) for name in TEXT_ENCODERS]
-    encoders = [part for part in parts if part is not None]
-    layers = [m for encoder in encoders for m in encoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if on:
-        unet.enable_gradient_checkpointing()
-        for encoder in encoders:
-            _called(encoder, "checkpointing_enable", {"use_reentrant": False})
-        for layer in layers:
-            layer.training = True
-    try:
-        yield
-    finally:
-        if on:
-            unet.disable_gradient_checkpointing()
-            for encoder in encoders:
-                _called(encoder, "checkpointing_disable")
-            for layer in layers:
-                layer.training = False
-
-
-def _called(encoder: Any, name: str, *arguments: Any) -> None:
-    # The newer name of two: transformers 5.23 warns of the older one.
-    method = getattr(encoder, f"activation_{name}", None) or getattr(encoder, f"gradient_{name}")
-    method(*arguments)
 
 
 def _probe(loss: PictureLoss, model: PeftModel, places: Sequence[int], seed: int) -> dict[str, float]:

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from molecli.backbones.loading import load_backbone
 from molecli.backbones.prompts import PromptCut
 from molecli.engine.checkpoints import newest_step
+from molecli.engine.images.checkpointing import checkpointed
 from molecli.engine.images.denoising import PictureLoss
 from molecli.engine.images.pictures import Album, Lesson, instance_pictures, lessons
 from molecli.engine.images.targets import picture_targets
-from molecli.engine.images.train_lora import checkpointed, concept_of
+from molecli.engine.images.train_lora import concept_of
 from molecli.engine.ranks import StepContext, accelerator_for
 from molecli.engine.train_lora import adapted, run_train_lora, trained_parameters
 from molecli.errors import MismatchError, UsageError
