@@ -7,7 +7,9 @@ from molecli.cli.options import (
     DATA,
     DRY_RUN,
     GATE,
+    IMAGE,
     LORAS,
+    METHOD,
     OUTPUT,
     RECIPE,
     RESUME,
@@ -22,16 +24,31 @@ from molecli.cli.runs import recipe_file, show_plan, started
 from molecli.cli.single import single
 from molecli.files.recipe import ComposeRecipe
 
+# What gates learn from on a diffusion base.
+OBJECTIVE = (
+    Flag("--denoise", "objective.denoise"),
+    Flag("--collage", "objective.collage"),
+    Flag("--clip", "objective.clip"),
+    Flag("--clip-local", "objective.clip_local"),
+    Flag("--clip-model", "objective.guide.model", metavar="NAME"),
+    Flag("--clip-pretrained", "objective.guide.pretrained", metavar="TAG"),
+    Flag("--gradient-checkpointing", "objective.gradient_checkpointing"),
+)
 FLAGS = (
     *LORAS,
     *BASE,
     Flag("--mode", "mode"),
     Flag("--only", "only", metavar="NAME"),
+    *METHOD,
     Flag("--preset", "preset"),
     *GATE,
     *DATA,
+    *OBJECTIVE,
     *TRAIN,
     Flag("--balance", "train.balance"),
+    *IMAGE,
+    Flag("--preview", "preview", metavar="MODES", default="linear"),
+    Switch("--no-preview", "images: draw nothing of the finished composition"),
     Switch("--no-evaluate", "compose only; score nothing afterwards"),
     Flag("--eval-limit", "evaluate.data.limit"),
     Flag("--allow-partial", "allow_partial"),
@@ -48,9 +65,13 @@ def compose(request: Request) -> None:
 
     With neither --base nor --loras the embedded ones are used. Writes composition.safetensors, recipe.yaml,
     report.json and, where something was trained, train_log.jsonl.
+
+    On a diffusion base gates learn from pictures of what each LoRA adds: those that concept.json beside it names, or
+    `concepts:` in the recipe. The finished composition is drawn beside other methods: preview/sheet.png.
     """
     file = recipe_file(request)
-    recipe = request.recipe(file, sets=("evaluate=null",) if request.switches["no_evaluate"] else ())
+    off = {"no_evaluate": "evaluate=null", "no_preview": "preview=[]"}
+    recipe = request.recipe(file, sets=[key for switch, key in off.items() if request.switches[switch]])
     assert isinstance(recipe, ComposeRecipe)
     if request.switches["dry_run"]:
         show_plan(recipe, request, file=file)
@@ -58,7 +79,8 @@ def compose(request: Request) -> None:
     with started(recipe, request, file=file) as ready:
         from molecli.engine.compose import run_compose
 
-        report = run_compose(ready, resume=request.resume, progress=request.console.progress)
+        console = request.console
+        report = run_compose(ready, resume=request.resume, progress=console.progress, note=console.note)
     request.console.result(report, report.show)
 
 

@@ -1,27 +1,30 @@
-"""`mole compose`: trained LoRAs into one composition, learned or fixed, scored beside what it is made of."""
+"""`mole compose`: trained LoRAs into one composition, learned or fixed, and what it does beside what it is made of.
+
+run_compose    recipe -> ComposeReport: the whole command
+Domain         what it asks of a kind of base: `compose_text.TextDomain`, `images.compose.PictureDomain`
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from molecli import __version__
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
+from molecli.backbones.sources import find_base
 from molecli.backbones.text import seeded
 from molecli.compose import get_method
 from molecli.engine.attach import read_experts
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, finished_report, recipe_digest
-from molecli.engine.data import flatten, split_tasks
-from molecli.engine.evaluate import Bench, EvaluationReport, make_bench, make_report, run_methods
-from molecli.engine.fit import fit
-from molecli.engine.inspect import collect, entropy_course, summarise, write_report
+from molecli.engine.compose_text import TextDomain
+from molecli.engine.evaluate import EvaluationReport
 from molecli.engine.loop import Record
-from molecli.engine.methods import Method, distinct, static_methods
 from molecli.engine.mixing import build_mixture
 from molecli.engine.ranks import accelerator_for, share_from_main
 from molecli.engine.tables import to_markdown
@@ -29,16 +32,38 @@ from molecli.experts import Expert
 from molecli.files.atomic import write_text
 from molecli.files.composition import Composition, record_of, save_composition
 from molecli.files.recipe import dump_recipe
-from molecli.protocols import Backbone, Example
-from molecli.suites.builtin import BuiltinSuite
+from molecli.protocols import Backbone
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from molecli.files.recipe import ComposeRecipe, DataConfig, EvalConfig
+    from molecli.files.recipe import ComposeRecipe
 
 # label, done, total
 Progress = Callable[[str, int, int], None]
+Note = Callable[[str], object]
+
+
+class Domain(Protocol):
+    """A recipe on one kind of base: complete, checked before anything is loaded, and what only that kind does.
+
+    triggers, kinds: of the LoRAs, by name; rows: what gates learn from, none where nothing learns.
+    """
+
+    recipe: ComposeRecipe
+    triggers: Mapping[str, str]
+    kinds: Mapping[str, str]
+    rows: Sequence[Any]
+
+    def learn(self, backbone: Any, mixture: Mixture, **how: Any) -> list[Record]:
+        """The records of the gates' training, by `fit.fit` with the keywords `how`."""
+        ...
+
+    def finish(
+        self, backbone: Any, experts: Sequence[Expert], mixture: Mixture, progress: Progress | None
+    ) -> EvaluationReport | None:
+        """The scores, where the recipe asks for them; writes what else shows the composition."""
+        ...
 
 
 class ComposeReport(dict[str, Any]):
@@ -54,10 +79,13 @@ class ComposeReport(dict[str, Any]):
             sys.stdout.write(self.get("table", f"{self['output']}\n"))
 
 
-def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progress | None = None) -> ComposeReport:
+def run_compose(
+    recipe: ComposeRecipe, *, resume: bool = False, progress: Progress | None = None, note: Note = lambda text: None
+) -> ComposeReport:
     """Composes the LoRAs of `recipe` into its output folder; returns the report, which is also written there.
 
-    A run that is already finished is returned as it is (with `resume`). Raises: UserError.
+    A run that is already finished is returned as it is (with `resume`). `note` is told what a prompt loses, and what
+    could not be drawn. Raises: UserError.
     """
     accelerator = accelerator_for(recipe.device)
     folder = Path(recipe.output)
@@ -65,29 +93,19 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
     done: Any = share_from_main(found, accelerator)
     if done is not None:
         return ComposeReport(done)
-    start_s = time.monotonic()
-    digest, recipe = recipe_digest(recipe), with_tasks(recipe)
-    examples = _examples(recipe)
-    bench = make_bench(recipe.evaluate) if recipe.evaluate is not None else None  # what is wrong there shows now
+    start_s, digest = time.monotonic(), recipe_digest(recipe)
+    domain = domain_of(recipe, note)
+    recipe = domain.recipe
     backbone = load_backbone(recipe.base, accelerator.device)
     experts = read_experts(backbone.model, recipe.loras, allow_partial=recipe.allow_partial)
-    with seeded(recipe.seed, accelerator.device):  # a low-rank head starts at random
-        mixture = build_mixture(
-            backbone.model,
-            experts,
-            mode=recipe.mode,
-            gate=recipe.gate,
-            weights={lora.name: lora.weight for lora in recipe.loras},
-            only=next(iter(recipe.only), None),
-        )
-    history = _fitted(recipe, backbone, mixture, examples, accelerator, resume, progress) if examples else []
+    mixture = _mixture(recipe, domain, backbone, experts)
+    history = _fitted(domain, backbone, mixture, accelerator, resume, progress) if domain.rows else []
     report = ComposeReport(_summary(recipe, digest, mixture, history))
     if accelerator.is_main_process:
-        save_composition(folder, _composition(recipe, backbone, mixture))
-        if recipe.evaluate is not None and bench is not None:
-            report.evaluation = _evaluate(recipe, recipe.evaluate, bench, backbone, experts, mixture, progress)
-            if mixture.named_parameters():
-                _draw(recipe, bench, backbone, mixture, progress)
+        made = _composition(recipe, backbone, mixture)
+        save_composition(folder, replace(made, settings=_settings(recipe, domain)))
+        report.evaluation = domain.finish(backbone, experts, mixture, progress)
+        if report.evaluation is not None:
             report["evaluation"] = dict(report.evaluation)
             report["table"] = to_markdown(report.evaluation.table)
         report["seconds"] = round(time.monotonic() - start_s, 1)
@@ -97,34 +115,35 @@ def run_compose(recipe: ComposeRecipe, *, resume: bool = False, progress: Progre
     return report
 
 
-def with_tasks(recipe: ComposeRecipe) -> ComposeRecipe:
-    """The recipe with its tasks named, where the suite knows which tasks its LoRAs are for."""
-    update: dict[str, Any] = {"data": _narrowed(recipe.data, recipe)}
-    if recipe.evaluate is not None:
-        data = _narrowed(recipe.evaluate.data, recipe)
-        update["evaluate"] = recipe.evaluate.model_copy(update={"data": data})
-    return recipe.model_copy(update=update)
+def domain_of(recipe: ComposeRecipe, note: Note = lambda text: None) -> Domain:
+    """The recipe's domain, by its base. Raises: UserError for what is wrong with it there."""
+    if find_base(recipe.base).pipeline:
+        from molecli.engine.images.compose import PictureDomain  # which needs diffusers
+
+        return PictureDomain(recipe, note)
+    return TextDomain(recipe)
 
 
-def _narrowed(data: DataConfig, recipe: ComposeRecipe) -> DataConfig:
-    if data.suite != "builtin" or data.tasks:
-        return data
-    return data.model_copy(update={"tasks": tuple(BuiltinSuite().tasks_for([lora.name for lora in recipe.loras]))})
-
-
-def _examples(recipe: ComposeRecipe) -> list[Example]:
-    """What the gates learn from; nothing for a mode that learns nothing."""
-    if not get_method(recipe.mode).trained:
-        return []
-    kept, _ = split_tasks(recipe.data)
-    return flatten(kept)
+def _mixture(recipe: ComposeRecipe, domain: Domain, backbone: Backbone, experts: Sequence[Expert]) -> Mixture:
+    with seeded(recipe.seed, backbone.device):  # a low-rank head starts at random
+        return build_mixture(
+            backbone.model,
+            experts,
+            mode=recipe.mode,
+            gate=recipe.gate,
+            weights={lora.name: lora.weight for lora in recipe.loras},
+            only=next(iter(recipe.only), None),
+            method=recipe.method,
+            triggers=domain.triggers,
+            kinds=domain.kinds,
+            branches_at_once=recipe.image.branches_at_once,
+        )
 
 
 def _fitted(
-    recipe: ComposeRecipe,
+    domain: Domain,
     backbone: Backbone,
     mixture: Mixture,
-    examples: Sequence[Example],
     accelerator: Accelerator,
     resume: bool,
     progress: Progress | None,
@@ -134,16 +153,8 @@ def _fitted(
             progress("gates", done, total)
 
     with mixture:
-        return fit(
-            backbone,
-            mixture,
-            examples,
-            recipe.train,
-            seed=recipe.seed,
-            folder=recipe.output,
-            resume=resume,
-            accelerator=accelerator,
-            progress=told,
+        return domain.learn(
+            backbone, mixture, folder=domain.recipe.output, resume=resume, accelerator=accelerator, progress=told
         )
 
 
@@ -155,51 +166,19 @@ def _composition(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture) ->
         base_fingerprint=backbone.fingerprint(),
         experts=tuple(record_of(expert) for expert in mixture.bank.experts),
         gate=recipe.gate.model_dump(mode="json") if recipe.mode == "gated" else None,
-        settings={"only": next(iter(recipe.only), None)} if recipe.mode == "single" else {},
+        settings={},
         recipe=dump_recipe(recipe),
         tensors=mixture.state_dict(),
         version=__version__,
     )
 
 
-def _evaluate(
-    recipe: ComposeRecipe,
-    settings: EvalConfig,
-    bench: Bench,
-    backbone: Backbone,
-    experts: Sequence[Expert],
-    mixture: Mixture,
-    progress: Progress | None,
-) -> EvaluationReport:
-    """The composition beside the base, each LoRA alone and the fixed mixtures, on one load of the base."""
-    weights = {lora.name: lora.weight for lora in recipe.loras}
-    fixed = static_methods(backbone.model, experts, weights=weights) if settings.baselines else []
-    # A fixed mode stands in the table already; a LoRA may be called like a mode.
-    own = next((method for method in fixed if method.name == recipe.mode and not method.single), None)
-    if own is None:
-        own = Method(recipe.mode, mixture)
-        fixed.append(own)
-    methods = distinct(fixed)
-    subject = next(name for name, method in methods.items() if method is own)
-    singles = [name for name, method in methods.items() if method.single]
-    results = run_methods(backbone, methods, bench, progress=progress)
-    return make_report(
-        results,
-        bench,
-        subject=subject,
-        singles=singles,
-        samples=settings.bootstrap,
-        seed=recipe.seed,
-        config=recipe.model_dump(mode="json"),
-    )
-
-
-def _draw(recipe: ComposeRecipe, bench: Bench, backbone: Backbone, mixture: Mixture, progress: Progress | None) -> None:
-    """gates.png, .csv and .json and entropy.png in the output folder: what the gates do on the examples scored."""
-    with mixture:
-        values = collect(backbone, mixture, bench.tasks, batch_size=bench.batch_size, progress=progress)
-    report = summarise(values, mixture.names, composition=recipe.output, course=entropy_course(recipe.output))
-    write_report(report, Path(recipe.output))
+def _settings(recipe: ComposeRecipe, domain: Domain) -> dict[str, Any]:
+    """What a mixture is built with again that is in no tensor."""
+    if get_method(recipe.mode).level == "output":
+        method = recipe.method.model_dump(mode="json")
+        return {"method": method, "triggers": dict(domain.triggers), "kinds": dict(domain.kinds)}
+    return {"only": next(iter(recipe.only), None)} if recipe.mode == "single" else {}
 
 
 def _summary(recipe: ComposeRecipe, digest: str, mixture: Mixture, history: Sequence[Record]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ PRODUCTS = (
     "gates.csv",
     "gates.png",
     "entropy.png",
+    "preview",
 )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from molecli.backbones.layouts import adaptable_matrices
 from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
-from molecli.engine.compose import with_tasks
+from molecli.engine.compose_text import with_tasks
 from molecli.engine.data import load_tasks, split_tasks
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError

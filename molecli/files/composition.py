@@ -83,7 +83,11 @@ def save_composition(folder: str | Path, composition: Composition) -> Path:
     Raises: RunError when the folder cannot be written.
     """
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in composition.tensors.items()}
+    # Copies: safetensors refuses tensors that share memory, as the fixed weights of several sites do.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in composition.tensors.items()
+    }
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

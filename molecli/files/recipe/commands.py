@@ -78,6 +78,11 @@ class ComposeRecipe(Section):
     )
     image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the training run of the gates")
+    preview: Annotated[tuple[Literal["base", "single", StaticMode], ...], BeforeValidator(as_names)] = Field(
+        default=("linear",),
+        description="images: methods drawn beside the finished composition, each concept and all together, on the "
+        "sheet in preview/; [] draws nothing",
+    )
     evaluate: EvalConfig | None = Field(
         default_factory=EvalConfig, description="scoring after composing: the test split of `data`; null for none"
     )

@@ -118,17 +118,30 @@ class ObjectiveConfig(Section):
     denoise: float = Field(
         default=1.0, ge=0.0, allow_inf_nan=False, description="weight of the diffusion loss on the concepts' pictures"
     )
-    clip: float = Field(
-        default=0.0, ge=0.0, allow_inf_nan=False, description="weight of the CLIP loss on the decoded prediction"
-    )
-    clip_local: float = Field(
-        default=0.0, ge=0.0, allow_inf_nan=False, description="share of the local (patch) term beside the global one"
-    )
-    clip_steps: int = Field(default=2, ge=1, description="denoising steps between two backward passes of the CLIP loss")
     collage: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="share of training pictures that put several concepts' pictures side by side",
+        description="share of those pictures that several concepts' pictures are put together in, under a prompt that "
+        "names them all",
+    )
+    clip: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="weight of the CLIP loss on pictures drawn of prompts that name several concepts",
+    )
+    clip_local: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="weight of the local CLIP loss: each concept of the prompt in some crop of the picture",
+    )
+    clip_steps: int = Field(
+        default=4, ge=1, description="denoising steps from noise to such a picture; one of them, at random, teaches"
+    )
+    prompts: tuple[str, ...] = Field(
+        default=(), description="prompts of the CLIP losses; when not given, every two and three concepts joined"
     )
     guide: ClipConfig = Field(default_factory=ClipConfig, description="the CLIP that guides")
+    gradient_checkpointing: bool = Field(default=False, description="less memory for a slower step")
