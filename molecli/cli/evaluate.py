@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from molecli.cli.options import (
     BASE,
     DRY_RUN,
+    IMAGE,
     LORAS,
     MASK,
+    METHOD,
     OUTPUT,
     SEED_AND_DEVICE,
     Flag,
     Request,
+    Switch,
     recipe_command,
 )
-from molecli.cli.runs import is_recipe, show_plan, started
+from molecli.cli.runs import RECIPE_FILE, is_recipe, recipe_file, show_plan, started
 from molecli.cli.single import single
 from molecli.errors import UsageError
-from molecli.files.recipe import EvaluateRecipe
+from molecli.files.atomic import write_text
+from molecli.files.recipe import EvaluateRecipe, dump_recipe
 
 FLAGS = (
     *BASE,
@@ -26,7 +31,9 @@ FLAGS = (
     Flag("--modes", "modes", metavar="MODES"),
     Flag("--suite", "eval.data.suite"),
     Flag("--data-dir", "eval.data.data_dir", metavar="DIR"),
-    Flag("--files", "eval.data.files", "with commas between; implies --suite jsonl", metavar="FILES"),
+    Flag(
+        "--files", "eval.data.files", "with commas between; implies --suite jsonl (images: pictures)", metavar="FILES"
+    ),
     Flag("--tasks", "eval.data.tasks", metavar="TASKS"),
     Flag("--split", "eval.data.split"),
     Flag("--holdout", "eval.data.holdout"),
@@ -35,9 +42,18 @@ FLAGS = (
     Flag("--batch-size", "eval.batch_size"),
     Flag("--max-new-tokens", "eval.max_new_tokens"),
     Flag("--bootstrap", "eval.bootstrap"),
+    Flag("--images", "eval.images"),
+    *IMAGE,
+    *METHOD,
+    Flag("--clip-model", "eval.clip.model", metavar="MODEL"),
+    Flag("--clip-pretrained", "eval.clip.pretrained", metavar="TAG|FILE"),
+    Flag("--judge-endpoint", "judge.endpoint", "any --judge flag turns the judge on", metavar="URL"),
+    Flag("--judge-model", "judge.model", metavar="MODEL"),
+    Flag("--judge-baseline", "judge.baseline", metavar="METHOD"),
     *MASK,
     *SEED_AND_DEVICE,
     *OUTPUT,
+    Switch("--resume", "images: draw and judge only what an earlier run in the output folder left undone"),
     DRY_RUN,
 )
 TARGET = ("RECIPE | COMPOSITION", "One recipe (.yaml), or compositions: their folders or .safetensors files.")
@@ -47,26 +63,43 @@ TARGET = ("RECIPE | COMPOSITION", "One recipe (.yaml), or compositions: their fo
 def evaluate(request: Request) -> None:
     """Score compositions on a suite of tasks, on one load of the base.
 
-    Writes results.json and samples_<task>.jsonl.
+    Writes results.json and samples_<task>.jsonl. A diffusion base draws each scene of a suite by every method from the
+    same seeds: the pictures go to drawn/, and sheet.png shows some of them.
     """
-    file, more = _file_and_compositions(request.targets)
+    file, more = _file_and_compositions(request)
     recipe = request.recipe(file, more=more)
     assert isinstance(recipe, EvaluateRecipe)
     if request.switches["dry_run"]:
         show_plan(recipe, request, file=file)
         return
+    if request.resume:
+        _check_resumable(recipe)
     with started(recipe, request, file=file) as ready:
         from molecli.engine.evaluate import run_evaluate
 
-        report = run_evaluate(ready, progress=request.console.progress)
+        if request.resume:  # it may ask for more pictures than the run that it goes on from
+            write_text(Path(ready.output) / RECIPE_FILE, dump_recipe(ready))
+        report = run_evaluate(ready, progress=request.console.progress, note=request.console.note)
     request.console.result(report, report.show)
 
 
-def _file_and_compositions(targets: tuple[str, ...]) -> tuple[str | None, dict[str, Any]]:
-    """The recipe that was named, or what puts the named compositions into one."""
+def _check_resumable(recipe: EvaluateRecipe) -> None:
+    """Nothing. Raises: UsageError for a language model, whose evaluation leaves nothing to go on from."""
+    from molecli.engine.sample import draws_pictures
+
+    if not draws_pictures(recipe.base, next(iter(recipe.compositions), None)):
+        what = "an evaluation of a language model has nothing to go on from"
+        raise UsageError("--resume", what, "Write --overwrite to repeat it.")
+
+
+def _file_and_compositions(request: Request) -> tuple[str | None, dict[str, Any]]:
+    """The recipe that was named (or is resumed), or what puts the named compositions into one."""
+    targets = request.targets
     recipes = [target for target in targets if is_recipe(target)]
+    if not targets:
+        return recipe_file(request), {}
     if not recipes:
-        return None, {"compositions": list(targets)} if targets else {}
+        return None, {"compositions": list(targets)}
     if len(targets) > 1:
         raise UsageError(recipes[0], "a recipe stands alone", "Name one recipe, or only compositions.")
     return recipes[0], {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from molecli.errors import UsageError
 from molecli.protocols import Example, Suite
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from molecli.files.recipe import DataConfig
 
 Tasks = dict[str, list[Example]]
+T = TypeVar("T")
 
 
 def load_tasks(data: DataConfig, suite: Suite | None = None) -> Tasks:
@@ -51,8 +52,8 @@ def split_tasks(data: DataConfig, suite: Suite | None = None) -> tuple[Tasks, Ta
     return limited[0], limited[1]
 
 
-def sample(examples: Sequence[Example], limit: int | None, task: str) -> list[Example]:
-    """At most `limit` of the examples, in their order; which ones follows from the task's name alone.
+def sample(examples: Sequence[T], limit: int | None, task: str) -> list[T]:
+    """At most `limit` of the examples (or scenes), in their order; which ones follows from the task's name alone.
 
     Not the first ones: many files are sorted (numbers by size, words by frequency): their start is not like the rest.
     """

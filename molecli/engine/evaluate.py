@@ -2,7 +2,8 @@
 
 Bench         the tasks, and how each is scored          run_methods    every method's results on a bench
 make_bench    EvalConfig -> Bench                        make_report    results -> files' content and table
-run_evaluate  recipe -> EvaluationReport: the whole command
+run_evaluate  recipe -> EvaluationReport: the whole command on a language model; on a diffusion base
+              `images.evaluate.run_evaluate_pictures`
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from molecli.engine.attach import read_experts
 from molecli.engine.data import Tasks, load_tasks, split_tasks
 from molecli.engine.methods import STATIC, Method, composition_methods, distinct, folder_names, static_methods
 from molecli.engine.results import compare, document, write
-from molecli.engine.sample import base_of
+from molecli.engine.sample import TEXT_BASE, base_of, check_fields, draws_pictures
 from molecli.engine.scoring import Progress, TaskResult, evaluate, own_lora
 from molecli.engine.tables import ScoreTable, score_table, to_markdown, to_rich
 from molecli.files.adapters import LoraLike, LoraSpec
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from molecli.protocols import Backbone
 
 OWN_LORA = "own LoRA"
+PICTURE_FIELDS = ("image", "method", "concepts", "prompts", "judge")
 Results = Mapping[str, Sequence[TaskResult]]
 
 
@@ -48,24 +50,33 @@ class Bench:
 
 
 class EvaluationReport(dict[str, Any]):
-    """The content of results.json, with the table that shows it."""
+    """The content of results.json, with the tables that show it and what is said below them."""
 
-    def __init__(self, content: Mapping[str, Any], table: ScoreTable, comparisons: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        content: Mapping[str, Any],
+        table: ScoreTable,
+        comparisons: Sequence[str] = (),
+        more: Sequence[ScoreTable] = (),
+    ) -> None:
         super().__init__(content)
-        self.table, self.comparisons = table, tuple(comparisons)
+        self.table, self.comparisons, self.more = table, tuple(comparisons), tuple(more)
 
     def document(self) -> dict[str, Any]:
         """The report as JSON would hold it."""
         return dict(self)
 
     def show(self) -> None:
-        """Draws the table on stdout: for eyes on a terminal, as markdown in a pipe or a file."""
-        if sys.stdout.isatty():
-            from rich.console import Console
+        """Draws the tables on stdout: for eyes on a terminal, as markdown in a pipe or a file."""
+        for number, table in enumerate((self.table, *self.more)):
+            if sys.stdout.isatty():
+                from rich.console import Console
 
-            Console().print(to_rich(self.table))
-        else:
-            sys.stdout.write(to_markdown(self.table))
+                Console().print(to_rich(table))
+            else:
+                sys.stdout.write("\n" * (number > 0) + to_markdown(table))
+        if self.more and self.comparisons:
+            sys.stdout.write("\n")
         for line in self.comparisons:
             sys.stdout.write(f"{line}\n")
 
@@ -142,11 +153,21 @@ def with_own_lora(results: Results, singles: Sequence[str]) -> dict[str, Sequenc
     return shown
 
 
-def run_evaluate(recipe: EvaluateRecipe, *, progress: Progress | None = None) -> EvaluationReport:
+def run_evaluate(
+    recipe: EvaluateRecipe,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], object] = lambda text: None,
+) -> EvaluationReport:
     """The report of a whole run; results.json and the samples are complete after every method.
 
     Raises: UsageError, MismatchError and RunError as loading the examples, the base and the LoRAs does.
     """
+    if draws_pictures(recipe.base, next(iter(recipe.compositions), None)):
+        from molecli.engine.images.evaluate import run_evaluate_pictures  # which needs diffusers, and this module
+
+        return run_evaluate_pictures(recipe, progress=progress, note=note)
+    check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
     bench = make_bench(recipe.eval)
     compositions = {name: load_composition(path) for name, path in folder_names(recipe.compositions).items()}
     base = base_of(recipe.base, next(iter(compositions.values()), None))
@@ -178,7 +199,7 @@ def make_methods(
     Without --modes these are the base, each LoRA alone, linear and nla, unless eval.baselines is off.
     Raises: UsageError, MismatchError.
     """
-    loras: list[LoraLike] = list(recipe.loras) or _recorded(compositions.values())
+    loras: list[LoraLike] = list(recipe.loras) or recorded_loras(compositions.values())
     if not loras and builtin:
         loras = [LoraSpec(name, str(path)) for name, path in builtin_loras().items()]
     default = (STATIC if loras else ("base",)) if recipe.eval.baselines or not compositions else ()
@@ -193,7 +214,7 @@ def make_methods(
     return distinct([*fixed, *learned])
 
 
-def _recorded(compositions: Iterable[Composition]) -> list[LoraLike]:
+def recorded_loras(compositions: Iterable[Composition]) -> list[LoraLike]:
     """The LoRAs that the compositions remember; of two that share a name the first."""
     sources: dict[str, str] = {}
     for composition in compositions:

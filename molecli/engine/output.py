@@ -25,6 +25,8 @@ PRODUCTS = (
     "results.json",
     "samples*.jsonl",
     "judgements.jsonl",
+    "drawn",
+    "sheet*.png",
     "gates.json",
     "gates.csv",
     "gates.png",

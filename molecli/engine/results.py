@@ -2,7 +2,7 @@
 
 `results` holds the scores of the method that was asked for ({task: {"exact_match,none": ..}}), where lm-eval's readers
 look for them; `methods` holds those of every method, `average` their means over tasks in percent, and `comparisons` the
-paired bootstrap. Samples keep prompts and raw outputs, so that another scoring needs no second run.
+paired bootstrap.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from typing import Any
 import torch
 
 from molecli import __version__
-from molecli.engine.scoring import TaskResult
+from molecli.engine.scoring import Result, percent, percents
 from molecli.files.atomic import write_text
 from molecli.functional.bootstrap import Interval, paired_bootstrap, standard_error
 from molecli.metrics import metric_row
 
-Methods = Mapping[str, Sequence[TaskResult]]
+Methods = Mapping[str, Sequence[Result]]
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """first − second in percentage points, averaged over tasks, with its bootstrap interval."""
+    """first − second in percentage points, averaged over tasks, with its bootstrap interval.
+
+    metric: what was compared; None for every task's main metric.
+    """
 
     first: str
     second: str
@@ -37,35 +40,49 @@ class Comparison:
     low: float
     high: float
     level: float
+    metric: str | None = None
 
     def __str__(self) -> str:
-        share = f"{100 * self.level:.0f}%"
-        return f"{self.first} − {self.second}: {self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}] ({share})"
+        share, of = f"{100 * self.level:.0f}%", f", {self.metric}" if self.metric else ""
+        numbers = f"{self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}] ({share})"
+        return f"{self.first} − {self.second}{of}: {numbers}"
+
+    def document(self) -> dict[str, Any]:
+        """The comparison as JSON holds it."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def compare(methods: Methods, subject: str, *, samples: int, seed: int) -> list[Comparison]:
-    """`subject` against every other method scored on the same examples; [] without samples."""
+def compare(methods: Methods, subject: str, *, samples: int, seed: int, metric: str | None = None) -> list[Comparison]:
+    """`subject` against every other method scored on the same examples; [] without samples.
+
+    With a `metric`, by that one, over the tasks that have it.
+    """
     if samples == 0:
         return []
     first = methods[subject]
     rows = []
     for name, results in methods.items():
         if name != subject:
-            interval = _interval(first, results, samples, seed)
-            rows.append(Comparison(subject, name, interval.estimate, interval.low, interval.high, interval.level))
+            found = _interval(first, results, samples, seed, metric)
+            rows.append(Comparison(subject, name, found.estimate, found.low, found.high, found.level, metric))
     return rows
 
 
-def _interval(first: Sequence[TaskResult], second: Sequence[TaskResult], samples: int, seed: int) -> Interval:
+def _interval(
+    first: Sequence[Result], second: Sequence[Result], samples: int, seed: int, metric: str | None
+) -> Interval:
     # One seed for every pair: adding a method to the run leaves the other intervals as they are.
     generator = torch.Generator().manual_seed(seed)
-    one, other = ([torch.tensor(result.percents) for result in results] for results in (first, second))
+    one, other = (
+        [torch.tensor(percents(r, metric)) for r in results if metric is None or metric in r.scores]
+        for results in (first, second)
+    )
     return paired_bootstrap(one, other, generator=generator, samples=samples)
 
 
-def average(results: Sequence[TaskResult]) -> float:
+def average(results: Sequence[Result]) -> float:
     """The mean over tasks of the main score, in percent."""
-    return fmean(result.percent for result in results)
+    return fmean(percent(result) for result in results)
 
 
 def document(
@@ -79,18 +96,18 @@ def document(
         "results": _scores(shown),
         "methods": {name: _scores(results) for name, results in methods.items()},
         "average": {name: average(results) for name, results in methods.items()},
-        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "comparisons": [comparison.document() for comparison in comparisons],
         "versions": {result.task: suite[1] for result in shown},
         "metric_versions": {name: metric_row(name).version for name in names},
         "higher_is_better": {r.task: {m: metric_row(m).direction == "higher" for m in r.scores} for r in shown},
-        "n-samples": {r.task: {"original": len(r.examples), "effective": len(r.examples)} for r in shown},
+        "n-samples": {r.task: {"original": r.counts[0], "effective": r.counts[1]} for r in shown},
         "suite": suite[0],
         "molecli_version": __version__,
         "config": config,
     }
 
 
-def _scores(results: Sequence[TaskResult]) -> dict[str, dict[str, Any]]:
+def _scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     tasks = {}
     for result in results:
         row: dict[str, Any] = {"alias": result.task}
@@ -125,19 +142,10 @@ def samples_paths(folder: str | Path, tasks: Iterable[str]) -> dict[str, Path]:
 
 
 def _sample_lines(methods: Methods, task: str) -> list[str]:
-    lines = []
-    for method, results in methods.items():
-        for result in (r for r in results if r.task == task):
-            for i, example in enumerate(result.examples):
-                row = {
-                    "doc_id": i,
-                    "method": method,
-                    "prompt": example.prompt,
-                    "target": example.target,
-                    "answers": list(example.answers),
-                    "resps": [[result.outputs[i]]],
-                    "filtered_resps": [result.completions[i]],
-                    **{metric: scores[i] for metric, scores in result.scores.items()},
-                }
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return lines
+    return [
+        json.dumps({"doc_id": i, "method": method, **sample}, ensure_ascii=False) + "\n"
+        for method, results in methods.items()
+        for result in results
+        if result.task == task
+        for i, sample in enumerate(result.samples())
+    ]

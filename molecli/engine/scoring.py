@@ -1,13 +1,14 @@
 """Scoring: completions of a frozen backbone, as it stands, against the answers of each task.
 
 Knows nothing of compositions: whoever calls attaches what is to be scored (see `engine.evaluate`).
-Contents: TaskResult, evaluate, completion, own_lora.
+Contents: Result, TaskResult, percent, percents, evaluate, completion, own_lora.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from molecli.errors import UsageError
 from molecli.metrics import aggregate, load_metric, metric_row
@@ -15,6 +16,42 @@ from molecli.protocols import Backbone, Example
 
 # label, done, total
 Progress = Callable[[str, int, int], None]
+
+
+class Result(Protocol):
+    """One task as one method did it: scores by metric (the main one first), one a sample, and what they make.
+
+    counts: how many samples the task has, and how many of them are scored.
+    """
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def scores(self) -> Mapping[str, Sequence[float]]: ...
+    @property
+    def values(self) -> Mapping[str, float]: ...
+    @property
+    def counts(self) -> tuple[int, int]: ...
+    def samples(self) -> list[dict[str, Any]]:
+        """The samples as samples_<task>.jsonl shows them, their scores included."""
+        ...
+
+
+def main_metric(result: Result) -> str:
+    """The metric that a table and a comparison show where only one is asked for."""
+    return next(iter(result.scores))
+
+
+def percent(result: Result, metric: str | None = None) -> float:
+    """The task's score by `metric` (the main one when None) in [0, 100]."""
+    name = metric or main_metric(result)
+    return 100 * result.values[name] / metric_row(name).upper
+
+
+def percents(result: Result, metric: str | None = None) -> list[float]:
+    """The samples' scores by `metric` (the main one when None) in [0, 100]."""
+    name = metric or main_metric(result)
+    return [100 * score / metric_row(name).upper for score in result.scores[name]]
 
 
 @dataclass(frozen=True)
@@ -31,18 +68,36 @@ class TaskResult:
     @property
     def metric(self) -> str:
         """The main metric."""
-        return next(iter(self.scores))
+        return main_metric(self)
 
     @property
     def percent(self) -> float:
         """The task's main score in [0, 100]."""
-        return 100 * self.values[self.metric] / metric_row(self.metric).upper
+        return percent(self)
 
     @property
     def percents(self) -> list[float]:
         """The main scores of the examples, in [0, 100]."""
-        upper = metric_row(self.metric).upper
-        return [100 * score / upper for score in self.scores[self.metric]]
+        return percents(self)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """All examples are scored."""
+        return len(self.examples), len(self.examples)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Prompts and raw outputs, so that another scoring needs no second run; close to lm-eval's."""
+        return [
+            {
+                "prompt": example.prompt,
+                "target": example.target,
+                "answers": list(example.answers),
+                "resps": [[self.outputs[i]]],
+                "filtered_resps": [self.completions[i]],
+                **{metric: scores[i] for metric, scores in self.scores.items()},
+            }
+            for i, example in enumerate(self.examples)
+        ]
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from molecli.engine.scoring import TaskResult
+from molecli.engine.scoring import Result, main_metric, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,16 +43,20 @@ class ScoreTable:
     rows: tuple[Row, ...]
 
 
-def score_table(methods: Mapping[str, Sequence[TaskResult]]) -> ScoreTable:
-    """The table of the main scores of every method; a task that a method lacks is left out of that method's average."""
+def score_table(methods: Mapping[str, Sequence[Result]], metric: str | None = None) -> ScoreTable:
+    """The table of the scores of every method, by each task's main metric or by `metric`, where a task has that one.
+
+    A task that a method lacks is left out of that method's average.
+    """
     by_task = {name: {result.task: result for result in results} for name, results in methods.items()}
-    metrics = {result.task: result.metric for results in methods.values() for result in results}
+    scored = [r for results in methods.values() for r in results if metric is None or metric in r.scores]
+    metrics = {result.task: metric or main_metric(result) for result in scored}
     mixed = len(set(metrics.values())) > 1
     rows = []
-    for task, metric in metrics.items():
+    for task, name in metrics.items():
         found = [results.get(task) for results in by_task.values()]
-        label = f"{task} ({metric})" if mixed else task
-        rows.append(Row(label, tuple(None if result is None else result.percent for result in found)))
+        label = f"{task} ({name})" if mixed else task
+        rows.append(Row(label, tuple(None if result is None else percent(result, metric) for result in found)))
     if len(rows) > 1:
         rows.append(Row(AVERAGE, tuple(_mean([row.scores[i] for row in rows]) for i in range(len(by_task)))))
     corner = "task (%)" if mixed else f"{next(iter(metrics.values()), 'score')} (%)"

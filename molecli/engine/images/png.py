@@ -24,7 +24,10 @@ _QUOTED = re.compile(r"[,:\n\"]")
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """How one picture was made; `loras` are weights by name, of a learned method the weights its gates started from."""
+    """How one picture was made; `loras` are weights by name, of a learned method the weights its gates started from.
+
+    digest: of all that the picture follows from, where a run that goes on must know its own pictures again.
+    """
 
     prompt: str
     seed: int
@@ -35,6 +38,7 @@ class PictureFacts:
     base: str
     negative_prompt: str = ""
     loras: Mapping[str, float] = field(default_factory=dict)
+    digest: str | None = None
 
 
 def texts(facts: PictureFacts, size: tuple[int, int]) -> dict[str, str]:
@@ -51,6 +55,7 @@ def texts(facts: PictureFacts, size: tuple[int, int]) -> dict[str, str]:
         "scheduler": facts.scheduler,
         "base": facts.base,
         "mole_version": __version__,
+        **({"digest": facts.digest} if facts.digest else {}),
     }
 
 

@@ -9,7 +9,6 @@ sample_columns         what draws
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from molecli.catalog import BUILTIN_IMAGE_BASE, builtin_loras
 from molecli.engine.attach import read_experts
 from molecli.engine.images.columns import BASE, Column, Studio, masked, read_concepts
 from molecli.engine.images.drawing import Failure, Job, check_drawn, draw, warnings_as_notes
+from molecli.engine.images.names import slugs
 from molecli.engine.images.png import PictureFacts, write_png
 from molecli.engine.images.sheet import SheetRow, write_sheets
 from molecli.engine.sample import PICTURE_BASE, SAMPLES_FILE, TEXT_FIELDS, Progress, base_of, check_fields
@@ -33,7 +33,6 @@ from molecli.files.lora_spec import LoraLike, LoraSpec
 from molecli.files.recipe import ImageConfig, SampleRecipe
 
 SINGLE = "single"
-_UNSAFE = re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -157,10 +156,10 @@ def sample_columns(recipe: SampleRecipe, composition: Composition | None, backbo
 def picture_paths(folder: Path, recipe: SampleRecipe, columns: Sequence[str]) -> dict[_Place, Path]:
     """Where every picture goes, in the order prompt, seed, method: `<prompt>-<method>-<seed>.png`."""
     width = len(str(len(recipe.prompts) - 1))
-    slugs = _slugs(columns)
+    short = slugs(columns)
     seeds = range(recipe.seed, recipe.seed + recipe.images)
     return {
-        _Place(i, name, seed): folder / f"{i:0{width}d}-{slugs[name]}-{seed}.png"
+        _Place(i, name, seed): folder / f"{i:0{width}d}-{short[name]}-{seed}.png"
         for i in range(len(recipe.prompts))
         for seed in seeds
         for name in columns
@@ -262,13 +261,3 @@ def _renamed(columns: Sequence[Column]) -> list[Column]:
             name, number = f"{column.name} ({number})", number + 1
         named[name] = Column(name, column.mixture, column.loras)
     return list(named.values())
-
-
-def _slugs(names: Sequence[str]) -> dict[str, str]:
-    """Each name as a part of a file name; two names never share one."""
-    slugs: dict[str, str] = {}
-    for name in names:
-        stem = _UNSAFE.sub("_", name).strip("_") or "method"
-        numbered = (stem, *(f"{stem}_{n}" for n in range(2, len(names) + 2)))
-        slugs[name] = next(slug for slug in numbered if slug not in slugs.values())
-    return slugs

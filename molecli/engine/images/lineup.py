@@ -1,0 +1,151 @@
+"""What an evaluation of pictures compares: the base, LoRAs alone, fixed mixtures and compositions, scene by scene.
+
+Entrant       one column of the table: what draws a scene, and a seal of all that its pictures follow from
+make_lineup   the entrants of a recipe, built and checked before the first picture is drawn
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molecli.engine.images.columns import BASE, Column, Studio, masked
+from molecli.engine.images.scenes import SceneBench
+from molecli.engine.sample import switch
+from molecli.errors import UsageError
+from molecli.files.composition import Composition
+from molecli.protocols import Scene
+
+SINGLE = "single"
+DEFAULT_MODES = (BASE, "linear", "nla", "switch", "composite")
+Loras = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A method by name. `column(loras)` draws a scene of these LoRAs; it holds until the next call.
+
+    `seal(loras)` changes where the method, its settings or a LoRA's weights do.
+    """
+
+    name: str
+    column: Callable[[Loras], Column]
+    seal: Callable[[Loras], Any]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A composition, the file that it was read from, and its column with all its LoRAs on."""
+
+    composition: Composition
+    path: str
+    column: Column
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.composition.names
+
+    @property
+    def sha256(self) -> str:
+        file = Path(self.path) / "composition.safetensors" if Path(self.path).is_dir() else Path(self.path)
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def make_lineup(
+    studio: Studio,
+    bench: SceneBench,
+    modes: Sequence[str],
+    learned: Mapping[str, Learned],
+    *,
+    off: Sequence[str] = (),
+) -> list[Entrant]:
+    """The entrants, fixed methods first; `off` are LoRAs that are switched off in every scene.
+
+    A composition that has the LoRAs of every scene is a column of its own. Others of one mode make one column: each
+    scene is drawn by the smallest of them that has its LoRAs. Raises: UsageError for a scene that none has.
+    """
+    entrants: list[Entrant] = []
+    for mode in dict.fromkeys(modes):
+        if mode == SINGLE:
+            entrants += [_alone(studio, name) for name in bench.loras if name not in off]
+        else:
+            entrants.append(_fixed(studio, mode, bench, off))
+    whole = {name: one for name, one in learned.items() if set(bench.loras) <= set(one.names)}
+    entrants += [_composed(name, [one], off) for name, one in whole.items()]
+    parts: dict[str, list[Learned]] = {}
+    for name, one in learned.items():
+        if name not in whole:
+            parts.setdefault(one.composition.mode, []).append(one)
+    for mode, some in parts.items():
+        for scene in bench.all:
+            _smallest(some, scene)
+        entrants.append(_composed(mode, some, off))
+    return _distinct(entrants)
+
+
+def _fixed(studio: Studio, mode: str, bench: SceneBench, off: Sequence[str]) -> Entrant:
+    # Built once over all LoRAs: what is missing for one of them shows before the first picture.
+    studio.fixed(mode, bench.loras)
+
+    def column(loras: Loras) -> Column:
+        return masked(studio.fixed(mode, loras), mask=[name for name in loras if name in off])
+
+    def seal(loras: Loras) -> Any:
+        if mode == BASE:
+            return mode
+        return [mode, studio.method.model_dump(mode="json"), _experts(studio, loras), sorted(set(off) & set(loras))]
+
+    return Entrant(mode, column, seal)
+
+
+def _alone(studio: Studio, name: str) -> Entrant:
+    column = studio.alone(name)
+    return Entrant(name, lambda loras: column, lambda loras: [SINGLE, _experts(studio, (name,))])
+
+
+def _composed(name: str, some: Sequence[Learned], off: Sequence[str]) -> Entrant:
+    hashes = {one.path: one.sha256 for one in some}
+
+    def kept(loras: Loras) -> tuple[Learned, list[str]]:
+        one = min((one for one in some if set(loras) <= set(one.names)), key=lambda one: len(one.names))
+        return one, [lora for lora in one.names if lora in loras and lora not in off]
+
+    def column(loras: Loras) -> Column:
+        one, on = kept(loras)
+        assert one.column.mixture is not None
+        # Always told: the scene before may have switched off what this one needs.
+        switch(one.column.mixture, mask=tuple(lora for lora in one.names if lora not in on), only=())
+        return Column(name, one.column.mixture, {lora: one.column.loras[lora] for lora in on})
+
+    def seal(loras: Loras) -> Any:
+        one, on = kept(loras)
+        return [hashes[one.path], on]
+
+    return Entrant(name, column, seal)
+
+
+def _smallest(some: Sequence[Learned], scene: Scene) -> None:
+    """Nothing. Raises: UsageError where none of these compositions has the LoRAs of the scene."""
+    if not any(set(scene.loras) <= set(one.names) for one in some):
+        nearest = max(some, key=lambda one: len(set(scene.loras) & set(one.names)))
+        missing = ", ".join(name for name in scene.loras if name not in nearest.names)
+        what = f"it lacks {missing}, which the scene {scene.name} of {scene.task} needs"
+        raise UsageError(nearest.path, what, "Name a composition that has it, or other --tasks.")
+
+
+def _experts(studio: Studio, loras: Sequence[str]) -> list[Any]:
+    return [[name, studio.experts[name].sha256, studio.weights.get(name, 1.0)] for name in loras]
+
+
+def _distinct(entrants: Sequence[Entrant]) -> list[Entrant]:
+    """The entrants with a number behind each name that is taken: a LoRA may be called like a mode."""
+    named: dict[str, Entrant] = {}
+    for entrant in entrants:
+        name, number = entrant.name, 2
+        while name in named:
+            name, number = f"{entrant.name} ({number})", number + 1
+        named[name] = Entrant(name, entrant.column, entrant.seal)
+    return list(named.values())
