@@ -1,11 +1,13 @@
 """A site and its groups at run time: stacked factors, and what one forward pass leaves there.
 
-Contents: HostedSite; HostedGroup, of linear layers; HostedMaps, of convolutions; host_group, which picks.
+Contents: HostedSite; Kept; HostedGroup, of linear layers; HostedMaps, of convolutions; host_group, which picks.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,29 @@ class HostedSite:
         self.origin: Pass | None = None  # the prompt that value and state are from
         self.owners: list[Tensor] = []  # of its groups' ranks, in the order of the groups
         self.owner = torch.empty(0)  # the same as one tensor
+        self.ranks: list[int] = []  # how many of it each group has
+        self.tensors = (*gate.parameters(), *gate.buffers())
+
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """What changes when a tensor of the gate is replaced or written to."""
+        return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in self.tensors)
         self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a group made of an input in a pass without gradients, and what it rests on."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    keep: Tensor | None
+    stamp: tuple[tuple[int, int], ...]
+    value: Tensor
+    mixed: tuple[Tensor, ...]
+
+    def holds(self, x: Tensor, keep: Tensor | None, site: HostedSite) -> bool:
+        """Whether x, the mask and the gate's tensors are what they were, unchanged."""
+        return self.x() is x and self.version == x._version and self.keep is keep and self.stamp == site.stamp()
 
 
 class HostedGroup:
@@ -53,6 +77,15 @@ class HostedGroup:
         self.x: Tensor | None = None
         self.mixed: tuple[Tensor, ...] = ()
         self.served = 0
+        # The UNet's keys and values of the text, which is the same at every step.
+        self.lasting = group.stream == "text" and group.matrices[0].startswith("unet.")
+        self.kept: Kept | None = None
+
+    def keep(self, x: Tensor, value: Tensor, keep: Tensor | None) -> None:
+        """Keep what was made of x for passes to come, unless the gate is being calibrated on every one."""
+        self.kept = None
+        if not x.is_inference() and getattr(self.site.gate, "observed", None) is None:
+            self.kept = Kept(weakref.ref(x), x._version, keep, self.site.stamp(), value, self.mixed)
 
     def project(self, x: Tensor) -> Tensor:
         """u [..., R], x on every expert's A."""
@@ -64,7 +97,7 @@ class HostedGroup:
             weights = weights.unsqueeze(1)  # one per sequence: the same for all its tokens
         if weights.dim() == 3:
             weights = _fit_batch(weights, x)
-        mixed = (u * weights).reshape(-1, u.shape[-1])
+        mixed = _weighted(u, weights).reshape(-1, u.shape[-1])
         self.x, self.served = x, 0
         self.mixed = mixed.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (mixed,)
 
@@ -107,7 +140,7 @@ class HostedMaps(HostedGroup):
     def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
         """Keep u times `weights` by rank ([R], [B, R] or [B, P, R]) for the matrices of the group."""
         by_position = weights.transpose(1, 2) if weights.dim() == 3 else weights.unsqueeze(-1)
-        mixed = u.flatten(2) * by_position
+        mixed = _weighted(u.flatten(2), by_position)
         self.x, self.served = x, 0
         self.mixed = mixed.split(self.sizes, dim=1) if len(self.sizes) > 1 else (mixed,)
 
@@ -125,6 +158,11 @@ def host_group(group: Group, site: HostedSite, bank: ExpertBank, modules: Mappin
 def reference(module: nn.Module) -> Tensor:
     """A parameter that tells the module's device and type."""
     return next(module.parameters())
+
+
+def _weighted(u: Tensor, weights: Tensor) -> Tensor:
+    """u times weights; in place without gradients, u being nobody else's."""
+    return u * weights if torch.is_grad_enabled() else u.mul_(weights)
 
 
 def _indicator(bank: ExpertBank, matrix: str, device: torch.device) -> Tensor:

@@ -78,7 +78,7 @@ class Mixture:
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
-            hosted.owner = torch.cat(hosted.owners)
+            hosted.owner, hosted.ranks = torch.cat(hosted.owners), [len(owner) for owner in hosted.owners]
 
     def detach(self) -> None:
         """Take every hook off; the model is the base again, bit for bit."""
@@ -170,8 +170,31 @@ class Mixture:
 
     def _mix(self, group: HostedGroup, x: Tensor) -> None:
         """Project x for every matrix of the group and weight each rank by its expert's gate."""
+        exact = torch.is_grad_enabled()
+        if not exact and self._recalled(group, x):
+            return
         u = group.project(x)
-        group.weight(x, u, self._per_rank(group, self._value(group, x, u), u.dtype))
+        value = self._value(group, x, u)
+        # Without gradients the weights multiply in place, which needs no cast of them.
+        group.weight(x, u, self._per_rank(group, value, u.dtype if exact else value.dtype))
+        if not exact and group.lasting:
+            group.keep(x, value, self._keep)
+
+    def _recalled(self, group: HostedGroup, x: Tensor) -> bool:
+        """Whether the group stands as an earlier pass left it, since its input and its gate are the same.
+
+        A pipeline gives the UNet one and the same text at every denoising step.
+        """
+        kept, hosted = group.kept, group.site
+        if kept is None or not kept.holds(x, self._keep, hosted):
+            return False
+        step = self._streams.of(hosted.site).step
+        if group.place == 0:
+            hosted.step, hosted.value, hosted.valid = step, kept.value, None
+        elif hosted.step != step or hosted.value is not kept.value:
+            return False
+        group.x, group.mixed, group.served = x, kept.mixed, 0
+        return True
 
     def _per_rank(self, group: HostedGroup, value: Tensor, dtype: torch.dtype) -> Tensor:
         if self._renormalize_absent and not group.complete:
@@ -184,10 +207,11 @@ class Mixture:
             return value.to(dtype).index_select(-1, group.owner)
         # One gather for the whole site, and none where the gate stays as it was (while decoding).
         site = group.site
-        if site.expanded is None or site.expanded[0] is not value:
+        known = site.expanded
+        if known is None or known[0] is not value or known[1][0].dtype != dtype:
             ranks = value.to(dtype).index_select(-1, site.owner)
-            site.expanded = value, ranks.split([len(owner) for owner in site.owners], dim=-1)
-        return site.expanded[1][group.place]
+            site.expanded = known = value, ranks.split(site.ranks, dim=-1) if len(site.ranks) > 1 else (ranks,)
+        return known[1][group.place]
 
     def _value(self, group: HostedGroup, x: Tensor, u: Tensor) -> Tensor:
         """The gate of the group's site in this pass, computed when its first matrix is called.

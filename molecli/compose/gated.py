@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from molecli.compose.heads import FeatureHead, OutputHead, PerExpertHead
 from molecli.errors import UsageError
@@ -81,6 +82,7 @@ class InputGate(nn.Module):
         self.head = head
         self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)), config.learn_temperature)
         self.observed: _Moments | None = None
+        self._fold: tuple[list[tuple[int, int]], Tensor, Tensor] | None = None
         if self.normalize == "standardize":
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("std", torch.ones(width))
@@ -98,8 +100,29 @@ class InputGate(nn.Module):
         features = self.features(reading)
         if self.observed is not None:
             self.observed.add(features.detach(), reading.valid if features.dim() == 3 else None)
+        if self._folds and not torch.is_grad_enabled():
+            weight, bias = self._folded()
+            return gate_values(F.linear(features - self.mean, weight, bias), top_k=self.top_k, keep=keep)
         logits = self.head(self._normalized(features))
         return gate_values(logits, self.log_temperature, top_k=self.top_k, keep=keep)
+
+    @property
+    def _folds(self) -> bool:
+        return self.normalize == "standardize" and isinstance(self.head, FeatureHead)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """The head's weight and bias with the spread and the temperature in them, made anew when one of these changed.
+
+        Five small operations fewer a gate: at small batches an accelerator waits for such.
+        """
+        tensors = (*self.head._parameters.values(), *self._parameters.values(), *self._buffers.values())
+        stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
+        if self._fold is None or self._fold[0] != stamp:
+            assert isinstance(self.head, FeatureHead)
+            cooled = torch.exp(-self.log_temperature)
+            scale = cooled / (self.std * math.sqrt(len(self.std)))
+            self._fold = stamp, self.head.matrix() * scale, self.head.bias * cooled
+        return self._fold[1:]
 
     def features(self, reading: Reading) -> Tensor:
         """The pooled reading in float32: [B, width] or [B, T, width]."""

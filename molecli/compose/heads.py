@@ -31,6 +31,10 @@ class FeatureHead(nn.Module):
             features = F.linear(features, self.down)
         return F.linear(features, self.weight, self.bias)
 
+    def matrix(self) -> Tensor:
+        """W, [N, width]."""
+        return self.weight if self.down is None else self.weight @ self.down
+
 
 class PerExpertHead(nn.Module):
     """Each expert's logit from its own projection alone: R weights in all, so the cost does not grow with N²."""

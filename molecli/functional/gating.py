@@ -40,7 +40,7 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def gate_values(
-    logits: Tensor, log_temperature: Tensor | float, *, top_k: int | None = None, keep: Tensor | None = None
+    logits: Tensor, log_temperature: Tensor | float = 1.0, *, top_k: int | None = None, keep: Tensor | None = None
 ) -> Tensor:
     """softmax(ε/τ) over the experts: [..., N] -> [..., N] (Eq. 11); `top_k` keeps the largest and rescales them.
 
@@ -48,7 +48,7 @@ def gate_values(
     does (Fig. 1), and stays exact where the kept ones would have underflowed to 0.
     """
     temperature = torch.exp(log_temperature) if isinstance(log_temperature, Tensor) else log_temperature
-    scaled = logits / temperature
+    scaled = logits if isinstance(temperature, float) and temperature == 1.0 else logits / temperature
     if keep is not None:
         scaled = scaled.masked_fill(keep == 0, float("-inf"))
     values = torch.softmax(scaled, dim=-1)

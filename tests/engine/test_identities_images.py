@@ -450,3 +450,66 @@ def test_the_text_is_read_whole(backbone: Diffusion, experts: list[Expert]) -> N
         latents(backbone)
         site = next(s for s in mixture.sites if s.name.endswith("attn2.memory"))
         assert mixture._hosted[site.name].value.shape == (4, TOKENS, 3)  # type: ignore[union-attr]
+
+
+# what is kept between steps and folded for them -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "layer", "block", "network"])
+def test_what_is_kept_of_the_text_is_made_anew_when_anything_it_rests_on_changes(
+    backbone: Diffusion, experts: list[Expert], batch: dict[str, Any], granularity: str
+) -> None:
+    conditions = [backbone.encode(batch["prompts"]), backbone.encode(["x", "y"])]
+
+    def predicted(condition: int = 0) -> Tensor:
+        with torch.no_grad():
+            return backbone.predict(batch["noise"], batch["timesteps"], conditions[condition])
+
+    def same_as_fresh(mixture: Mixture, condition: int = 0) -> Tensor:
+        found = predicted(condition)
+        for group in mixture._groups:
+            group.kept = None
+        assert torch.equal(found, predicted(condition))
+        return found
+
+    with gated(backbone, experts, granularity=granularity) as mixture:
+        seen = [predicted(), same_as_fresh(mixture)]
+        assert torch.equal(*seen)
+        gates = mixture.gates()
+        assert any(group.kept for group in mixture._groups)
+        predicted()
+        assert all(torch.equal(gates[site], gate) for site, gate in mixture.gates().items())
+        seen = [seen[0], same_as_fresh(mixture, 1)]
+        mixture.mask("a")
+        seen.append(same_as_fresh(mixture))
+        mixture.mask("b")
+        seen.append(same_as_fresh(mixture))
+        mixture.mask()
+        assert torch.equal(same_as_fresh(mixture), seen[0])
+        with torch.no_grad():
+            for parameter in mixture.named_parameters().values():
+                parameter.mul_(-1)
+        seen.append(same_as_fresh(mixture))
+        with torch.no_grad():
+            conditions[0].embeds.mul_(-1)
+        seen.append(same_as_fresh(mixture))
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize("head", ["full", "low_rank"])
+def test_a_gate_without_gradients_weighs_as_with_them(
+    backbone: Diffusion, experts: list[Expert], batch: dict[str, Any], head: str
+) -> None:
+    with gated(backbone, experts, normalize="standardize", head=head) as mixture:
+        generator = torch.Generator().manual_seed(1)
+        for gate in mixture.gate_modules().values():
+            gate.mean.copy_(torch.randn(gate.mean.shape, generator=generator))
+            gate.std.copy_(0.5 + torch.rand(gate.std.shape, generator=generator))
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter in mixture.named_parameters().values():
+                    parameter.mul_(sign)
+            expected = backbone.predict(batch["noise"], batch["timesteps"], backbone.encode(batch["prompts"])).detach()
+            gates = mixture.gates()
+            assert close(prediction(backbone, batch), expected, 1e-5)
+            assert all(torch.allclose(gate, gates[site], atol=1e-5) for site, gate in mixture.gates().items())
