@@ -47,13 +47,16 @@ Note = Callable[[str], object]
 class Domain(Protocol):
     """A recipe on one kind of base: complete, checked before anything is loaded, and what only that kind does.
 
-    triggers, kinds: of the LoRAs, by name; rows: what gates learn from, none where nothing learns.
+    triggers, kinds: of the LoRAs, by name; rows: what gates learn from, none where nothing learns; examples: how many
+    different ones; passes: of the base, in the mean, for the rows of a step.
     """
 
     recipe: ComposeRecipe
     triggers: Mapping[str, str]
     kinds: Mapping[str, str]
     rows: Sequence[Any]
+    examples: int
+    passes: float
 
     def learn(self, backbone: Any, mixture: Mixture, **how: Any) -> list[Record]:
         """The records of the gates' training, by `fit.fit` with the keywords `how`."""

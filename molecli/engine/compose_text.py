@@ -35,6 +35,7 @@ class TextDomain:
 
     triggers: Mapping[str, str] = {}
     kinds: Mapping[str, str] = {}
+    passes = 1.0
 
     def __init__(self, recipe: ComposeRecipe) -> None:
         if get_method(recipe.mode).level == "output":
@@ -43,6 +44,7 @@ class TextDomain:
         check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
         self.recipe = with_tasks(recipe)
         self.rows: Sequence[Any] = _examples(self.recipe)
+        self.examples = len(self.rows)
         settings = self.recipe.evaluate
         self.bench = make_bench(settings) if settings is not None else None  # what is wrong there shows now
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import nn
 
 from molecli.backbones.layouts import adaptable_matrices
 from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
-from molecli.engine.compose_text import with_tasks
+from molecli.backbones.pipeline import PipelineModules
+from molecli.engine.compose import domain_of
 from molecli.engine.data import load_tasks, split_tasks
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError
@@ -65,6 +66,8 @@ class Plan:
     examples: dict[str, int] = field(default_factory=dict)
     compositions: tuple[dict[str, Any], ...] = ()
     memory: dict[str, int] = field(default_factory=dict)
+    memory_of: str = ""
+    learns_from: str = "examples"
     output: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -85,19 +88,29 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _plan_compose(recipe: ComposeRecipe) -> Plan:
-    recipe = with_tasks(recipe)
+    domain = domain_of(recipe)
+    recipe = domain.recipe
     infos = [read_info(lora) for lora in recipe.loras]
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
     covered = [check_coverage(info, shapes, allow_partial=recipe.allow_partial) for info in infos]
-    experts = [_outline(info, found) for info, found in zip(infos, covered, strict=True)]
-    mixture = build_mixture(skeleton, experts, mode=recipe.mode, gate=recipe.gate, only=next(iter(recipe.only), None))
+    experts = [_outline(found) for found in covered]
+    mixture = build_mixture(
+        skeleton,
+        experts,
+        mode=recipe.mode,
+        gate=recipe.gate,
+        only=next(iter(recipe.only), None),
+        method=recipe.method,
+        triggers=domain.triggers,
+        kinds=domain.kinds,
+    )
     trained = sum(p.numel() for p in mixture.named_parameters().values()) if recipe.mode == "gated" else 0
     examples, passes = {}, {}
     if recipe.mode == "gated":
-        examples["train"] = _count_examples(recipe.data)
+        examples["train"] = domain.examples
         micro = recipe.train.micro_batch_size or recipe.train.batch_size
-        passes["train"] = recipe.train.steps * ceil(recipe.train.batch_size / micro)
+        passes["train"] = round(recipe.train.steps * ceil(recipe.train.batch_size / micro) * domain.passes)
     if recipe.evaluate is not None:
         examples["evaluate"] = _count_examples(recipe.evaluate.data)
         methods = 1 + (3 + len(recipe.loras) if recipe.evaluate.baselines else 0)
@@ -118,12 +131,17 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
 
 
 def _plan_train_lora(recipe: TrainLoraRecipe) -> Plan:
-    from molecli.engine.train_lora import target_matrices  # imports PEFT, which the other plans can do without
-
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
-    targets = target_matrices(recipe.adapter.targets, shapes)
-    trained = sum(recipe.adapter.rank * sum(shapes[name]) for name in targets)
+    if recipe.pictures is not None or isinstance(skeleton, PipelineModules):
+        from molecli.engine.images.plan import plan_pictures
+
+        targets, count = plan_pictures(recipe, shapes)
+    else:
+        from molecli.engine.train_lora import target_matrices  # imports PEFT, which the other plans can do without
+
+        targets, count = target_matrices(recipe.adapter.targets, shapes), _count_examples(recipe.data)
+    trained = sum(_factor_numbers(shapes[name], recipe.adapter.rank) for name in targets)
     micro = recipe.train.micro_batch_size or recipe.train.batch_size
     return Plan(
         command=recipe.command,
@@ -131,7 +149,7 @@ def _plan_train_lora(recipe: TrainLoraRecipe) -> Plan:
         trained_parameters=trained,
         steps=recipe.train.steps,
         passes={"train": recipe.train.steps * ceil(recipe.train.batch_size / micro)},
-        examples={"train": _count_examples(recipe.data)},
+        examples={"train": count},
         memory=_memory(recipe, skeleton, shapes, 0, trained),
         **_shared(recipe, skeleton, shapes),
     )
@@ -142,15 +160,25 @@ def _plan_evaluate(recipe: EvaluateRecipe) -> Plan:
     base = recipe.base or _base_of([composition.recipe for _, composition in compositions])
     skeleton = load_skeleton(base)
     shapes = adaptable_matrices(skeleton)
-    infos = [read_info(lora) for lora in recipe.loras]
-    covered = [check_coverage(info, shapes) for info in infos]
-    count = _count_examples(recipe.eval.data)
-    methods = len(compositions) + sum(len(infos) if mode == "single" else 1 for mode in recipe.modes)
+    if isinstance(skeleton, PipelineModules):
+        from molecli.engine.images.plan_evaluate import plan_scenes
+
+        scenes = plan_scenes(recipe)
+        infos, count, passes = [read_info(lora) for lora in scenes.loras], scenes.pictures, scenes.passes
+    else:
+        infos, count = [read_info(lora) for lora in recipe.loras], _count_examples(recipe.eval.data)
+        methods = len(compositions) + sum(len(infos) if mode == "single" else 1 for mode in recipe.modes)
+        passes = methods * ceil(count / recipe.eval.batch_size)
+    # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
+    covered = [check_coverage(info, shapes, allow_partial=not recipe.loras) for info in infos]
     return Plan(
         command=recipe.command,
         loras=tuple(_lora_plan(info, found) for info, found in zip(infos, covered, strict=True)),
-        adapted_matrices=len({m for _, c in compositions for expert in c.experts for m in expert.matrices}),
-        passes={"evaluate": methods * ceil(count / recipe.eval.batch_size)},
+        adapted_matrices=len(
+            {m for _, c in compositions for expert in c.experts for m in expert.matrices}
+            | {m for found in covered for m in found.matched}
+        ),
+        passes={"evaluate": passes},
         examples={"evaluate": count},
         compositions=tuple(
             {"path": path, "mode": c.mode, "base": c.base, "experts": list(c.names)} for path, c in compositions
@@ -168,17 +196,19 @@ def _base_of(recipes: Sequence[str]) -> Any:
     return BaseConfig.model_validate(yaml.safe_load(recipes[0])["base"]) if recipes else BaseConfig()
 
 
-def _outline(info: AdapterInfo, found: Coverage) -> Expert:
+def _factor_numbers(shape: Shape, rank: int) -> int:
+    """The numbers in the two factors of rank `rank`: of a convolution, A has its kernel and B is 1x1."""
+    return rank * (prod(shape[1:]) + shape[0])
+
+
+def _outline(found: Coverage) -> Expert:
     """The LoRA as an expert whose factors have shapes and no memory: one zero, seen at every place."""
-    zero = torch.zeros(1, 1)
-    factors = {
-        name: LowRank(
-            zero.expand(info.ranks[name], info.matrices[name][1]),
-            zero.expand(info.matrices[name][0], info.ranks[name]),
-            info.scalings[name],
-        )
-        for name in found.matched
-    }
+    info, zero = found.info, torch.zeros(1)
+    factors = {}
+    for name in found.matched:
+        matrix = info.adapted[name]
+        A = zero.view([1] * len(matrix.shape)).expand(matrix.rank, *matrix.shape[1:])
+        factors[name] = LowRank(A, zero.view(1, 1).expand(matrix.shape[0], matrix.rank), matrix.scaling)
     return Expert(info.name, factors, info.source, info.sha256, info.rank, info.alpha)
 
 
@@ -192,7 +222,12 @@ def _count_examples(data: DataConfig) -> int:
 
 
 def _shared(recipe: Any, skeleton: nn.Module, shapes: Shapes) -> dict[str, Any]:
+    pictures = isinstance(skeleton, PipelineModules)
+    at_once = recipe.train.micro_batch_size or recipe.train.batch_size if hasattr(recipe, "train") else 0
+    shown = f"{at_once} picture{'s' if at_once > 1 else ''} at once"
     return {
+        "memory_of": shown if pictures else f"{TOKENS_PER_EXAMPLE} tokens an example",
+        "learns_from": "pictures" if pictures else "examples",
         "base": recipe.base.id,
         "parameters": _count(skeleton.parameters()),
         "dtype": _dtype_name(recipe),
@@ -206,14 +241,20 @@ def _memory(recipe: Any, skeleton: nn.Module, shapes: Shapes, factors: int, trai
     """Estimated bytes at the peak of a training step: base, stacked experts, what trains, one copy of activations."""
     width = getattr(torch, _dtype_name(recipe)).itemsize
     at_once = recipe.train.micro_batch_size or recipe.train.batch_size
-    tokens = at_once * TOKENS_PER_EXAMPLE
-    vocabulary = int(getattr(skeleton.config, "vocab_size", 0))
+    if isinstance(skeleton, PipelineModules):
+        from molecli.engine.images.plan import activations
+
+        kept = at_once * activations(skeleton, shapes) * width
+    else:
+        vocabulary = int(getattr(skeleton.config, "vocab_size", 0))
+        # The loss keeps the logits and their gradient in float32.
+        kept = at_once * TOKENS_PER_EXAMPLE * (sum(map(sum, shapes.values())) * width + vocabulary * 8)
     parts = {
         "base": _count(skeleton.parameters()) * width,
         "experts": factors * width,
         "trained": trained * BYTES_PER_TRAINED,
-        # Each matrix keeps its input and its output; the loss keeps the logits and their gradient in float32.
-        "activations": tokens * (sum(map(sum, shapes.values())) * width + vocabulary * 8),
+        # Each matrix keeps its input and its output.
+        "activations": kept,
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -249,11 +290,12 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"training  {plan.trained_parameters:,} parameters, {plan.steps} steps")
     for part, count in plan.examples.items():
         lines.append(
-            f"{part:9} {count:,} examples" + (f", {plan.passes[part]:,} passes" if part in plan.passes else "")
+            f"{part:9} {count:,} {plan.learns_from}"
+            + (f", {plan.passes[part]:,} passes" if part in plan.passes else "")
         )
     if plan.memory:
         parts = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory.items() if name != "total")
-        lines.append(f"memory    about {_size(plan.memory['total'])} ({parts}; {TOKENS_PER_EXAMPLE} tokens an example)")
+        lines.append(f"memory    about {_size(plan.memory['total'])} ({parts}; {plan.memory_of})")
     lines.append(f"output    {plan.output}")
     return lines
 

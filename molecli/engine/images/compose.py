@@ -61,6 +61,8 @@ class PictureDomain:
             if self._guided:
                 source_of(recipe.objective.guide, builtin=self._builtin)
         self.rows: Sequence[Any] = concept_rows(self.pictures) if self.pictures else []
+        self.examples = len(self.pictures)
+        self.passes = float(recipe.objective.denoise > 0) + self._guided * (1 + recipe.objective.clip_steps) / 2
 
     def learn(self, backbone: Diffusion, mixture: Mixture, **how: Any) -> list[Record]:
         """The records of the gates' training, by `fit` with the keywords `how`."""
@@ -82,6 +84,7 @@ class PictureDomain:
         guide = None
         if self._guided:
             chosen = themes(config.prompts, list(self.concepts.values()))
+            told.look_at([theme.prompt for theme in chosen])
             clip = load_clip(config.guide, device=backbone.device, builtin=self._builtin)
             guide = ClipGuide(
                 backbone, clip, chosen, told, self.recipe.image, steps=config.clip_steps, local=config.clip_local > 0
