@@ -45,8 +45,10 @@ class PicturesSuite:
         return [_scene(task, number, row, concepts) for number, row in enumerate(self._read[path])]
 
     def metrics(self, task: str) -> tuple[str, ...]:
-        """Both alignments."""
-        return ("text_alignment", "image_alignment")
+        """Both alignments; before them what is recognised, where every scene says what that should be."""
+        rows = self._read.get(self.files[task], [])
+        named = bool(rows) and all(row.fields.get("classes") for row in rows)
+        return (*(("recognised",) if named else ()), "text_alignment", "image_alignment")
 
     def pictures(self, lora: str, data_dir: str | None = None) -> str | None:
         """None: a LoRA's own concept says where its pictures are."""

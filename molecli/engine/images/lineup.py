@@ -69,6 +69,8 @@ def make_lineup(
     """
     entrants: list[Entrant] = []
     for mode in dict.fromkeys(modes):
+        if mode != BASE and not bench.loras:
+            raise UsageError("--modes", f"{mode!r} needs LoRAs, and no scene names one", "Write --modes base.")
         if mode == SINGLE:
             entrants += [_alone(studio, name) for name in bench.loras if name not in off]
         else:
@@ -81,8 +83,10 @@ def make_lineup(
             parts.setdefault(one.composition.mode, []).append(one)
     for mode, some in parts.items():
         for scene in bench.all:
-            _smallest(some, scene)
+            _check_covered(some, scene)
         entrants.append(_composed(mode, some, off))
+    if not entrants:
+        raise UsageError("--modes", "nothing is left to draw with", "Name a mode, or switch fewer LoRAs off.")
     return _distinct(entrants)
 
 
@@ -127,7 +131,7 @@ def _composed(name: str, some: Sequence[Learned], off: Sequence[str]) -> Entrant
     return Entrant(name, column, seal)
 
 
-def _smallest(some: Sequence[Learned], scene: Scene) -> None:
+def _check_covered(some: Sequence[Learned], scene: Scene) -> None:
     """Nothing. Raises: UsageError where none of these compositions has the LoRAs of the scene."""
     if not any(set(scene.loras) <= set(one.names) for one in some):
         nearest = max(some, key=lambda one: len(set(scene.loras) & set(one.names)))

@@ -26,6 +26,7 @@ from molecli.files.recipe.parts import (
     GateConfig,
     LoraConfig,
     LoraTrainConfig,
+    SceneConfig,
     TrainConfig,
 )
 from molecli.files.recipe.presets import PRESETS
@@ -53,6 +54,7 @@ __all__ = [
     "PicturesConfig",
     "Recipe",
     "SampleRecipe",
+    "SceneConfig",
     "TrainConfig",
     "TrainLoraRecipe",
     "dump_recipe",

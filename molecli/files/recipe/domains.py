@@ -40,17 +40,24 @@ def image_base(tree: Mapping[str, Any]) -> str | None:
     """The id of the diffusion base that a recipe's tree is for; None where it is for a language model.
 
     Told by the base's folder, by a section that only images have, or by an embedded LoRA of the embedded image base.
-    Pictures to learn from without a base are for the embedded image base.
+    Pictures to learn from without a base are for the embedded image base, and so is its suite `emoji`.
     """
     base = tree.get("base")
     named = base.get("id") if isinstance(base, Mapping) else base
     if isinstance(named, str):
         return named if is_pipeline(named) or any(tree.get(key) for key in _IMAGE_SECTIONS) else None
-    if named is None and tree.get("pictures"):
+    if named is None and (tree.get("pictures") or (_suite(tree) == "emoji" and not tree.get("compositions"))):
         return BUILTIN_IMAGE_BASE
     loras = tree.get("loras")
     sources = [lora.get("source") for lora in loras if isinstance(lora, Mapping)] if isinstance(loras, list) else []
     return BUILTIN_IMAGE_BASE if any(isinstance(s, str) and is_image_lora(s) for s in sources) else None
+
+
+def _suite(tree: Mapping[str, Any]) -> Any:
+    """The suite that an evaluation's tree names."""
+    scored = tree.get("eval")
+    data = scored.get("data") if isinstance(scored, Mapping) else None
+    return data.get("suite") if isinstance(data, Mapping) else None
 
 
 def is_pipeline(base: str) -> bool:

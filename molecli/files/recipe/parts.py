@@ -193,6 +193,6 @@ class EvalConfig(Section):
     baselines: bool = Field(
         default=True, description="score the base, each LoRA alone and the static mixtures beside it"
     )
-    images: int = Field(default=4, ge=1, description="images: pictures per scene, each of its own seed")
+    images: int = Field(default=4, ge=1, description="images: pictures per scene or prompt, each of its own seed")
     clip: ClipConfig = Field(default_factory=ClipConfig, description="images: the CLIP of the alignment metrics")
     bootstrap: int = Field(default=1000, ge=0, description="resamples of the paired bootstrap; 0 for no intervals")
