@@ -92,11 +92,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         type=int,
-        help="denoising steps of a call: 3, so that switch has a turn for each; sd15 on CPU: 1, switch 3",
+        help="denoising steps of a call: two turns of switch on CUDA, one on CPU; sd15 there 1",
     )
     parser.add_argument("--rounds", type=int, help="timed rounds (CPU: 3, CUDA: 9)")
     parser.add_argument("--warmup", type=int, default=1, help="untimed rounds")
-    parser.add_argument("--seconds", type=float, help="begin no further round later than this (CPU: 150, CUDA: 75)")
+    parser.add_argument("--seconds", type=float, help="begin no further round later than this (CPU: 150, CUDA: 50)")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also the memory")
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, help="also a training step of gates (CUDA)")
     parser.add_argument("--device", choices=("cpu", "cuda"))
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.train = cuda if args.train is None else args.train
     # What a call costs apart from its steps is a thousandth of one such step.
     slow = 1 if args.shape == "sd15" else 3
-    for key, on_cuda, on_cpu in (("steps", 3, slow), ("rounds", 9, 3), ("seconds", 75, 150)):
+    for key, on_cuda, on_cpu in (("steps", 6, slow), ("rounds", 9, 3), ("seconds", 50, 150)):
         setattr(args, key, getattr(args, key) or (on_cuda if cuda else on_cpu))
     return args
 

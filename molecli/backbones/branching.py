@@ -28,6 +28,8 @@ from molecli.protocols import Group, Moment, OutputMethod, Reading, Site
 
 # Of each branch in a UNet call: its experts and their weights, each a tensor [1] on the UNet's device.
 Branches = Sequence[Sequence[tuple[int, Tensor]]]
+# How many of these are remembered, so that a step that comes again copies nothing to the device.
+_KNOWN = 64
 
 
 class BranchedGroup:
@@ -46,6 +48,9 @@ class BranchedGroup:
         self.x: Tensor | None = None
         self.mixed: list[dict[int, tuple[Tensor, ...]]] = []
         self.served = 0
+        self.lasting = next(part for part in self.parts if part is not None).lasting
+        self._last: tuple[weakref.ref[Tensor], int] | None = None
+        self._kept: list[tuple[Branches, list[dict[int, tuple[Tensor, ...]]]]] = []
 
     def add(self, y: Tensor, x: Tensor, index: int, branches: Branches) -> Tensor:
         """y, the output of the group's matrix `index` for x, and on each branch's rows the share of its experts."""
@@ -67,12 +72,25 @@ class BranchedGroup:
         self.x, self.mixed, self.served = None, [], 0
 
     def _mix(self, x: Tensor, branches: Branches) -> None:
+        lasts = self.lasting and not torch.is_grad_enabled() and not x.is_inference()
+        kept = self._of_before(x, branches) if lasts else None
+        self.x, self.served = x, 0
+        if kept is not None:
+            self.mixed = kept
+            return
         pieces = x.chunk(len(branches)) if len(branches) > 1 else (x,)
         self.mixed = [
             {expert: self._projected(expert, piece, weight) for expert, weight in branch}
             for piece, branch in zip(pieces, branches, strict=True)
         ]
-        self.x, self.served = x, 0
+        if lasts:
+            self._kept.append((branches, self.mixed))
+
+    def _of_before(self, x: Tensor, branches: Branches) -> list[dict[int, tuple[Tensor, ...]]] | None:
+        """What an earlier pass made of the very same text for the same branches, if there was one."""
+        if self._last is None or self._last[0]() is not x or self._last[1] != x._version:
+            self._last, self._kept = (weakref.ref(x), x._version), []
+        return next((mixed for known, mixed in self._kept if known is branches), None)
 
     def _projected(self, expert: int, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         part = self.parts[expert]
@@ -141,6 +159,7 @@ class Branching(Mixture):
         self._branched: list[BranchedGroup] = []
         self._kept: Tensor | None = None
         self._branches: Branches = ()
+        self._known: dict[tuple[tuple[float, ...], ...], Branches] = {}
         self._call: _Call | None = None
         self._further = False
 
@@ -166,7 +185,7 @@ class Branching(Mixture):
     def detach(self) -> None:
         """Take every hook off; the pipeline is the base again, bit for bit."""
         super().detach()
-        self._branched, self._branches, self._call = [], (), None
+        self._branched, self._branches, self._known, self._call = [], (), {}, None
 
     # -- what a user asks of it --------------------------------------------------------------------------------------
 
@@ -229,11 +248,16 @@ class Branching(Mixture):
 
     def _start(self, weights: Tensor) -> None:
         """From here on the UNet's rows are those of branches with these weights [k, N]."""
-        here = weights.to(reference(self._unet).device)
-        self._branches = [
-            [(expert, here[k, expert : expert + 1]) for expert, weight in enumerate(row) if weight]
-            for k, row in enumerate(weights.tolist())
-        ]
+        rows = tuple(map(tuple, weights.tolist()))
+        if rows not in self._known:
+            if len(self._known) == _KNOWN:
+                self._known.clear()  # weights that follow the prompt
+            here = weights.to(reference(self._unet).device)
+            self._known[rows] = [
+                [(expert, here[k, expert : expert + 1]) for expert, weight in enumerate(row) if weight]
+                for k, row in enumerate(rows)
+            ]
+        self._branches = self._known[rows]
 
     def _branched_hook(self, group: BranchedGroup, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:

@@ -281,3 +281,34 @@ def test_a_call_outside_the_loop_is_the_step_nearest_in_time(sd: Diffusion) -> N
     scheduler.set_timesteps(10)
     assert _Clock().moment(scheduler, torch.tensor([480, 480]), False).index == 4
     assert _Clock().moment(nn.Identity(), 480.0, False).total == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"), [("switch", {"method": MethodConfig(tau=1)}), ("composite", {"branches_at_once": 1})]
+)
+def test_what_is_kept_of_the_text_is_made_anew_when_anything_it_rests_on_changes(
+    sd: Diffusion, mode: str, settings: dict[str, Any]
+) -> None:
+    texts = [sd.encode(PROMPTS), sd.encode(["x", "y"])]
+
+    def drawn(mixture: Branching, text: int, *, fresh: bool) -> Tensor:
+        for group in mixture._branched if fresh else ():
+            group._last = None
+        embeds = texts[text].embeds
+        return latents_of(sd, prompt_embeds=embeds, negative_prompt_embeds=-embeds)
+
+    seen = []
+    with built(sd, trio(sd), mode, **settings) as mixture:
+        for text, masked in ((0, ()), (0, ()), (1, ()), (1, ("a",)), (0, ("b",))):
+            mixture.mask(*masked)
+            seen.append(drawn(mixture, text, fresh=False))
+            assert torch.equal(seen[-1], drawn(mixture, text, fresh=True))
+    assert torch.equal(seen[0], seen[1])
+    assert all(not close(a, b, 1e-3) for i, a in enumerate(seen[1:], 1) for b in seen[1:i])
+
+
+def latents_of(backbone: Diffusion, **prompts: Any) -> Tensor:
+    return backbone.pipe(
+        **prompts, num_inference_steps=6, guidance_scale=3.0, output_type="latent",
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+    ).images  # fmt: skip
