@@ -20,10 +20,11 @@ import torch
 from molecli import __version__
 from molecli.engine.scoring import Result, percent, percents
 from molecli.files.atomic import write_text
-from molecli.functional.bootstrap import Interval, paired_bootstrap, standard_error
+from molecli.functional.bootstrap import Interval, bootstrap, paired_bootstrap, standard_error
 from molecli.metrics import metric_row
 
 Methods = Mapping[str, Sequence[Result]]
+AVERAGE = "average"
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -78,6 +79,20 @@ def _interval(
         for results in (first, second)
     )
     return paired_bootstrap(one, other, generator=generator, samples=samples)
+
+
+def intervals(methods: Methods, *, samples: int, seed: int) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Metric -> method -> task or "average" -> [low, high] in percent; {} without samples."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name, results in methods.items() if samples else ():
+        for metric in dict.fromkeys(metric for result in results for metric in result.scores):
+            scores = {r.task: torch.tensor(percents(r, metric)) for r in results if metric in r.scores}
+            cells = {task: [one] for task, one in scores.items()} | {AVERAGE: list(scores.values())}
+            ranges = found.setdefault(metric, {})[name] = {}
+            for cell, values in cells.items():
+                interval = bootstrap(values, generator=torch.Generator().manual_seed(seed), samples=samples)
+                ranges[cell] = [interval.low, interval.high]
+    return found
 
 
 def average(results: Sequence[Result]) -> float:

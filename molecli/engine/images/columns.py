@@ -90,12 +90,11 @@ class Studio:
     def composed(self, name: str, composition: Composition, loras: Sequence[LoraLike] = ()) -> Column:
         """A composition, checked against the base and its LoRAs. Raises: UsageError, MismatchError."""
         known = [self.experts.get(record.name) for record in composition.experts]
-        own = [e for e, r in zip(known, composition.experts, strict=True) if e is not None and e.source == r.source]
+        # Read for the fixed methods already, and the very files that the composition was made of.
+        own = [e for e, r in zip(known, composition.experts, strict=True) if e is not None and e.sha256 == r.sha256]
+        whole = len(own) == len(known)
         mixture = attach_composition(
-            self.model,
-            composition,
-            loras=list(loras) or None,
-            experts=own if not loras and len(own) == len(known) else None,
+            self.model, composition, loras=None if whole else list(loras) or None, experts=own if whole else None
         )
         return Column(name, mixture, recorded_weights(composition))
 

@@ -24,7 +24,7 @@ from molecli.engine.images.scoring import PictureResult, make_instruments, paire
 from molecli.engine.images.sheet import SheetRow, write_sheets
 from molecli.engine.images.takes import Set, draw_takes
 from molecli.engine.methods import folder_names
-from molecli.engine.results import compare, document, write
+from molecli.engine.results import compare, document, intervals, write
 from molecli.engine.sample import base_of
 from molecli.engine.scoring import Progress
 from molecli.engine.tables import score_table
@@ -114,7 +114,9 @@ class _Run:
         for entrant in entrants:
             found, failures = draw_takes(self.stage, entrant, progress=progress, note=note)
             self.files[entrant.name] = found
-            self.scored[entrant.name] = score_files(self.bench, found, self.instruments)
+            self.scored[entrant.name] = score_files(
+                self.bench, found, self.instruments, label=f"{entrant.name}: scores", progress=progress
+            )
             self.failures += failures
             if found:
                 self.write(self.report(samples=0))
@@ -139,6 +141,7 @@ class _Run:
             metric: dict(zip(table.columns, table.rows[-1].scores, strict=True))
             for metric, table in ((metric, score_table(results, metric)) for metric in metrics)
         }
+        content["intervals"] = intervals(results, samples=samples, seed=seed)
         content["images"] = self.recipe.eval.images
         if {"text_alignment", "image_alignment"} & set(metrics):
             content["clip"] = self.instruments.clip.name
@@ -200,10 +203,16 @@ def _entrants(recipe: EvaluateRecipe, setting: Setting, backbone: Any) -> list[E
         recipe.image.branches_at_once,
     )
     learned = {
-        name: Learned(one, setting.paths[name], studio.composed(name, one, recipe.loras))
+        name: Learned(one, setting.paths[name], studio.composed(name, one, _own(one, recipe.loras)))
         for name, one in setting.compositions.items()
     }
     return make_lineup(studio, setting.bench, setting.modes, learned, off=switched_off(recipe, setting.loras))
+
+
+def _own(composition: Composition, loras: Sequence[LoraLike]) -> list[LoraLike]:
+    """The composition's LoRAs: as they were given here, else as it remembers them. Others may be given beside them."""
+    given = {lora.name: lora for lora in loras}
+    return [given.get(record.name) or LoraSpec(record.name, record.source) for record in composition.experts]
 
 
 def switched_off(recipe: EvaluateRecipe, loras: Sequence[LoraLike]) -> list[str]:

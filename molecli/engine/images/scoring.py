@@ -16,6 +16,7 @@ import torch
 
 from molecli.catalog import package_folder
 from molecli.engine.images.scenes import SceneBench, Take
+from molecli.engine.scoring import Progress
 from molecli.files.pictures import read_picture
 from molecli.metrics import load_picture_metric
 from molecli.metrics.clip import load_clip
@@ -88,7 +89,12 @@ def make_instruments(bench: SceneBench, clip: ClipConfig, *, device: torch.devic
 
 
 def score_files(
-    bench: SceneBench, files: Mapping[Take, Path], instruments: Instruments
+    bench: SceneBench,
+    files: Mapping[Take, Path],
+    instruments: Instruments,
+    *,
+    label: str = "scores",
+    progress: Progress | None = None,
 ) -> dict[Take, dict[str, float]]:
     """The scores of every picture by its task's metrics, in batches."""
     scored: dict[Take, dict[str, float]] = {}
@@ -101,6 +107,8 @@ def score_files(
             by_metric = {metric: load_picture_metric(metric)(shots) for metric in metrics}
             for i, take in enumerate(some):
                 scored[take] = {metric: scores[i] for metric, scores in by_metric.items()}
+            if progress is not None:
+                progress(label, len(scored), len(files))
     return scored
 
 

@@ -76,6 +76,8 @@ def test_the_results_have_the_shape_of_a_language_models(make: Callable[..., Eva
     ]
     assert stored["n-samples"]["mine"] == {"original": 6, "effective": 6}
     assert stored["failed"] == []
+    low, high = stored["intervals"]["image_alignment"]["base"]["average"]
+    assert low <= stored["averages"]["image_alignment"]["base"] <= high
     assert [table.corner for table in (report.table, *report.more)] == ["text_alignment (%)", "image_alignment (%)"]
     rows = samples(recipe)
     mean = sum(row["text_alignment"] for row in rows if row["method"] == "base") / 6
@@ -125,6 +127,19 @@ def test_a_composition_draws_each_scene_with_the_others_masked(
     for scene, loras in {"000": "cat: 1, hat: 1", "two": "cat: 1, sea: 1", "002": "cat: 1, hat: 1, sea: 1"}.items():
         with Image.open(Path(recipe.output) / drawn[scene]) as picture:
             assert picture.text["loras"] == loras  # type: ignore[attr-defined]
+
+
+def test_a_composition_of_some_of_the_loras_is_read_with_those_alone(
+    make: Callable[..., EvaluateRecipe], picture_world: Any
+) -> None:
+    more = [f"{name}={path}" for name, path in picture_world.loras.items()]
+    recipe = make(
+        loras=[f"extra={picture_world.loras['cat']}", *reversed(more)],
+        compositions=[str(picture_world.gated)],
+        modes=["linear"],
+        eval__images=1,
+    )
+    assert list(run_evaluate(recipe)["methods"]) == ["linear", "gated"]
 
 
 def test_single_draws_every_scene_with_each_lora_alone(make: Callable[..., EvaluateRecipe]) -> None:
