@@ -163,6 +163,8 @@ def run_evaluate(
 
     Raises: UsageError, MismatchError and RunError as loading the examples, the base and the LoRAs does.
     """
+    for name in recipe.eval.metrics or ():
+        metric_row(name)
     if draws_pictures(recipe.base, next(iter(recipe.compositions), None)):
         from molecli.engine.images.evaluate import run_evaluate_pictures  # which needs diffusers, and this module
 

@@ -190,3 +190,13 @@ def test_the_model_is_left_as_it_was(world: dict[str, Any], tmp_path: Path, monk
     assert list(left) == list(fresh)
     assert all(torch.equal(left[name], fresh[name]) for name in fresh)
     assert not any(module._forward_hooks for module in made[0].model.modules())
+
+
+@pytest.mark.parametrize(("field", "value"), [("image", {"steps": 3}), ("judge", {}), ("method", {"tau": 2})])
+def test_what_only_a_diffusion_base_reads_is_refused(
+    world: dict[str, Any], tmp_path: Path, field: str, value: Any
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        run_evaluate(recipe(world, tmp_path, **{field: value}))
+    what = "it is what a diffusion base draws by, and the base is a language model"
+    assert str(caught.value) == f"{field}: {what}. Leave it out."

@@ -123,6 +123,22 @@ def test_the_default_fits_the_base() -> None:
     assert source_of(ClipConfig(pretrained="laion2b_s32b_b82k")).name == "ViT-L-14/laion2b_s32b_b82k"
 
 
+@pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion2b_s32b_b82k", False)])
+def test_weights_get_the_gelu_that_they_were_trained_with(
+    monkeypatch: pytest.MonkeyPatch, tag: str, quick: bool
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def create(*arguments: Any, **options: Any) -> Any:
+        asked.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    with pytest.raises(UsageError):
+        load_clip(ClipConfig(model="ViT-L-14", pretrained=tag))
+    assert asked["force_quick_gelu"] is quick
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -32,9 +32,11 @@ from molecli.errors import RunError, UsageError
 from molecli.files.composition import Composition, load_composition
 from molecli.files.lora_spec import LoraLike, LoraSpec
 from molecli.files.recipe import BaseConfig, EvaluateRecipe
+from molecli.metrics.clip import source_of
 from molecli.metrics.shots import Instruments
 
 SHEET_ROWS = 12
+ALIGNMENTS = {"text_alignment", "image_alignment"}
 Note = Callable[[str], object]
 
 
@@ -73,6 +75,8 @@ def read_setting(recipe: EvaluateRecipe, *, note: Note = lambda text: None) -> S
     known = read_concepts(loras, recipe.concepts)
     concepts = {lora.name: known.get(lora.name) for lora in loras}
     bench = load_scenes(recipe.eval, concepts, builtin=builtin, note=note)
+    if ALIGNMENTS & bench.asked:
+        source_of(recipe.eval.clip, builtin=builtin)
     default = (DEFAULT_MODES if bench.loras else (BASE,)) if recipe.eval.baselines or not compositions else ()
     return Setting(base, compositions, paths, loras, concepts, recipe.modes or default, bench)
 
@@ -143,7 +147,7 @@ class _Run:
         }
         content["intervals"] = intervals(results, samples=samples, seed=seed)
         content["images"] = self.recipe.eval.images
-        if {"text_alignment", "image_alignment"} & set(metrics):
+        if ALIGNMENTS & set(metrics):
             content["clip"] = self.instruments.clip.name
         content["failed"] = [
             {"picture": _inside(f.job.name, self.stage.folder), "reason": f.reason} for f in self.failures

@@ -10,7 +10,6 @@ from molecli.engine.images.judge import check_judge
 from molecli.engine.images.lineup import SINGLE
 from molecli.files.lora_spec import LoraLike
 from molecli.files.recipe import EvaluateRecipe
-from molecli.metrics.clip import source_of
 
 # How often the UNet sees a picture at each denoising step, with N LoRAs; once by every other method.
 _BRANCHES = {"composite": (1, 0), "w_composite": (1, 0), "loratorio": (1, 1)}
@@ -28,8 +27,6 @@ class ScenePlan:
 def plan_scenes(recipe: EvaluateRecipe) -> ScenePlan:
     """The plan, checked as the run checks it. Raises: UsageError and MismatchError."""
     setting = read_setting(recipe)
-    if {"text_alignment", "image_alignment"} & setting.bench.asked:
-        source_of(recipe.eval.clip, builtin=setting.builtin)
     methods = _methods(setting, switched_off(recipe, setting.loras))
     if recipe.judge is not None:
         check_judge(recipe.judge, methods)

@@ -174,6 +174,8 @@ def test_a_body_that_is_no_completion(body: object, said: str, settings: Setting
         (format_datetime(datetime.now(timezone.utc) + timedelta(seconds=600), usegmt=True), 400, 600),
         (format_datetime(datetime.now(timezone.utc) - timedelta(seconds=60), usegmt=True), 0, 0),
     ],
+    # Named: two test processes that collect in different seconds must agree.
+    ids=["seconds", "fraction", "negative", "no number", "later", "earlier"],
 )
 def test_retry_after_is_read_as_a_number_or_a_date(header: str, low: float, high: float, settings: Settings) -> None:
     failure = answering(settings, Answer({"error": "slow down"}, 429, {"Retry-After": header}))
