@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         hosts = make_hosts(pipe, args, Path(folder))
     rows = [Row(host.name, host.loras, host.rank, host.passes, host.bytes) for host in hosts]
     works = [partial(host.draw, work, max(args.steps, host.steps)) for host in hosts]
-    times = time_rounds(works, device, rounds=args.rounds, warmup=args.warmup, until=began + args.seconds)
+    settings = {"rounds": args.rounds, "warmup": args.warmup, "clock": args.clock}
+    times = time_rounds(works, device, **settings, until=began + args.seconds)
     for row, host, taken in zip(rows, hosts, times, strict=True):
         row.times_s = [seconds / max(args.steps, host.steps) for seconds in taken]
     for row, host in zip(rows, hosts, strict=True):
@@ -101,6 +102,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, help="also a training step of gates (CUDA)")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="of PyTorch on CPU")
+    parser.add_argument(
+        "--clock", choices=("wall", "process"), default="wall", help="process: its CPU time, for a shared machine"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="one round of one step of the embedded pipeline")
     parser.add_argument("--note", default="", help="a line for the results, such as what else the machine did")
@@ -144,10 +148,11 @@ def make_hosts(pipe: Any, args: argparse.Namespace, folder: Path) -> list[Host]:
 
 
 def time_rounds(
-    works: Sequence[Callable[[], Any]], device: str, *, rounds: int, warmup: int, until: float
+    works: Sequence[Callable[[], Any]], device: str, *, rounds: int, warmup: int, until: float, clock: str
 ) -> list[list[float]]:
     """Seconds of every work in every round; no round but the first begins after `until`."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    now = time.perf_counter if clock == "wall" else time.process_time
     times: list[list[float]] = [[] for _ in works]
     for number in range(warmup + rounds):
         if number > warmup and time.perf_counter() > until:
@@ -156,11 +161,11 @@ def time_rounds(
         order = [(number + i) % len(works) for i in range(len(works))]
         for i in order:
             wait()
-            began = time.perf_counter()
+            began = now()
             works[i]()
             wait()
             if number >= warmup:
-                times[i].append(time.perf_counter() - began)
+                times[i].append(now() - began)
     return times
 
 
@@ -194,7 +199,8 @@ def time_training(hosts: Sequence[Host], args: argparse.Namespace) -> list[dict[
     steps = training_steps(chosen, batch=2, pixels=args.pixels, seed=args.seed)
     until = time.perf_counter() + args.seconds / 5
     works = list(steps.values())
-    times = time_rounds(works, args.device, rounds=args.rounds, warmup=args.warmup, until=until)
+    settings = {"rounds": args.rounds, "warmup": args.warmup, "clock": args.clock}
+    times = time_rounds(works, args.device, **settings, until=until)
     rows: list[dict[str, Any]] = []
     for ((name, checkpointed), step), taken in zip(steps.items(), times, strict=True):
         with _peak(args.device) as peak:
@@ -235,7 +241,8 @@ def describe(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     cuda = args.device == "cuda"
     packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     settings = {
-        key: getattr(args, key) for key in ("shape", "pixels", "batch", "parts", "rank", "steps", "seed", "note")
+        key: getattr(args, key)
+        for key in ("shape", "pixels", "batch", "parts", "rank", "steps", "clock", "seed", "note")
     }
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),

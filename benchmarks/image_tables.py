@@ -15,7 +15,8 @@ def tables(result: dict[str, Any]) -> str:
         f"{result['device']}, {result['threads']} threads, {result['dtype']}, {result['versions']}",
         f"shape {result['shape']} at {pixels}x{pixels}, {rows} rows in the UNet (guidance), LoRAs on "
         f"{', '.join(result['parts'])}, rank {result['rank']}, seed {result['seed']}; "
-        f"{len(result['rows'][0]['times_s'])} rounds of {result['steps']} steps; {result['seconds']:.0f} s in all",
+        f"{len(result['rows'][0]['times_s'])} rounds of {result['steps']} steps by {result['clock']} time; "
+        f"{result['seconds']:.0f} s in all",
     ]
     if result["note"]:
         lines.append(result["note"])
