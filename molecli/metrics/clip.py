@@ -36,15 +36,19 @@ REMEDY = "Write --clip-model NAME --clip-pretrained TAG as open_clip lists them,
 
 @dataclass(frozen=True)
 class ClipSource:
-    """What open_clip is asked for: a model, and the tag or file of its weights where the model does not name them."""
+    """What open_clip is asked for: a model, and the tag or file of its weights where the model does not name them.
+
+    given: how the model was named, where open_clip is told otherwise.
+    """
 
     model: str
     pretrained: str | None = None
+    given: str | None = None
 
     @property
     def name(self) -> str:
-        """Both, for messages and results."""
-        shown = self.model.removeprefix(FOLDER)
+        """Model and weights, for messages and results."""
+        shown = self.given or self.model
         return f"{shown}/{self.pretrained}" if self.pretrained else shown
 
 
@@ -163,7 +167,7 @@ def _in_folder(model: str, pretrained: str | None) -> ClipSource:
         raise UsageError(f"CLIP {model}", what, "Write a folder in open_clip's format.")
     if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
         raise UsageError(f"CLIP {model}", "the folder holds no weights", "Put open_clip_model.safetensors there.")
-    return ClipSource(f"{FOLDER}{folder}")
+    return ClipSource(f"{FOLDER}{folder}", given=model)
 
 
 def _by_name(model: str, pretrained: str | None) -> ClipSource:

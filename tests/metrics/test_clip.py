@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tiny_clip import SIZE, build_tiny_clip
 from torch import Tensor
 
+from molecli.catalog import package_folder
 from molecli.errors import MismatchError, UsageError
 from molecli.files.recipe import ClipConfig
 from molecli.metrics.clip import Clip, load_clip, source_of
@@ -121,6 +122,12 @@ def test_a_named_model_loads_from_a_local_file_of_weights(tmp_path: Path) -> Non
 def test_the_default_fits_the_base() -> None:
     assert source_of(ClipConfig()).name == "ViT-L-14/openai"
     assert source_of(ClipConfig(pretrained="laion2b_s32b_b82k")).name == "ViT-L-14/laion2b_s32b_b82k"
+
+
+def test_results_name_a_clip_as_the_user_did(folder: Path, clip: Clip) -> None:
+    assert clip.name == str(folder)
+    if (package_folder() / "builtin" / "tiny-clip").is_dir():
+        assert source_of(ClipConfig(), builtin=True).name == "builtin:tiny-clip"
 
 
 @pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion2b_s32b_b82k", False)])
