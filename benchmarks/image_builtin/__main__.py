@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--schedule", type=float, default=13.0, help="minutes of the UNet's training over all calls")
     options.add_argument("--last", action="store_true", help="the UNet's schedule ends with this call")
     options.add_argument("--deadline", type=float, default=9.5, help="minutes for `all`, judging and packing included")
+    options.add_argument("--no-judge", action="store_true", help="`all`: leave the judging to a call of its own")
     options.add_argument("--initial", type=Path, help="a folder like molecli/builtin to go on from without checkpoints")
     options.add_argument("--spent", type=float, default=0.0, help="with --initial: minutes already spent")
     options.add_argument("--until", type=float, help="seconds since the epoch by which the stage ends")
@@ -69,6 +70,7 @@ def main() -> int:
             unet=given.minutes_unet,
             schedule=given.schedule,
             last=given.last,
+            judge=not given.no_judge,
         )
     given.work.mkdir(parents=True, exist_ok=True)
     options = Options(
@@ -93,14 +95,12 @@ def loras(given: argparse.Namespace) -> int:
     """The stages of the LoRAs, which need the installed base."""
     from .loras import install_loras, judge_loras, run_loras
 
-    report = given.loras / "report.json"
+    if given.stage == "loras":
+        return run_loras(given.loras, tuple(shlex.split(given.train)), at_once=given.at_once)
     if given.stage == "install-loras":
         install_loras(given.loras)
-    elif given.stage == "judge-loras":
-        judge_loras(given.loras, report.with_suffix(".png"), torch.device(given.device))
     else:
-        more = tuple(shlex.split(given.train))
-        return run_loras(given.loras, report, torch.device(given.device), more, at_once=given.at_once)
+        judge_loras(given.loras, given.loras / "judge.png", torch.device(given.device))
     return 0
 
 

@@ -14,12 +14,13 @@ from .vae import reconstructed
 
 
 @torch.no_grad()
-def worn(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+def worn(vae: AutoencoderKL | None, images: Tensor, generator: torch.Generator) -> Tensor:
     """Images [B, 3, 64, 64]: a quarter through the autoencoder with noisy latents, some blurred, noisy, recoloured."""
     device, batch = images.device, len(images)
-    part = batch // 4
-    blur = 0.25 * float(torch.rand((), generator=generator, device=device))
-    images = torch.cat([reconstructed(vae, images[:part], generator, blur), images[part:]])
+    if vae is not None:
+        part = batch // 4
+        blur = 0.25 * float(torch.rand((), generator=generator, device=device))
+        images = torch.cat([reconstructed(vae, images[:part], generator, blur), images[part:]])
     pick = torch.rand(batch, 4, generator=generator, device=device)
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     weight = torch.where(pick[:, 0] < 0.3, pick[:, 0] / 0.3, 0.0)[:, None, None, None]

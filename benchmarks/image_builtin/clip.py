@@ -37,7 +37,7 @@ def captions(world: World, generator: torch.Generator, batch: Batch) -> Tensor:
 
 def train_clip(
     world: World,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | None,
     tokenizer: Path,
     folder: Path,
     clock: Clock,

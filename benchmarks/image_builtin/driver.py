@@ -15,7 +15,8 @@ import torch
 from .export import export
 
 GPUS = torch.cuda.device_count()
-JUDGE_MINUTES = 0.9  # kept free at the end for judging and packing
+# Kept free at the end. The UNet's stage still writes its pipeline when its own minutes are over.
+JUDGE_MINUTES, PACK_MINUTES = 0.9, 0.4
 
 
 @dataclass
@@ -72,30 +73,36 @@ class Driver:
 
 
 def run_all(
-    driver: Driver, *, vae: float, clip: float, recogniser: float, unet: float | None, schedule: float, last: bool
+    driver: Driver,
+    *,
+    vae: float,
+    clip: float,
+    recogniser: float,
+    unet: float | None,
+    schedule: float,
+    last: bool,
+    judge: bool,
 ) -> int:
-    """VAE (while the UNet compiles), CLIP beside the recogniser, then the UNet until the deadline, then the judge.
+    """The VAE beside the scorers (while the UNet compiles), then the UNet until the deadline, then the judge.
 
-    Several GPUs train the VAE and the UNet together, and CLIP and the recogniser one each.
+    Of several GPUs the first trains the VAE, the second the scorers, and all of them the UNet.
     """
     warm = None if (driver.work / "inductor-warm").exists() else driver.start("unet", "--warm", gpu=1)
-    # What an earlier call made is not started again: only to find that out takes many seconds.
-    if not (driver.work / "vae").exists() and not driver.wait(
-        driver.start("vae", "--minutes", str(vae), together=True)
-    ):
+    autoencoder = driver.start("vae", "--minutes", str(vae), gpu=0)
+    if GPUS < 2 and not driver.wait(autoencoder):
         return 1
-    both = [
-        driver.start(stage, "--minutes", str(minutes), gpu=gpu)
-        for gpu, (stage, folder, minutes) in enumerate(
-            [("clip", "tiny-clip", clip), ("recogniser", "recogniser", recogniser)]
-        )
-        if not (driver.work / folder).exists()
+    # Without an autoencoder to begin with, the scorers see no picture that went through one.
+    scorers = [
+        driver.start("recogniser", "--minutes", str(recogniser), gpu=1),
+        driver.start("clip", "--minutes", str(clip), gpu=1),
     ]
-    well = [driver.wait(process) for process in both]
+    if not driver.wait(autoencoder):
+        return 1
+    well = [driver.wait(process) for process in scorers]
     driver.pack()
     if warm is not None and driver.wait(warm):
         (driver.work / "inductor-warm").touch()
-    left = driver.deadline - driver.elapsed - JUDGE_MINUTES
+    left = driver.deadline - driver.elapsed - (JUDGE_MINUTES if judge else PACK_MINUTES)
     minutes = left if unet is None else min(unet, left)
     if minutes > 0:
         until = time.time() + minutes * 60
@@ -108,9 +115,10 @@ def run_all(
             str(schedule),
             *(["--last"] if last else []),
         ]
-        well.append(driver.wait(driver.start("unet", *options, together=True)))
+        well.append(driver.wait(driver.start("unet", *options, together=True), reserve=0.1))
         driver.pack()
-        well.append(driver.wait(driver.start("judge"), reserve=0.1))
-        driver.pack()
+        if judge:
+            well.append(driver.wait(driver.start("judge"), reserve=0.1))
+            driver.pack()
     print(f"[all] done after {driver.elapsed:.2f} min", flush=True)
     return 0 if all(well) else 1

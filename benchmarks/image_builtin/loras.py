@@ -6,6 +6,7 @@ What ships was made by `python -m benchmarks.image_builtin loras --data-dir FOLD
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from torch import Tensor
 from molecli.backbones.diffusion import Diffusion
 from molecli.backbones.loading import load_backbone
 from molecli.engine.attach import attach
+from molecli.files.concepts import CONCEPT_FILE
 from molecli.files.recipe import BaseConfig
 from molecli.metrics.recogniser import Recogniser, load_recogniser
 
@@ -30,7 +32,7 @@ from .judge import contact_sheet
 
 BASE = "builtin:tiny-sd"
 STEPS, GUIDANCE = 25, 4.0
-KEPT = ("pytorch_lora_weights.safetensors", "concept.json", "recipe.yaml", "report.json")
+WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,11 @@ def train_loras(target: Path, more: tuple[str, ...], *, at_once: int) -> list[st
 
     def one(lesson: Lesson) -> int:
         target.mkdir(parents=True, exist_ok=True)
+        gpu = chosen.index(lesson) % max(1, torch.cuda.device_count())
+        environment = {"OMP_NUM_THREADS": "2", **os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
         with (target / f"{lesson.name}.log").open("w") as log:
-            return subprocess.run(lesson.command(target, more), stdout=log, stderr=log, check=False).returncode
+            command = lesson.command(target, more)
+            return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
 
     with ThreadPoolExecutor(at_once) as pool:
         codes = list(pool.map(one, chosen))
@@ -75,7 +80,10 @@ def train_loras(target: Path, more: tuple[str, ...], *, at_once: int) -> list[st
 
 @torch.no_grad()
 def judge_loras(folder: Path, sheet: Path, device: torch.device, *, seeds: int = 40) -> dict[str, dict[str, float]]:
-    """For each LoRA alone: how often its concept is seen, and how often a base object still is and the concept too."""
+    """For each LoRA alone: how often its concept is seen, and how often a base object still is and the concept too.
+
+    Writes `sheet` and the numbers beside it.
+    """
     objects = load_objects()
     backbone = load_backbone(BaseConfig(id=BASE, dtype="float32"), device)
     assert isinstance(backbone, Diffusion)
@@ -97,6 +105,7 @@ def judge_loras(folder: Path, sheet: Path, device: torch.device, *, seeds: int =
         cells += [(images[i], (lesson.name,), [bool(rate[i])]) for i in range(10)]
         print(f"[loras] {lesson.name}: " + "  ".join(f"{k} {v:.2f}" for k, v in rows[lesson.name].items()), flush=True)
     contact_sheet(cells, sheet)
+    sheet.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     return rows
 
 
@@ -111,25 +120,23 @@ def drawn(backbone: Diffusion, prompts: list[str], batch: int = 64) -> Tensor:
     return torch.stack(parts).permute(0, 3, 1, 2).float() / 255
 
 
-def run_loras(target: Path, report: Path, device: torch.device, more: tuple[str, ...], *, at_once: int) -> int:
-    """Train, judge and report; 1 if one failed."""
+def run_loras(target: Path, more: tuple[str, ...], *, at_once: int) -> int:
+    """Train; 1 if one failed, whose log's end is printed."""
     failed = train_loras(target, more, at_once=at_once)
     for name in failed:
         print((target / f"{name}.log").read_text()[-600:], flush=True)
-    if failed:
-        return 1
-    rows = judge_loras(target, report.with_suffix(".png"), device)
-    report.write_text(json.dumps({"settings": more, "loras": rows}, indent=1) + "\n", "utf-8")
-    return 0
+    return 1 if failed else 0
 
 
 def install_loras(source: Path, package: Path = BUILTIN) -> None:
-    """Copy what ships of each LoRA into the package."""
+    """Copy what ships of each LoRA into the package; its concept names the pictures beside it there."""
     for lesson in lessons(load_objects()):
         folder = package / "image-loras" / lesson.name
         folder.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copy(source / lesson.name / name, folder / name)
+        shutil.copy(source / lesson.name / WEIGHTS, folder / WEIGHTS)
+        concept = json.loads((source / lesson.name / CONCEPT_FILE).read_text("utf-8"))
+        concept["pictures"] = f"../../emoji/{lesson.name}"
+        (folder / CONCEPT_FILE).write_text(json.dumps(concept, indent=2) + "\n", "utf-8")
 
 
 def _prompt(lesson: Lesson, objects: Objects, draw: random.Random) -> tuple[str, str]:

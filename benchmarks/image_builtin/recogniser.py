@@ -16,7 +16,7 @@ from . import scenes
 from .augment import decoys, worn
 from .batches import World
 from .data import SIZE
-from .loop import Average, Clock, adamw, compiled, fast, prepare, rate, set_rate, uncompiled
+from .loop import Average, Clock, adamw, fast, prepare, rate, set_rate
 
 SHARES = (0.25, 0.25, 0.2, 0.15, 0.15)
 EXTRA = 2  # decoys or unnamed pictures beside the objects
@@ -66,7 +66,7 @@ def labelled(world: World, generator: torch.Generator, batch: int) -> Labelled:
 
 
 def train_recogniser(
-    world: World, vae: AutoencoderKL, folder: Path, clock: Clock, *, batch: int = 512, peak: float = 2e-3
+    world: World, vae: AutoencoderKL | None, folder: Path, clock: Clock, *, batch: int = 512, peak: float = 2e-3
 ) -> dict[str, float]:
     """Train for the clock's minutes, choose thresholds, save, and return what it reaches on other scenes."""
     device = world.device
@@ -74,7 +74,6 @@ def train_recogniser(
     torch.manual_seed(3)
     classes = (*world.objects.words, f"{world.objects.style} style")
     net = RecogniserNet(len(classes)).to(device, memory_format=torch.channels_last)
-    compiled(net, device)
     optimizer, average = adamw(net.parameters(), peak, 0.02, device), Average(net.parameters(), 0.998)
     generator = scenes.seeded(31, device)
     while clock.running():
@@ -92,7 +91,6 @@ def train_recogniser(
         average.update()
         clock.report(loss=loss)
     average.swap()
-    uncompiled(net)
     rounds = 40 if clock.max_steps is None else 2
     recogniser = Recogniser(net, classes, [0.5] * len(classes), SIZE).to(device)
     recogniser.thresholds = thresholds(*scored(recogniser, world, vae, 32, rounds, batch))
@@ -104,7 +102,7 @@ def train_recogniser(
 
 @torch.no_grad()
 def scored(
-    recogniser: Recogniser, world: World, vae: AutoencoderKL, seed: int, rounds: int, batch: int
+    recogniser: Recogniser, world: World, vae: AutoencoderKL | None, seed: int, rounds: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities, labels and which count, on other scenes: half plain, half worn."""
     generator = scenes.seeded(seed, world.device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 from .batches import World, load_world
 from .data import load_objects
@@ -36,6 +37,12 @@ class Options:
         """The pictures, on the device."""
         return load_world(self.source, self.device, self.work / "tokenizer", small=self.smoke)
 
+    @property
+    def initial_vae(self) -> Path | None:
+        """The autoencoder to begin with."""
+        folder = self.initial / "tiny-sd" / "vae" if self.initial else None
+        return folder if folder is not None and folder.exists() else None
+
     def clock(self, name: str) -> Clock:
         """This stage's budget; a smoke run makes a few steps."""
         left = self.minutes if self.until is None else min(self.minutes, (self.until - time.time()) / 60)
@@ -47,41 +54,35 @@ class Options:
 
 
 def run_vae(options: Options) -> None:
-    """Train the autoencoder, or take the one of `initial`."""
+    """Train the autoencoder, from the weights of `initial` if it has some."""
     from .vae import train_vae
 
     join(options.device)
     folder = options.work / "vae"
-    if options.initial and not folder.exists() and (options.initial / "tiny-sd" / "vae").exists():
-        shutil.copytree(options.initial / "tiny-sd" / "vae", folder)
     if not (folder / "config.json").exists():
-        train_vae(options.world(), folder, options.clock("vae"), **options.batch(256))
+        train_vae(options.world(), folder, options.clock("vae"), initial=options.initial_vae, **options.batch(128))
 
 
 def run_clip(options: Options) -> None:
-    """Train the tiny CLIP."""
+    """Train the tiny CLIP, or take the one of `initial`."""
     from .clip import train_clip
-    from .vae import load_vae
 
     if _taken(options, "tiny-clip"):
         return
-    world, vae = options.world(), load_vae(options.work / "vae", options.device)
+    world, vae = options.world(), _wearing(options)
     tokenizer, folder = options.work / "tokenizer", options.work / "tiny-clip"
     _note(options, "clip", train_clip(world, vae, tokenizer, folder, options.clock("clip"), **options.batch(1024)))
 
 
 def run_recogniser(options: Options) -> None:
-    """Train the recogniser."""
+    """Train the recogniser, or take the one of `initial`."""
     from .recogniser import train_recogniser
-    from .vae import load_vae
 
     if _taken(options, "recogniser"):
         return
-    world, vae = options.world(), load_vae(options.work / "vae", options.device)
-    folder = options.work / "recogniser"
-    _note(
-        options, "recogniser", train_recogniser(world, vae, folder, options.clock("recogniser"), **options.batch(512))
-    )
+    world, vae = options.world(), _wearing(options)
+    folder, clock = options.work / "recogniser", options.clock("recogniser")
+    _note(options, "recogniser", train_recogniser(world, vae, folder, clock, **options.batch(384)))
 
 
 def run_unet(options: Options) -> None:
@@ -95,7 +96,7 @@ def run_unet(options: Options) -> None:
         size = 16 if options.smoke else 4096
         ids = world.ids.empty(size).short()
         pool = Pool(torch.randn(size, 4, 16, 16, dtype=torch.float16, device=options.device), ids)
-        train_unet(world, pool, options.work, clock, keep=False, **options.batch(512))
+        train_unet(world, pool, options.work, clock, keep=False, **options.batch(256))
         return
     clock.done_before = options.spent
     checkpoint = options.work / "unet.pt"
@@ -113,7 +114,7 @@ def run_unet(options: Options) -> None:
         flush=True,
     )
     initial = options.initial / "tiny-sd" if options.initial else None
-    model = train_unet(world, pool, options.work, clock, initial=initial, **options.batch(512))
+    model = train_unet(world, pool, options.work, clock, initial=initial, **options.batch(256))
     if rank():
         return
     level_embeddings(model, world)
@@ -153,6 +154,14 @@ def _taken(options: Options, name: str) -> bool:
     if options.initial and not folder.exists() and (options.initial / name).exists():
         shutil.copytree(options.initial / name, folder)
     return folder.exists()
+
+
+def _wearing(options: Options) -> AutoencoderKL | None:
+    """The autoencoder through which the scorers see pictures: that of `initial` while another is trained, if any."""
+    from .vae import load_vae
+
+    folder = options.initial_vae or options.work / "vae"
+    return load_vae(folder, options.device) if folder.exists() else None
 
 
 def _note(options: Options, name: str, values: dict[str, float]) -> None:

@@ -11,20 +11,27 @@ from torch.nn import functional as F
 
 from . import scenes
 from .batches import World
-from .loop import Average, Clock, adamw, compiled, fast, prepare, rank, rate, set_rate, share_gradients, uncompiled
+from .loop import Average, Clock, adamw, fast, prepare, rank, rate, set_rate, share_gradients
 from .models import new_vae
 
 KL_WEIGHT = 3e-4
 COUNTS = (0.3, 0.25, 0.25, 0.1, 0.1)
 
 
-def train_vae(world: World, folder: Path, clock: Clock, *, batch: int = 256, peak: float = 1.5e-3) -> None:
-    """Train for the clock's minutes and save with the measured `scaling_factor`."""
+def train_vae(
+    world: World, folder: Path, clock: Clock, *, batch: int = 128, peak: float = 1e-3, initial: Path | None = None
+) -> None:
+    """Train for the clock's minutes, from the weights in `initial` if given; save with the measured `scaling_factor`.
+
+    Not compiled: compiling takes longer than it saves in a few minutes. Small batches, since it is steps that count.
+    """
     device = world.device
     prepare(device)
     torch.manual_seed(1)
-    vae = new_vae().to(device, memory_format=torch.channels_last)
-    compiled(vae.encoder, device), compiled(vae.decoder, device)
+    vae = new_vae()
+    if initial is not None:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(initial).float().state_dict())
+    vae = vae.to(device, memory_format=torch.channels_last)
     optimizer, average = adamw(vae.parameters(), peak, 1e-4, device), Average(vae.parameters(), 0.998)
     generator = scenes.seeded(11 + 1000 * rank(), device)
     torch.manual_seed(1 + 1000 * rank())
@@ -48,7 +55,6 @@ def train_vae(world: World, folder: Path, clock: Clock, *, batch: int = 256, pea
     if rank():
         return
     average.swap()
-    uncompiled(vae)
     factor, quality = measured(world, vae)
     vae.register_to_config(scaling_factor=factor)
     vae.half().save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Which objects a picture shows: a small network kept apart from the CLIP that guides training.
 
 One sigmoid a class (objects, and the drawing style), a threshold of its own for each, chosen on pictures that the
-training did not see. The network: convolutions in residual blocks with group norms, about half a million parameters.
+training did not see. The network: convolutions in residual blocks with group norms, about a million parameters.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class _Block(nn.Module):
 class RecogniserNet(nn.Module):
     """Pictures [B, 3, size, size] in [0, 1] to logits [B, classes]."""
 
-    def __init__(self, classes: int, widths: Sequence[int] = (32, 40, 64, 96)) -> None:
+    def __init__(self, classes: int, widths: Sequence[int] = (32, 64, 96, 128)) -> None:
         super().__init__()
+        self.widths = tuple(widths)
         self.stem = nn.Conv2d(3, widths[0], 3, 1, 1)
         steps = pairwise(widths)
         halves = [nn.Sequential(_Block(a, b, 2), _Block(b, b, 1)) for a, b in steps]
@@ -91,6 +92,7 @@ def save_recogniser(recogniser: Recogniser, folder: Path) -> None:
     save_file(weights, folder / WEIGHTS_FILE)
     config = {
         "size": recogniser.size,
+        "widths": list(recogniser.net.widths),
         "classes": list(recogniser.classes),
         "thresholds": [round(float(value), 4) for value in recogniser.thresholds],
     }
@@ -109,7 +111,7 @@ def load_recogniser(folder: Path | str) -> Recogniser:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
         classes, thresholds, size = config["classes"], config["thresholds"], int(config["size"])
-        net = RecogniserNet(len(classes))
+        net = RecogniserNet(len(classes), config["widths"])
         net.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()})
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

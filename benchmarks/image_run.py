@@ -1,0 +1,240 @@
+"""The first result: the embedded LoRAs composed by every method, two to five at once, as recogniser and CLIP see it.
+
+    python benchmarks/image_run.py gates --work RUN                      # gated compositions: ours, and variants of it
+    python benchmarks/image_run.py draw --work RUN                       # every method on the emoji suite, test scenes
+    python benchmarks/image_run.py table --work RUN --output benchmarks/results
+
+Each stage calls the `mole` commands a user would, `--jobs` side by side. What is called `gated` is one setting, chosen
+on the suite's training scenes; `variants` change one thing each and are drawn on these training scenes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+import torch
+
+from molecli.functional.bootstrap import Interval, bootstrap, paired_bootstrap
+
+BASE = "builtin:tiny-sd"
+SIZES = ("2 LoRAs", "3 LoRAs", "4 LoRAs", "5 LoRAs")
+METRICS = ("recognised", "text_alignment", "image_alignment")
+OURS = "gated"
+# Columns of the table; a process each, so that a GPU is never waiting.
+FIXED = (("base", "linear", "nla"), ("switch", "w_switch"), ("composite",), ("w_composite",), ("loratorio",))
+SETTING = ("gate.pool=token", "objective.collage=0.5")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    OURS: SETTING,
+    "pool mean": ("gate.pool=mean", "objective.collage=0.5"),
+    "no collages": ("gate.pool=token",),
+    "clip too": (*SETTING, "objective.clip=1.0", "train.batch_size=4"),
+    "clip alone": ("gate.pool=token", "objective.denoise=0", "objective.clip=1.0", "train.batch_size=4"),
+    "input none": ("gate.input=none", "objective.collage=0.5"),
+    "matrix": (*SETTING, "gate.granularity=matrix"),
+    "block": (*SETTING, "gate.granularity=block"),
+}
+Scores = dict[tuple[str, str], float]  # (scene, seed) -> score
+
+
+@dataclass(frozen=True)
+class Job:
+    """A `mole` command line and its name in the log."""
+
+    name: str
+    command: Sequence[str]
+
+
+def run(jobs: Sequence[Job], logs: Path, *, at_once: int) -> int:
+    """How many failed; `at_once` side by side, spread over the GPUs there are."""
+    logs.mkdir(parents=True, exist_ok=True)
+    devices: Queue[int] = Queue()
+    for slot in range(at_once):
+        devices.put(slot % max(1, torch.cuda.device_count()))
+
+    def one(job: Job) -> bool:
+        device, start_s = devices.get(), time.monotonic()
+        environment = {"OMP_NUM_THREADS": "2", **os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+        file = logs / f"{job.name.replace(' ', '_')}.log"
+        with file.open("w") as log:
+            command = [sys.executable, "-m", "molecli", *job.command]
+            code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        devices.put(device)
+        print(f"{job.name}: {time.monotonic() - start_s:.0f} s, code {code}", flush=True)
+        if code:
+            print(file.read_text()[-1500:], flush=True)
+        return bool(code)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return sum(pool.map(one, jobs))
+
+
+def gates(given: argparse.Namespace) -> int:
+    """Learn the gates of every variant that is asked for."""
+    common = ["--base", BASE, "--mode", "gated", "--no-preview", "--seed", str(given.seed), "--dtype", "float32"]
+    jobs = []
+    for name in given.variants or VARIANTS:
+        sets = [word for setting in VARIANTS[name] for word in ("--set", setting)]
+        target = given.work / "gates" / _slug(name)
+        more = ["--steps", str(given.steps)] if given.steps else []
+        jobs.append(Job(name, ["compose", *common, *more, *sets, "--output", str(target), "--overwrite"]))
+    return run(jobs, given.work / "logs", at_once=given.jobs)
+
+
+def draw(given: argparse.Namespace) -> int:
+    """Draw the test scenes by every method, or with --split train the training scenes by the variants."""
+    flags = ["--base", BASE, "--suite", "emoji", "--tasks", ",".join(SIZES), "--split", given.split]
+    flags += ["--images", str(given.images), "--batch-size", str(given.batch_size), "--bootstrap", "0"]
+    flags += ["--guidance", str(given.guidance), "--dtype", "float32", "--overwrite"]
+    folder = given.work / given.split
+    if given.split == "train":
+        names = given.variants or list(VARIANTS)
+        jobs = [Job(name, _learned(given, name, flags, folder)) for name in names]
+    else:
+        wanted = [modes for modes in FIXED if not given.modes or set(modes) & set(given.modes)]
+        jobs = [
+            Job(modes[0], ["evaluate", "--modes", ",".join(modes), *flags, "--output", str(folder / modes[0])])
+            for modes in wanted
+        ]
+        jobs.insert(0, Job(OURS, _learned(given, OURS, flags, folder)))
+    return run(jobs, given.work / "logs" / given.split, at_once=given.jobs)
+
+
+def _learned(given: argparse.Namespace, name: str, flags: Sequence[str], folder: Path) -> list[str]:
+    composition = str(given.work / "gates" / _slug(name))
+    sets = ["--set", "eval.baselines=false", "--output", str(folder / _slug(name))]
+    return ["evaluate", composition, *flags, *sets]
+
+
+def table(given: argparse.Namespace) -> int:
+    """Print the tables, and write them with every picture's scores to --output."""
+    lines = [f"# Compositions of the embedded LoRAs ({device_name(given)})", ""]
+    kept: dict[str, object] = {"device": device_name(given)}
+    columns = {"test": [*(mode for modes in FIXED for mode in modes), OURS], "train": list(VARIANTS)}
+    for split, wanted in columns.items():
+        found = read(given.work / split)
+        order = [name for name in wanted if name in found]
+        if not order:
+            continue
+        lines += [f"## {'Test' if split == 'test' else 'Training'} scenes", ""]
+        for metric in METRICS:
+            lines += _table(found, order, metric)
+        lines += _differences(found, order, OURS)
+        kept[split] = {
+            name: {
+                metric: {" | ".join(place): score for place, score in scores.items()} for metric, scores in by.items()
+            }
+            for name, by in found.items()
+        }
+    text = "\n".join(lines) + "\n"
+    sys.stdout.write(text)
+    if given.output:
+        given.output.mkdir(parents=True, exist_ok=True)
+        stem = f"image_run-{device_name(given).lower().replace(' ', '-')}"
+        (given.output / f"{stem}.md").write_text(text, "utf-8")
+        (given.output / f"{stem}.json").write_text(json.dumps(kept) + "\n", "utf-8")
+    return 0
+
+
+def read(folder: Path) -> dict[str, dict[str, Scores]]:
+    """method -> metric -> (task, picture) -> score, from every evaluation below `folder`."""
+    slugs = {_slug(name): name for name in VARIANTS}
+    found: dict[str, dict[str, Scores]] = {}
+    for file in sorted(folder.glob("*/samples_*.jsonl")):
+        for line in file.read_text("utf-8").splitlines():
+            row = json.loads(line)
+            method = slugs.get(row["method"], row["method"])
+            for metric in METRICS:
+                place = (row["task"], f"{row['scene']} #{row['seed']}")
+                found.setdefault(method, {}).setdefault(metric, {})[place] = float(row[metric])
+    return found
+
+
+def _of(scores: Scores, tasks: Iterable[str]) -> list[torch.Tensor]:
+    """A tensor of scores in percent for each task, the pictures in one order."""
+    return [torch.tensor([100 * scores[k] for k in sorted(scores) if k[0] == task]) for task in tasks]
+
+
+def _table(found: Mapping[str, Mapping[str, Scores]], order: Sequence[str], metric: str) -> list[str]:
+    rows = [f"| {metric} (%) | " + " | ".join(order) + " |", "|---|" + "---:|" * len(order)]
+    for label, tasks in (*((size, (size,)) for size in SIZES), ("average", SIZES)):
+        cells = []
+        for name in order:
+            interval = _interval(_of(found[name][metric], tasks))
+            half = (interval.high - interval.low) / 2
+            cells.append(f"{interval.estimate:.1f} ± {half:.1f}")
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return [*rows, ""]
+
+
+def _differences(found: Mapping[str, Mapping[str, Scores]], order: Sequence[str], subject: str) -> list[str]:
+    lines = [f"{subject} minus each, recognised, in points with 95% intervals (paired bootstrap over pictures):", ""]
+    if subject not in found:
+        return []
+    for name in order:
+        if name == subject:
+            continue
+        parts = []
+        for label, tasks in (*((size, (size,)) for size in SIZES), ("3 and more", SIZES[1:])):
+            mine, other = (_of(found[n]["recognised"], tasks) for n in (subject, name))
+            i = paired_bootstrap(mine, other, generator=torch.Generator().manual_seed(0), samples=2000)
+            parts.append(f"{label} {i.estimate:+.1f} [{i.low:+.1f}, {i.high:+.1f}]")
+        lines.append(f"- {name}: " + "; ".join(parts))
+    return [*lines, ""]
+
+
+def _interval(tasks: Sequence[torch.Tensor]) -> Interval:
+    return bootstrap(list(tasks), generator=torch.Generator().manual_seed(0), samples=2000)
+
+
+def device_name(given: argparse.Namespace) -> str:
+    """What drew the pictures; noted by `draw`, for a table that is made elsewhere."""
+    file = given.work / "device.txt"
+    if not file.exists():
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}"
+        given.work.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    return file.read_text().strip()
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of every stage."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("stage", choices=["gates", "draw", "table"])
+    options.add_argument("--work", type=Path, default=Path("runs/image"), help="where stages leave what they make")
+    options.add_argument("--jobs", type=int, default=1, help="commands side by side")
+    options.add_argument("--variants", type=lambda text: text.split(","), help="of the gates; all unless told")
+    options.add_argument("--modes", type=lambda text: text.split(","), help="`draw`: some of the fixed methods")
+    options.add_argument("--split", choices=["test", "train"], default="test")
+    options.add_argument("--images", type=int, default=20, help="pictures a scene; there are ten scenes a size")
+    options.add_argument("--batch-size", type=int, default=40)
+    options.add_argument("--guidance", type=float, default=4.0)
+    options.add_argument("--steps", type=int, help="`gates`: training steps, the recipe's own unless told")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--output", type=Path, help="`table`: folder for the tables and all scores")
+    return options
+
+
+def main() -> int:
+    """Run what the command line says."""
+    given = parser().parse_args()
+    device_name(given)
+    return {"gates": gates, "draw": draw, "table": table}[given.stage](given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
