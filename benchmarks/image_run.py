@@ -64,7 +64,7 @@ def run(jobs: Sequence[Job], logs: Path, *, at_once: int) -> int:
 
     def one(job: Job) -> bool:
         device, start_s = devices.get(), time.monotonic()
-        environment = {"OMP_NUM_THREADS": "2", **os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
         file = logs / f"{job.name.replace(' ', '_')}.log"
         with file.open("w") as log:
             command = [sys.executable, "-m", "molecli", *job.command]
@@ -81,7 +81,7 @@ def run(jobs: Sequence[Job], logs: Path, *, at_once: int) -> int:
 
 def gates(given: argparse.Namespace) -> int:
     """Learn the gates of every variant that is asked for."""
-    common = ["--base", BASE, "--mode", "gated", "--no-preview", "--seed", str(given.seed), "--dtype", "float32"]
+    common = ["--base", BASE, "--mode", "gated", "--no-preview", "--seed", str(given.seed), "--dtype", given.dtype]
     jobs = []
     for name in given.variants or VARIANTS:
         sets = [word for setting in VARIANTS[name] for word in ("--set", setting)]
@@ -93,9 +93,10 @@ def gates(given: argparse.Namespace) -> int:
 
 def draw(given: argparse.Namespace) -> int:
     """Draw the test scenes by every method, or with --split train the training scenes by the variants."""
-    flags = ["--base", BASE, "--suite", "emoji", "--tasks", ",".join(SIZES), "--split", given.split]
+    flags = ["--base", BASE, "--suite", "emoji", "--tasks", ",".join(given.sizes), "--split", given.split]
     flags += ["--images", str(given.images), "--batch-size", str(given.batch_size), "--bootstrap", "0"]
-    flags += ["--guidance", str(given.guidance), "--dtype", "float32", "--overwrite"]
+    flags += ["--guidance", str(given.guidance), "--denoise-steps", str(given.denoise_steps), "--dtype", given.dtype]
+    flags += ["--resume" if given.resume else "--overwrite"]
     folder = given.work / given.split
     if given.split == "train":
         names = given.variants or list(VARIANTS)
@@ -223,6 +224,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--images", type=int, default=20, help="pictures a scene; there are ten scenes a size")
     options.add_argument("--batch-size", type=int, default=40)
     options.add_argument("--guidance", type=float, default=4.0)
+    options.add_argument("--denoise-steps", type=int, default=25)
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options.add_argument("--resume", action="store_true", help="`draw`: only pictures that are not there yet")
+    options.add_argument("--sizes", type=lambda text: text.split(","), default=list(SIZES), help="`draw`: some tasks")
     options.add_argument("--steps", type=int, help="`gates`: training steps, the recipe's own unless told")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output", type=Path, help="`table`: folder for the tables and all scores")

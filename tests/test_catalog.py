@@ -8,6 +8,7 @@ import pytest
 
 from molecli import catalog
 from molecli.errors import UsageError
+from molecli.files.concepts import read_concept
 
 
 @pytest.fixture
@@ -74,3 +75,18 @@ def test_recipes_are_found_inside_the_package_and_beside_it(place: str, package:
 def test_every_shipped_builtin_lora_belongs_to_a_folder_with_weights() -> None:
     for folder in catalog.builtin_loras().values():
         assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_the_embedded_image_default_is_small_and_names_no_path() -> None:
+    folder = catalog.package_folder() / "builtin"
+    parts = [f for name in ("tiny-sd", "tiny-clip", "recogniser") for f in (folder / name).rglob("*") if f.is_file()]
+    assert 10e6 < sum(f.stat().st_size for f in parts) < 20e6
+    loras = catalog.builtin_loras(catalog.BUILTIN_IMAGE_BASE)
+    assert len(loras) >= 6
+    for name, lora in loras.items():
+        text = (lora / "concept.json").read_text()
+        assert f'"../../emoji/{name}"' in text
+        concept = read_concept(lora)
+        assert concept is not None
+        assert concept.pictures is not None
+        assert len(list(Path(concept.pictures).glob("*.png"))) >= 3

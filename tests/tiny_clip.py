@@ -1,4 +1,4 @@
-"""A tiny random CLIP in open_clip's folder format: the shape of the embedded one, weights spread so that texts differ."""
+"""A tiny random CLIP in open_clip's folder format: the embedded one's shape, weights spread so that texts differ."""
 
 from __future__ import annotations
 

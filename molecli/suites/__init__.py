@@ -11,7 +11,7 @@ from typing import Any
 
 from molecli.errors import UsageError
 from molecli.files.near import suggestion
-from molecli.protocols import SceneSuite, Suite
+from molecli.protocols import SceneSuite, Split, Suite
 
 SUITES: dict[str, str] = {
     "builtin": "molecli.suites.builtin:BuiltinSuite",
@@ -53,9 +53,14 @@ def load_suite(name: str, *, files: Mapping[str, str] | Sequence[str] | None = N
 
 
 def load_scene_suite(
-    name: str, *, files: Mapping[str, str] | Sequence[str] | None = None, scenes: Sequence[Any] = ()
+    name: str,
+    *,
+    files: Mapping[str, str] | Sequence[str] | None = None,
+    scenes: Sequence[Any] = (),
+    split: Split = "test",
 ) -> SceneSuite:
-    """The suite of scenes called `name`; `files` is for `pictures` alone, `scenes` (of a recipe) for `dreambooth`.
+    """The suite of scenes called `name`; `files` is for `pictures` alone, `scenes` (of a recipe) for `dreambooth`,
+    `split` for `emoji`.
 
     Raises: UsageError for an unknown suite or one for language models, and for what the suite does not read.
     """
@@ -69,7 +74,10 @@ def load_scene_suite(
         raise UsageError("data.files", f"the suite {name!r} has its own files", "Write suite: pictures to read yours.")
     if scenes and name != "dreambooth":
         raise UsageError("data.scenes", f"the suite {name!r} has its own scenes", "Write suite: dreambooth.")
-    suite: SceneSuite = make(files) if name == "pictures" else make(scenes) if name == "dreambooth" else make()
+    if split != "test" and name != "emoji":
+        raise UsageError("data.split", f"the suite {name!r} has the split test alone", "Leave it out.")
+    given = {"pictures": (files,), "dreambooth": (scenes,), "emoji": (split,)}
+    suite: SceneSuite = make(*given.get(name, ()))
     return suite
 
 

@@ -4,7 +4,8 @@
     2 LoRAs ... 5 LoRAs  ten scenes of so many different LoRAs: "a violin, an octopus and a teapot on sand by the sea"
 
 Scenes are made of the LoRAs that are given; a task that needs more of them is left out. Every LoRA occurs equally
-often in a task, up to one. A style is no object: it changes how the scene's objects are drawn.
+often in a task, up to one. A style is no object: it changes how the scene's objects are drawn. The split `train` has
+other scenes of the same tasks, to choose settings on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from molecli.errors import UsageError
 from molecli.files.concepts import Concept
-from molecli.protocols import Element, Scene
+from molecli.protocols import Element, Scene, Split
 from molecli.suites.captions import EMOJI, caption, read_words
 
 SIZES = (2, 3, 4, 5)
@@ -30,6 +31,9 @@ class EmojiSuite:
     name = "emoji"
     version = "1"
 
+    def __init__(self, split: Split = "test") -> None:
+        self.split = split
+
     def tasks(self, concepts: Mapping[str, Concept | None], data_dir: str | None = None) -> list[str]:
         """The tasks that the LoRAs suffice for. Raises: UsageError where none of them is an embedded one."""
         names = known(concepts)
@@ -40,9 +44,10 @@ class EmojiSuite:
         return [CONCEPTS, *(task for task, size in _SIZE.items() if size <= len(names))]
 
     def scenes(self, task: str, concepts: Mapping[str, Concept | None], data_dir: str | None = None) -> list[Scene]:
-        """The scenes of one task; they follow from the task and the set of LoRAs alone."""
+        """The scenes of one task; they follow from the task, the split and the set of LoRAs alone."""
         names = known(concepts)
-        rng = random.Random(f"mole emoji 1/{task}/{','.join(names)}")
+        part = "" if self.split == "test" else f"/{self.split}"
+        rng = random.Random(f"mole emoji 1{part}/{task}/{','.join(names)}")
         if task == CONCEPTS:
             return [_scene(task, number, (name,), rng) for name in names for number in range(ALONE)]
         return [_scene(task, number, loras, rng) for number, loras in enumerate(_dealt(names, _SIZE[task], rng))]

@@ -79,3 +79,13 @@ def test_other_loras_alone_are_refused() -> None:
 
 def test_it_is_a_row_of_the_table() -> None:
     assert isinstance(load_scene_suite("emoji"), EmojiSuite)
+
+
+def test_the_training_scenes_are_others_of_the_same_tasks() -> None:
+    concepts = dict.fromkeys(WORDS.concepts)
+    test, train = EmojiSuite(), EmojiSuite("train")
+    assert test.tasks(concepts) == train.tasks(concepts)
+    for task in test.tasks(concepts)[1:]:
+        mine, other = ([scene.prompt for scene in suite.scenes(task, concepts)] for suite in (test, train))
+        assert len(mine) == len(other)
+        assert not set(mine) & set(other)

@@ -77,7 +77,8 @@ def load_scenes(
     """
     _check_fields(config)
     data = config.data
-    suite = load_scene_suite(suite_name(data.suite, builtin=builtin), files=data.files, scenes=data.scenes)
+    name = suite_name(data.suite, builtin=builtin)
+    suite = load_scene_suite(name, files=data.files, scenes=data.scenes, split=data.split)
     tasks = selected(suite.name, suite.tasks(concepts, data.data_dir), data.tasks, data.data_dir)
     scenes = {task: sample(suite.scenes(task, concepts, data.data_dir), data.limit, task) for task in tasks}
     for task, some in scenes.items():
@@ -111,7 +112,7 @@ def takes_of(scenes: Sequence[Scene], images: int, seed: int) -> list[Take]:
 
 
 def _check_fields(config: EvalConfig) -> None:
-    for section, fields in ((config, ("max_new_tokens",)), (config.data, ("split", "holdout"))):
+    for section, fields in ((config, ("max_new_tokens",)), (config.data, ("holdout",))):
         for name in fields:
             if getattr(section, name) != type(section).model_fields[name].default:
                 prefix = "eval" if section is config else "eval.data"
