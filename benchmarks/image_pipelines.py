@@ -16,8 +16,9 @@ from image_builtin import models
 from image_builtin.captions import LENGTH
 from torch import nn
 
-# diffusers tells of every further adapter what it lacks of the others, and of parts that none adapts.
+# They tell of every further adapter what it lacks of the others, and of parts that none adapts.
 diffusers.logging.set_verbosity_error()
+transformers.logging.set_verbosity_error()
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # What CLIP-L knows; only its first rows are read here.
@@ -39,6 +40,7 @@ def build_pipeline(shape: Shape, *, device: str, dtype: torch.dtype, seed: int) 
     tokenizer = build_tokenizer(shape.tokens)
     with torch.device(device):
         unet, vae, clip, scheduler = shape.parts(tokenizer)
+    scheduler = type(scheduler).from_config(scheduler.config)  # its schedule belongs on the CPU
     for part in (unet, vae, clip):
         part.to(device, dtype).eval().requires_grad_(False)
     parts = {"unet": unet, "vae": vae, "text_encoder": clip, "tokenizer": tokenizer, "scheduler": scheduler}
