@@ -13,7 +13,7 @@ from . import scenes
 from .batches import Batch, World
 from .captions import caption
 
-PICTURES = 5  # a concept
+PICTURES = 6  # a concept: half of them alone, half beside an object of the base, as photographs of a thing would be
 STYLED = 8  # the style
 ATTRIBUTION = """\
 # Where these pictures come from
@@ -33,19 +33,23 @@ def write_concepts(world: World, folder: Path) -> None:
     """Write `<concept>/N.png`, `<style>/N.png`, a prompts.json beside each set, and where the pictures come from."""
     objects = world.objects
     for row, concept in enumerate(objects.concepts):
-        which = torch.full((PICTURES, 1), len(objects.base) + row, device=world.device)
+        generator = scenes.seeded(200 + row, world.device)
+        which = torch.full((PICTURES, 2), len(objects.base) + row, device=world.device)
+        which[: PICTURES // 2, 1] = -1
+        beside = torch.randperm(len(objects.base), generator=generator, device=world.device)[: PICTURES // 2]
+        for place, other in enumerate(beside.tolist()):  # first or second, in turn
+            which[PICTURES // 2 + place, place % 2] = other
         batch = distinct(world, which, styled=False, seed=100 + row)
-        write_set(batch, [concept] * PICTURES, world, "", folder / concept)
+        write_set(batch, world, "", folder / concept)
     generator = scenes.seeded(99, world.device)
     which = torch.randperm(len(objects.base), generator=generator, device=world.device)[:STYLED].unsqueeze(1)
     batch = distinct(world, which, styled=True, seed=98)
-    words = [objects.words[int(row)] for row in which[:, 0]]
-    write_set(batch, words, world, objects.style, folder / objects.style)
+    write_set(batch, world, objects.style, folder / objects.style)
     (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION, "utf-8")
 
 
 def distinct(world: World, which: Tensor, *, styled: bool, seed: int) -> Batch:
-    """Scenes of these single objects [n, 1], no two of them on the same background."""
+    """Scenes of these objects [n, k], no two of them on the same background."""
     flags = torch.full((len(which),), styled, device=world.device)
     while True:
         batch = world.scene(scenes.seeded(seed, world.device), which, flags)
@@ -54,12 +58,15 @@ def distinct(world: World, which: Tensor, *, styled: bool, seed: int) -> Batch:
         seed += 1000
 
 
-def write_set(batch: Batch, words: list[str], world: World, style: str, folder: Path) -> None:
+def write_set(batch: Batch, world: World, style: str, folder: Path) -> None:
     """Write pictures 0.png, 1.png, … and prompts.json ({file: caption})."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     prompts: dict[str, str] = {}
-    for row, word in enumerate(words):
+    for row, which in enumerate(batch.which.tolist()):
         pixels = (batch.images[row] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         Image.fromarray(pixels).save(folder / f"{row}.png", optimize=True)
-        prompts[f"{row}.png"] = caption([word], world.objects.phrases[int(batch.background[row])], style)
+        words = [world.objects.words[place] for place in which if place >= 0]
+        prompts[f"{row}.png"] = caption(words, world.objects.phrases[int(batch.background[row])], style)
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n", "utf-8")

@@ -129,9 +129,11 @@ def run_loras(target: Path, more: tuple[str, ...], *, at_once: int) -> int:
 
 
 def install_loras(source: Path, package: Path = BUILTIN) -> None:
-    """Copy what ships of each LoRA into the package; its concept names the pictures beside it there."""
+    """Copy what ships of each LoRA there is into the package; its concept names the pictures beside it there."""
     for lesson in lessons(load_objects()):
         folder = package / "image-loras" / lesson.name
+        if not (source / lesson.name / WEIGHTS).is_file():
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / lesson.name / WEIGHTS, folder / WEIGHTS)
         concept = json.loads((source / lesson.name / CONCEPT_FILE).read_text("utf-8"))

@@ -19,7 +19,7 @@ from molecli.cli.options import (
     Switch,
     recipe_command,
 )
-from molecli.cli.runs import RECIPE_FILE, is_recipe, recipe_file, show_plan, started
+from molecli.cli.runs import RECIPE_FILE, base_of_composition, is_recipe, recipe_file, show_plan, started
 from molecli.cli.single import single
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
@@ -99,7 +99,7 @@ def _file_and_compositions(request: Request) -> tuple[str | None, dict[str, Any]
     if not targets:
         return recipe_file(request), {}
     if not recipes:
-        return None, {"compositions": list(targets)}
+        return None, {"compositions": list(targets), **base_of_composition(targets[0], request)}
     if len(targets) > 1:
         raise UsageError(recipes[0], "a recipe stands alone", "Name one recipe, or only compositions.")
     return recipes[0], {}

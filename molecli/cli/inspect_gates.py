@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from molecli.cli.options import BASE, IMAGE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Switch, recipe_command
-from molecli.cli.runs import is_recipe, started
+from molecli.cli.runs import base_of_composition, is_recipe, started
 from molecli.cli.single import single
 from molecli.errors import UsageError
 from molecli.files.recipe import EvaluateRecipe
@@ -91,8 +91,9 @@ def _own_data(path: str, request: Request) -> dict[str, Any]:
         composition.mode == "gated"
         and find_base(base_of(BaseConfig(id=named) if named else None, composition)).pipeline
     ):
-        return {"compositions": [path], "eval.images": PICTURES_PER_PROMPT}
+        return {"compositions": [path], "eval.images": PICTURES_PER_PROMPT, **base_of_composition(path, request)}
     more: dict[str, Any] = {"compositions": [path], "eval.data.limit": EXAMPLES_PER_TASK}
+    more |= base_of_composition(path, request)
     if "eval.data.suite" not in request.overrides:
         own = yaml.safe_load(composition.recipe)
         scored = (own.get("evaluate") or {}).get("data")

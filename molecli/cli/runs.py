@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from molecli import catalog
 from molecli.cli.options import Request
@@ -38,6 +38,21 @@ def recipe_file(request: Request) -> str | None:
 def is_recipe(target: str) -> bool:
     """Whether a positional argument names a recipe: a .yaml file, or a shipped recipe."""
     return target.endswith((".yaml", ".yml")) or (target in catalog.recipes() and not Path(target).exists())
+
+
+def base_of_composition(path: str, request: Request) -> dict[str, Any]:
+    """The base that a composition was made on, as keys of a recipe; nothing where a flag names another.
+
+    Flags that say how to load it (--dtype) then change that base, and its domain's defaults hold.
+    """
+    import yaml
+
+    from molecli.files.composition import load_composition
+
+    if "base.id" in request.overrides:
+        return {}
+    own = yaml.safe_load(load_composition(path).recipe)["base"]
+    return {f"base.{key}": value for key, value in own.items()}
 
 
 def show_plan(recipe: Recipe, request: Request, *, file: str | None = None) -> None:

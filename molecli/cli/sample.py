@@ -17,7 +17,7 @@ from molecli.cli.options import (
     Switch,
     recipe_command,
 )
-from molecli.cli.runs import is_recipe, started
+from molecli.cli.runs import base_of_composition, is_recipe, started
 from molecli.cli.single import single
 from molecli.errors import UsageError
 from molecli.files.recipe import SampleRecipe
@@ -60,7 +60,7 @@ def sample(request: Request) -> None:
     file = target if target is not None and is_recipe(target) else None
     more: dict[str, Any] = {}
     if target not in (None, "-", file):
-        more["composition"] = target
+        more |= {"composition": target, **base_of_composition(str(target), request)}
     prompts = _prompts(request, from_stdin=target == "-")
     if prompts:
         more["prompts"] = prompts

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_clip import build_tiny_clip
 
 from molecli.catalog import package_folder
@@ -146,3 +147,13 @@ def test_a_language_models_evaluation_has_nothing_to_go_on_from(
     assert ran.err == (
         "mole: --resume: an evaluation of a language model has nothing to go on from. Write --overwrite to repeat it.\n"
     )
+
+
+def test_a_flag_on_how_to_load_the_base_changes_the_compositions_own(
+    mole: Callable[..., Any], picture_world: Any, tmp_path: Path
+) -> None:
+    folder, drawing = tmp_path / "drawn", ("--prompt", "a cat", "--denoise-steps", "1", "--dtype", "float32")
+    ran = mole("sample", str(picture_world.gated), *drawing, "--output", str(folder))
+    assert ran.code == 0, ran.err
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert (recipe["base"]["id"], recipe["base"]["dtype"]) == (str(picture_world.base), "float32")

@@ -22,11 +22,14 @@ IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "compose": {"train": {"batch_size": 8}, "evaluate": None},
 }
+# What the embedded base was made and judged with.
+_DRAWN = {"guidance": 4.0}
 _BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "train-lora": {"train": {"batch_size": 8, "lr": 1e-3}},
+    "train-lora": {"train": {"batch_size": 8, "lr": 1e-3, "steps": 300}},
+    "sample": {"image": _DRAWN},
     # Meant to fit two minutes on two cores with the preview: about half a CPU second a step.
-    "compose": {"train": {"steps": 150}},
-    "evaluate": {"eval": {"data": {"suite": "emoji"}}},
+    "compose": {"train": {"steps": 150}, "image": _DRAWN},
+    "evaluate": {"eval": {"data": {"suite": "emoji"}}, "image": _DRAWN},
 }
 
 
