@@ -17,6 +17,7 @@ from torch import nn
 from molecli.backbones.hosting import Mixture
 from molecli.engine.attach import attach_composition
 from molecli.engine.mixing import build_mixture
+from molecli.engine.names import numbered
 from molecli.engine.sample import switch
 from molecli.errors import UsageError
 from molecli.experts import Expert
@@ -89,14 +90,9 @@ def composition_methods(
 
 
 def distinct(methods: Iterable[Method]) -> dict[str, Method]:
-    """The methods by name; a name that is taken (a LoRA called "base") gets a number."""
-    named: dict[str, Method] = {}
-    for method in methods:
-        name, number = method.name, 2
-        while name in named:
-            name, number = f"{method.name} ({number})", number + 1
-        named[name] = method
-    return named
+    """The methods by name, a number behind each name that is taken."""
+    listed = list(methods)
+    return dict(zip(numbered(method.name for method in listed), listed, strict=True))
 
 
 def folder_names(paths: Sequence[str]) -> dict[str, str]:

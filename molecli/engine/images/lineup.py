@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from molecli.engine.images.columns import BASE, Column, Studio, masked
 from molecli.engine.images.scenes import SceneBench
+from molecli.engine.names import numbered
 from molecli.engine.sample import switch
 from molecli.errors import UsageError
 from molecli.files.composition import Composition
@@ -87,7 +88,8 @@ def make_lineup(
         entrants.append(_composed(mode, some, off))
     if not entrants:
         raise UsageError("--modes", "nothing is left to draw with", "Name a mode, or switch fewer LoRAs off.")
-    return _distinct(entrants)
+    names = numbered(entrant.name for entrant in entrants)
+    return [replace(entrant, name=name) for entrant, name in zip(entrants, names, strict=True)]
 
 
 def _fixed(studio: Studio, mode: str, bench: SceneBench, off: Sequence[str]) -> Entrant:
@@ -142,14 +144,3 @@ def _check_covered(some: Sequence[Learned], scene: Scene) -> None:
 
 def _experts(studio: Studio, loras: Sequence[str]) -> list[Any]:
     return [[name, studio.experts[name].sha256, studio.weights.get(name, 1.0)] for name in loras]
-
-
-def _distinct(entrants: Sequence[Entrant]) -> list[Entrant]:
-    """The entrants with a number behind each name that is taken: a LoRA may be called like a mode."""
-    named: dict[str, Entrant] = {}
-    for entrant in entrants:
-        name, number = entrant.name, 2
-        while name in named:
-            name, number = f"{entrant.name} ({number})", number + 1
-        named[name] = Entrant(name, entrant.column, entrant.seal)
-    return list(named.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from molecli.catalog import BUILTIN_IMAGE_BASE, builtin_loras
 from molecli.engine.attach import read_experts
 from molecli.engine.images.columns import BASE, Column, Studio, masked, read_concepts
 from molecli.engine.images.drawing import Failure, Job, check_drawn, draw, warnings_as_notes
-from molecli.engine.images.names import slugs
 from molecli.engine.images.png import PictureFacts, write_png
 from molecli.engine.images.sheet import SheetRow, write_sheets
+from molecli.engine.names import numbered, slugs
 from molecli.engine.sample import PICTURE_BASE, SAMPLES_FILE, TEXT_FIELDS, Progress, base_of, check_fields
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
@@ -150,7 +150,8 @@ def sample_columns(recipe: SampleRecipe, composition: Composition | None, backbo
     if composition is not None:
         own = studio.composed(composition.mode, composition, recipe.loras)
         columns.append(masked(own, mask=recipe.mask, only=recipe.only))
-    return _renamed(columns)
+    names = numbered(column.name for column in columns)
+    return [replace(column, name=name) for column, name in zip(columns, names, strict=True)]
 
 
 def picture_paths(folder: Path, recipe: SampleRecipe, columns: Sequence[str]) -> dict[_Place, Path]:
@@ -250,14 +251,3 @@ def _one_mode(recipe: SampleRecipe, loras: Sequence[LoraLike]) -> tuple[Any, ...
         remedy = "Write --modes linear,switch or the like, name a composition, or one LoRA with --only."
         raise UsageError("--loras", what, remedy)
     return (SINGLE,)
-
-
-def _renamed(columns: Sequence[Column]) -> list[Column]:
-    """The columns with a number behind each name that is taken: a LoRA may be called like a mode."""
-    named: dict[str, Column] = {}
-    for column in columns:
-        name, number = column.name, 2
-        while name in named:
-            name, number = f"{column.name} ({number})", number + 1
-        named[name] = Column(name, column.mixture, column.loras)
-    return list(named.values())

@@ -19,10 +19,10 @@ from PIL import Image
 
 from molecli.engine.images.drawing import Failure, Job, draw
 from molecli.engine.images.lineup import Entrant
-from molecli.engine.images.names import slugs
 from molecli.engine.images.png import PictureFacts, write_png
 from molecli.engine.images.sample import facts_of
 from molecli.engine.images.scenes import Take
+from molecli.engine.names import slugs
 from molecli.engine.sample import Progress
 from molecli.files.recipe import ImageConfig
 

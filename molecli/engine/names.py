@@ -1,11 +1,20 @@
-"""Names as parts of paths."""
+"""Names that tell things apart: in a table's columns, and as parts of paths."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _UNSAFE = re.compile(r"[^\w.-]+")
+
+
+def numbered(names: Iterable[str]) -> list[str]:
+    """The names, with a number behind each that is taken: a LoRA may be called like a mode, "base" say."""
+    found: list[str] = []
+    for name in names:
+        counted = (name, *(f"{name} ({number})" for number in range(2, len(found) + 2)))
+        found.append(next(one for one in counted if one not in found))
+    return found
 
 
 def slugs(names: Sequence[str], *, longest: int = 80) -> dict[str, str]:
