@@ -5,12 +5,11 @@
 A hook before the UNet repeats its inputs, a hook after it combines the outputs, and inside each branch's rows only its
 own experts' ranks are computed. The pipeline is used as it is and knows nothing of it.
 
-Contents: Branching; BranchedGroup, the experts apart at matrices that read one input.
+Contents: Branching.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,96 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molecli.backbones.hosted import HostedGroup, HostedSite, host_group, reference
+from molecli.backbones.branched import BranchedGroup, Branches
+from molecli.backbones.hosted import reference
 from molecli.backbones.hosting import Mixture
+from molecli.backbones.moments import Clock, guided
 from molecli.backbones.pipeline import PipelineModules
 from molecli.backbones.streams import Streams
 from molecli.errors import UsageError
 from molecli.experts import ExpertBank
-from molecli.protocols import Group, Moment, OutputMethod, Reading, Site
+from molecli.protocols import Moment, OutputMethod, Reading, Site
 
-# Of each branch in a UNet call: its experts and their weights, each a tensor [1] on the UNet's device.
-Branches = Sequence[Sequence[tuple[int, Tensor]]]
-# How many of these are remembered, so that a step that comes again copies nothing to the device.
+# How many steps' branches are remembered, so that a step that comes again copies nothing to the device.
 _KNOWN = 64
-
-
-class BranchedGroup:
-    """Matrices that read one input, the factors of each expert apart, so that a branch pays for its own only."""
-
-    def __init__(self, group: Group, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
-        self.parts: list[HostedGroup | None] = []
-        self.places: list[dict[int, int]] = []  # of each expert: place in the group -> place in its part
-        for expert in bank.experts:
-            own = [place for place, matrix in enumerate(group.matrices) if matrix in expert.factors]
-            part = Group(tuple(group.matrices[place] for place in own), group.stream)
-            site = HostedSite(Site(expert.name, (part,)), nn.Identity())
-            self.parts.append(host_group(part, site, ExpertBank([expert]), modules) if own else None)
-            self.places.append({place: i for i, place in enumerate(own)})
-        self.matrices = len(group.matrices)
-        self.x: Tensor | None = None
-        self.mixed: list[dict[int, tuple[Tensor, ...]]] = []
-        self.served = 0
-        self.lasting = next(part for part in self.parts if part is not None).lasting
-        self._last: tuple[weakref.ref[Tensor], int] | None = None
-        self._kept: list[tuple[Branches, list[dict[int, tuple[Tensor, ...]]]]] = []
-
-    def add(self, y: Tensor, x: Tensor, index: int, branches: Branches) -> Tensor:
-        """y, the output of the group's matrix `index` for x, and on each branch's rows the share of its experts."""
-        if self.x is not x:
-            self._mix(x, branches)
-        if len(branches) == 1:
-            y = self._expanded(y, 0, index)
-        else:
-            # In place without gradients: the pieces are views of y.
-            pieces = [self._expanded(piece, k, index) for k, piece in enumerate(y.chunk(len(branches)))]
-            y = torch.cat(pieces) if torch.is_grad_enabled() else y
-        self.served += 1
-        if self.served == self.matrices:
-            self.forget()
-        return y
-
-    def forget(self) -> None:
-        """Drop what is kept of the current input."""
-        self.x, self.mixed, self.served = None, [], 0
-
-    def _mix(self, x: Tensor, branches: Branches) -> None:
-        lasts = self.lasting and not torch.is_grad_enabled() and not x.is_inference()
-        kept = self._of_before(x, branches) if lasts else None
-        self.x, self.served = x, 0
-        if kept is not None:
-            self.mixed = kept
-            return
-        pieces = x.chunk(len(branches)) if len(branches) > 1 else (x,)
-        self.mixed = [
-            {expert: self._projected(expert, piece, weight) for expert, weight in branch}
-            for piece, branch in zip(pieces, branches, strict=True)
-        ]
-        if lasts:
-            self._kept.append((branches, self.mixed))
-
-    def _of_before(self, x: Tensor, branches: Branches) -> list[dict[int, tuple[Tensor, ...]]] | None:
-        """What an earlier pass made of the very same text for the same branches, if there was one."""
-        if self._last is None or self._last[0]() is not x or self._last[1] != x._version:
-            self._last, self._kept = (weakref.ref(x), x._version), []
-        return next((mixed for known, mixed in self._kept if known is branches), None)
-
-    def _projected(self, expert: int, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        part = self.parts[expert]
-        if part is None:
-            return ()
-        u = part.project(x)
-        part.weight(x, u, weight.to(u.dtype))
-        mixed = part.mixed
-        part.forget()
-        return mixed
-
-    def _expanded(self, y: Tensor, branch: int, index: int) -> Tensor:
-        for expert, mixed in self.mixed[branch].items():
-            part, place = self.parts[expert], self.places[expert].get(index)
-            if part is not None and place is not None:
-                y = part.expand(y, mixed[place], part.Bt[place])
-        return y
 
 
 @dataclass
@@ -155,7 +76,7 @@ class Branching(Mixture):
         self.sites = tuple(sites)
         self.pipeline, self.method, self.branches_at_once = model, method, branches_at_once
         self._inside = inside
-        self._clock = _Clock()
+        self._clock = Clock()
         self._branched: list[BranchedGroup] = []
         self._kept: Tensor | None = None
         self._branches: Branches = ()
@@ -220,7 +141,7 @@ class Branching(Mixture):
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         pipe = self.pipeline.pipe
-        moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, _guided(pipe, len(sample)))
+        moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, guided(pipe, len(sample)))
         weights = self.method.branches(moment, self._kept)
         at_once = min(self.branches_at_once or len(weights), len(weights))
         self._call = _Call(args, kwargs, len(sample), moment, weights, at_once)
@@ -301,36 +222,6 @@ class _TextGate(nn.Module):
 
     def forward(self, reading: Reading | None, keep: Tensor | None = None) -> Tensor:
         return self.method.text_weights(keep).to(self.place.device)
-
-
-class _Clock:
-    """Which denoising step a UNet call is, read off the scheduler: its own loop need not be known."""
-
-    def __init__(self) -> None:
-        self._times: weakref.ref[Tensor] | None = None
-        self._values: list[float] = []
-        self._index = -1
-
-    def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool) -> Moment:
-        """The step at `timestep`: the next one, where it fits (a scheduler may come back to a time), else the first
-        of that time."""
-        time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-        times = getattr(scheduler, "timesteps", None)
-        if not isinstance(times, Tensor) or times.numel() == 0:
-            return Moment(0, 1, time, guided)
-        if self._times is None or self._times() is not times:  # every picture's scheduler sets its times anew
-            self._times, self._values, self._index = weakref.ref(times), [float(t) for t in times.tolist()], -1
-        following = self._index + 1
-        if following >= len(self._values) or self._values[following] != time:
-            gaps = [abs(value - time) for value in self._values]
-            following = gaps.index(min(gaps))
-        self._index = following
-        return Moment(following, len(self._values), time, guided)
-
-
-def _guided(pipe: Any, rows: int) -> bool:
-    """Whether the UNet's rows are two halves. A pipeline that was never called knows of no guidance."""
-    return rows % 2 == 0 and bool(getattr(pipe, "do_classifier_free_guidance", False))
 
 
 def _repeated(value: Any, branches: int, rows: int) -> Any:

@@ -11,8 +11,9 @@ import torch
 from tiny_pipelines import PIPELINES, close, make_expert
 from torch import Tensor, nn
 
-from molecli.backbones.branching import Branching, _Clock
+from molecli.backbones.branching import Branching
 from molecli.backbones.diffusion import Conditioning, Diffusion
+from molecli.backbones.moments import Clock
 from molecli.backbones.schedulers import make_scheduler
 from molecli.engine.mixing import build_mixture
 from molecli.errors import RunError, UsageError
@@ -268,7 +269,7 @@ def test_a_language_model_has_no_denoising_steps(tiny_llama: Any) -> None:
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "pndm", "heun", "euler", "dpmsolver++", "unipc"])
 def test_the_clock_counts_the_calls_of_every_scheduler(sd: Diffusion, name: str) -> None:
     scheduler = make_scheduler(name, sd.pipe.scheduler)
-    clock = _Clock()
+    clock = Clock()
     for _ in range(2):  # a second picture starts again
         scheduler.set_timesteps(6)
         moments = [clock.moment(scheduler, time, False) for time in scheduler.timesteps]
@@ -279,8 +280,8 @@ def test_the_clock_counts_the_calls_of_every_scheduler(sd: Diffusion, name: str)
 def test_a_call_outside_the_loop_is_the_step_nearest_in_time(sd: Diffusion) -> None:
     scheduler = make_scheduler("ddim", sd.pipe.scheduler)
     scheduler.set_timesteps(10)
-    assert _Clock().moment(scheduler, torch.tensor([480, 480]), False).index == 4
-    assert _Clock().moment(nn.Identity(), 480.0, False).total == 1
+    assert Clock().moment(scheduler, torch.tensor([480, 480]), False).index == 4
+    assert Clock().moment(nn.Identity(), 480.0, False).total == 1
 
 
 @pytest.mark.parametrize(
