@@ -20,7 +20,8 @@ IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
         "adapter": {"rank": 8, "alpha": 8, "targets": "attention"},
         "train": {"steps": 500, "batch_size": 2, "lr": 1e-4, "schedule": "constant", "warmup_steps": 0},
     },
-    "compose": {"train": {"batch_size": 8}, "evaluate": None},
+    # Each position and each word of the prompt its own LoRAs: docs/images.md has the measurement.
+    "compose": {"gate": {"pool": "token"}, "train": {"batch_size": 8}, "evaluate": None},
 }
 # What the embedded base was made and judged with.
 _DRAWN = {"guidance": 4.0}
