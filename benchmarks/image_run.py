@@ -32,7 +32,7 @@ SIZES = ("2 LoRAs", "3 LoRAs", "4 LoRAs", "5 LoRAs")
 METRICS = ("recognised", "text_alignment", "image_alignment")
 OURS = "gated"
 # Columns of the table; a process each, so that a GPU is never waiting.
-FIXED = (("base", "linear", "nla"), ("switch", "w_switch"), ("composite",), ("w_composite",), ("loratorio",))
+FIXED = (("linear", "nla"), ("composite",), ("switch",), ("base",), ("w_switch",), ("w_composite",), ("loratorio",))
 VARIANTS: dict[str, tuple[str, ...]] = {
     OURS: (),
     "pool mean": ("gate.pool=mean",),

@@ -42,7 +42,9 @@ def test_the_dreambooth_recipe_preserves_the_class_at_512_pixels() -> None:
 def test_pictures_without_a_base_are_for_the_embedded_pipeline() -> None:
     recipe = load_recipe(None, "train-lora", {"pictures.instance_dir": "dog", "pictures.instance_prompt": "sks dog"})
     assert isinstance(recipe, TrainLoraRecipe)
-    assert (recipe.base.id, recipe.adapter.targets) == (BUILTIN_IMAGE_BASE, "attention")
+    assert (recipe.base.id, recipe.adapter.targets) == (BUILTIN_IMAGE_BASE, "all-linear")
+    elsewhere = load_recipe(None, "train-lora", {"base.id": "a/b", "pictures.instance_dir": "dog"})
+    assert elsewhere.adapter.targets == "attention"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
