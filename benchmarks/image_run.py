@@ -155,7 +155,7 @@ def read(folder: Path) -> dict[str, dict[str, Scores]]:
             row = json.loads(line)
             method = slugs.get(row["method"], row["method"])
             for metric in METRICS:
-                place = (row["task"], f"{row['scene']} #{row['seed']}")
+                place = (f"{len(row['loras'])} LoRAs", f"{row['scene']} #{row['seed']}")
                 found.setdefault(method, {}).setdefault(metric, {})[place] = float(row[metric])
     return found
 
