@@ -158,7 +158,9 @@ def test_concept_pictures_have_prompts_and_different_backgrounds(world: World, t
     for name in (*OBJECTS.concepts, OBJECTS.style):
         prompts = json.loads((tmp_path / name / "prompts.json").read_text("utf-8"))
         assert set(prompts) == {path.name for path in (tmp_path / name).glob("*.png")}
-        assert len(prompts) == (8 if name == OBJECTS.style else 5)
+        assert len(prompts) == (8 if name == OBJECTS.style else 6)
+        beside = [p for p in prompts.values() if " and " in p.split(" on ", 1)[0]]
+        assert len(beside) == (0 if name == OBJECTS.style else 3)
         assert len({prompt.split(" on ", 1)[1] for prompt in prompts.values()}) == len(prompts)
         assert all(name in prompt.split() for prompt in prompts.values())
     assert "CC-BY 4.0" in (tmp_path / "ATTRIBUTION.md").read_text("utf-8")
