@@ -167,7 +167,8 @@ def _of(scores: Scores, tasks: Iterable[str]) -> list[torch.Tensor]:
 
 def _table(found: Mapping[str, Mapping[str, Scores]], order: Sequence[str], metric: str) -> list[str]:
     rows = [f"| {metric} (%) | " + " | ".join(order) + " |", "|---|" + "---:|" * len(order)]
-    for label, tasks in (*((size, (size,)) for size in SIZES), ("average", SIZES)):
+    sizes = _sizes(found)
+    for label, tasks in (*((size, (size,)) for size in sizes), ("average", sizes)):
         cells = []
         for name in order:
             interval = _interval(_of(found[name][metric], tasks))
@@ -185,12 +186,19 @@ def _differences(found: Mapping[str, Mapping[str, Scores]], order: Sequence[str]
         if name == subject:
             continue
         parts = []
-        for label, tasks in (*((size, (size,)) for size in SIZES), ("3 and more", SIZES[1:])):
+        sizes = _sizes(found)
+        for label, tasks in (*((size, (size,)) for size in sizes), ("3 and more", [s for s in sizes if s != SIZES[0]])):
             mine, other = (_of(found[n]["recognised"], tasks) for n in (subject, name))
             i = paired_bootstrap(mine, other, generator=torch.Generator().manual_seed(0), samples=2000)
             parts.append(f"{label} {i.estimate:+.1f} [{i.low:+.1f}, {i.high:+.1f}]")
         lines.append(f"- {name}: " + "; ".join(parts))
     return [*lines, ""]
+
+
+def _sizes(found: Mapping[str, Mapping[str, Scores]]) -> list[str]:
+    """The tasks that were drawn."""
+    drawn = {task for by_metric in found.values() for task, _ in by_metric[METRICS[0]]}
+    return [size for size in SIZES if size in drawn]
 
 
 def _interval(tasks: Sequence[torch.Tensor]) -> Interval:

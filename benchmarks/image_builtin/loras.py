@@ -85,7 +85,7 @@ def judge_loras(folder: Path, sheet: Path, device: torch.device, *, seeds: int =
     Writes `sheet` and the numbers beside it.
     """
     objects = load_objects()
-    backbone = load_backbone(BaseConfig(id=BASE, dtype="float32"), device)
+    backbone = load_backbone(BaseConfig(id=BASE, dtype="bfloat16"), device)
     assert isinstance(backbone, Diffusion)
     recogniser = load_recogniser(BUILTIN / "recogniser").to(device)
     rows, cells = {}, []
