@@ -100,7 +100,8 @@ def loras(given: argparse.Namespace) -> int:
     if given.stage == "install-loras":
         install_loras(given.loras)
     else:
-        judge_loras(given.loras, given.loras / "judge.png", torch.device(given.device))
+        given.export.mkdir(parents=True, exist_ok=True)
+        judge_loras(given.loras, given.export / "judge-loras.png", torch.device(given.device))
     return 0
 
 
