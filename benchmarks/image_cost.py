@@ -39,6 +39,8 @@ from molecli.files.recipe import GateConfig
 # What the issue promises: of the base, and of as many single passes with one LoRA.
 GATED_TARGET, COMPOSITE_TARGET, SWITCH_TARGET = 1.3, 1.1, 1.05
 
+ALWAYS = ("base", "one LoRA")  # what the ratios are of
+
 
 @dataclass
 class Row:
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     work = make_work(pipe, batch=args.batch, pixels=args.pixels, encode="text" in args.parts, seed=args.seed)
     with tempfile.TemporaryDirectory() as folder:
         hosts = make_hosts(pipe, args, Path(folder))
+    if args.only:
+        hosts = [host for host in hosts if host.name in (*ALWAYS, *args.only)]
     rows = [Row(host.name, host.loras, host.rank, host.passes, host.bytes) for host in hosts]
     works = [partial(host.draw, work, max(args.steps, host.steps)) for host in hosts]
     settings = {"rounds": args.rounds, "warmup": args.warmup, "clock": args.clock}
@@ -90,6 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", default="attention", help=f"what the LoRAs adapt: some of {','.join(PARTS)}")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRAs that are composed")
     parser.add_argument("--composite", default="2,3,5", help="numbers of LoRAs")
+    parser.add_argument("--only", type=lambda text: text.split("; "), help="time these methods alone, as 'NAME; NAME'")
     parser.add_argument(
         "--steps",
         type=int,

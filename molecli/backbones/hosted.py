@@ -34,12 +34,12 @@ class HostedSite:
         self.owners: list[Tensor] = []  # of its groups' ranks, in the order of the groups
         self.owner = torch.empty(0)  # the same as one tensor
         self.ranks: list[int] = []  # how many of it each group has
+        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
         self.tensors = (*gate.parameters(), *gate.buffers())
 
     def stamp(self) -> tuple[tuple[int, int], ...]:
         """What changes when a tensor of the gate is replaced or written to."""
         return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in self.tensors)
-        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
 
 
 @dataclass(frozen=True)

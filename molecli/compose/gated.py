@@ -102,7 +102,7 @@ class InputGate(nn.Module):
             self.observed.add(features.detach(), reading.valid if features.dim() == 3 else None)
         if self._folds and not torch.is_grad_enabled():
             weight, bias = self._folded()
-            return gate_values(F.linear(features - self.mean, weight, bias), top_k=self.top_k, keep=keep)
+            return gate_values(F.linear(features, weight, bias), top_k=self.top_k, keep=keep)
         logits = self.head(self._normalized(features))
         return gate_values(logits, self.log_temperature, top_k=self.top_k, keep=keep)
 
@@ -111,9 +111,9 @@ class InputGate(nn.Module):
         return self.normalize == "standardize" and isinstance(self.head, FeatureHead)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """The head's weight and bias with the spread and the temperature in them, made anew when one of these changed.
+        """The head's weight and bias with moments and temperature in them, made anew when one of these changed.
 
-        Five small operations fewer a gate: at small batches an accelerator waits for such.
+        Six small operations fewer a gate: at small batches an accelerator waits for such.
         """
         tensors = (*self.head._parameters.values(), *self._parameters.values(), *self._buffers.values())
         stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
@@ -121,7 +121,9 @@ class InputGate(nn.Module):
             assert isinstance(self.head, FeatureHead)
             cooled = torch.exp(-self.log_temperature)
             scale = cooled / (self.std * math.sqrt(len(self.std)))
-            self._fold = stamp, self.head.matrix() * scale, self.head.bias * cooled
+            weight = self.head.matrix().double() * scale
+            bias = self.head.bias * cooled - weight @ self.mean.double()
+            self._fold = stamp, weight.float(), bias.float()
         return self._fold[1:]
 
     def features(self, reading: Reading) -> Tensor:
