@@ -1,0 +1,78 @@
+"""Algebra of low-rank updates that never builds ΔW: sums, spectra and truncation from the factors.
+
+Tensors in, tensors out. Axes: see `molecli.experts`. A pair (A [r, d_in], B [d_out, r]) stands for ΔW = B A, scalings
+folded in; a convolution's A comes flattened, [r, c_in·k_h·k_w]. Costs O((d_in + d_out)·r²), whatever d_in·d_out is.
+Contents: cat, svd, balanced, norm, difference, truncated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cat(
+    factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float] | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(A [R, d_in], B [d_out, R]) of Σ w_i B_i A_i exactly: rows stacked, weights folded into B; 1 each by default.
+
+    Raises: ValueError where there is not one weight per pair.
+    """
+    scales = [1.0] * len(factors) if weights is None else [float(w) for w in weights]
+    return (
+        torch.cat([A for A, _ in factors]),
+        torch.cat([w * B for w, (_, B) in zip(scales, factors, strict=True)], dim=1),
+    )
+
+
+def svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [d_out, k], S [k] from the largest, Vᵀ [k, d_in] of B A, float64, k = min(r, d_in, d_out).
+
+    QR of both sides leaves a k×k core whose singular values are those of B A. Values that rounding alone would give
+    come back as they are: the numerical rank is the caller's to judge.
+    """
+    q_out, r_out = torch.linalg.qr(_wide(B))
+    q_in, r_in = torch.linalg.qr(_wide(A).T)
+    U, S, Vt = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+    return q_out @ U, S, Vt @ q_in.T
+
+
+def balanced(U: Tensor, S: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) of U diag(S) Vᵀ with √S on either side, so that both factors have the same norm."""
+    root = S.sqrt()
+    return root[:, None] * Vt, U * root
+
+
+def norm(A: Tensor, B: Tensor) -> float:
+    """‖B A‖_F, float64. From triangular factors: products AAᵀ and BᵀB would lose half the digits."""
+    _, r_out = torch.linalg.qr(_wide(B), mode="r")
+    _, r_in = torch.linalg.qr(_wide(A).T, mode="r")
+    return torch.linalg.matrix_norm(r_out @ r_in.T).item()
+
+
+def difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(A, B) of first − second, exactly, rank r₁ + r₂."""
+    return cat([first, second], [1.0, -1.0])
+
+
+def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(A', B') of the best approximation of B A by `rank` or fewer, and its relative error in the Frobenius norm.
+
+    Balanced factors in the dtype of A and B. The error, ‖B A − B' A'‖/‖B A‖ before that rounding, is 0 for ΔW = 0.
+    Source: Eckart and Young (1936).
+    Raises: ValueError for a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank {rank} is below 1")
+    U, S, Vt = svd(A, B)
+    low_A, low_B = balanced(U[:, :rank], S[:rank], Vt[:rank])
+    total = S.norm().item()
+    error = S[rank:].norm().item() / total if total > 0 else 0.0
+    return low_A.to(A.dtype), low_B.to(B.dtype), error
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x for decompositions: float64, float32 where the device has none."""
+    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
