@@ -55,6 +55,14 @@ class Expert:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """Several experts as one LoRA: its factors by matrix, and what its rank cost at each, ‖meant − merged‖/‖meant‖."""
+
+    factors: Mapping[str, LowRank]
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Stacked:
     """All experts at one matrix, concatenated along rank; scalings are folded into B.
 

@@ -39,6 +39,7 @@ class Mixture:
         renormalize_absent: bool = False,
     ) -> None:
         self.model, self.bank = model, bank
+        self._hosted_bank = bank  # what is hosted: the experts themselves
         self.sites = tuple(sites)
         modules = dict(model.named_modules())
         for matrix in bank.matrices:
@@ -74,7 +75,7 @@ class Mixture:
             # A gate of an earlier attachment is none of this one's prompts.
             hosted.step, hosted.value, hosted.maker, hosted.origin = -1, None, None, None
             for group in hosted.site.groups:
-                live = host_group(group, hosted, self.bank, self._modules)
+                live = host_group(group, hosted, self._hosted_bank, self._modules)
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))

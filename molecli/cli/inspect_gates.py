@@ -88,7 +88,7 @@ def _own_data(path: str, request: Request) -> dict[str, Any]:
     composition = load_composition(path)
     named = request.overrides.get("base.id")
     if (
-        composition.mode == "gated"
+        composition.level == "site"
         and find_base(base_of(BaseConfig(id=named) if named else None, composition)).pipeline
     ):
         return {"compositions": [path], "eval.images": PICTURES_PER_PROMPT, **base_of_composition(path, request)}

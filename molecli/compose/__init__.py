@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from molecli.errors import UsageError
 
@@ -19,6 +21,16 @@ class Method:
     summary: str
     target: str
 
+    @property
+    def merges(self) -> bool:
+        """Whether it makes one LoRA of all, as low-rank factors (`compose.updates`)."""
+        return self.target.endswith(":merge")
+
+    def load(self) -> Any:
+        """What the row points to."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(import_module(module), attribute)
+
 
 METHODS = {
     method.name: method
@@ -31,11 +43,35 @@ METHODS = {
             "learned gates weight the LoRAs by the input",
             "molecli.compose.gated:build_gates",
         ),
+        Method(
+            "soup",
+            "site",
+            True,
+            "LoRA Soups, 2410.13025",
+            "learned weights per site, the same for every input",
+            "molecli.compose.soup:build_gates",
+        ),
         Method("linear", "weights", False, "MoLE Eq. 1", "the sum of all LoRAs", "molecli.compose.linear:gate"),
         Method(
             "nla", "weights", False, "MoLE Eq. 2", "the sum with weights that add up to 1", "molecli.compose.nla:gate"
         ),
         Method("single", "weights", False, "Hu et al. 2021", "one LoRA alone", "molecli.compose.single:gate"),
+        *(
+            Method(name, "weights", trained, paper, summary, f"molecli.compose.{name}:merge")
+            for name, trained, paper, summary in (
+                ("cat", False, "PEFT", "the sum as one LoRA, all ranks side by side"),
+                ("svd", False, "PEFT; Eckart-Young", "the sum as one LoRA of a given rank"),
+                ("magnitude_prune", False, "PEFT", "the sum of the updates' largest entries"),
+                ("ties", False, "TIES, 2306.01708", "entries trimmed, their signs elected, those that agree averaged"),
+                ("dare", False, "DARE, 2311.03099", "random entries dropped, the rest rescaled and summed"),
+                ("dare_ties", False, "2311.03099 with 2306.01708", "DARE's drop, then TIES' election"),
+                ("knots", False, "KnOTS, 2410.19735", "TIES in the updates' shared left space"),
+                ("tsv", False, "TSV-Merge, 2412.00081", "the updates' singular vectors made orthogonal, then summed"),
+                ("iso", False, "Iso-C, 2502.04959", "the sum with its singular values made equal"),
+                ("lorahub", True, "LoRAHub, 2307.13269", "one weight per LoRA, searched for without gradients"),
+                ("pem", False, "PEM, 2306.14870", "sums and differences of LoRAs by an expression"),
+            )
+        ),
         Method(
             "switch",
             "output",

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 from molecli import __version__
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
+from molecli.backbones.merged import MergedMixture
 from molecli.backbones.sources import find_base
 from molecli.backbones.text import seeded
 from molecli.compose import get_method
@@ -101,7 +104,7 @@ def run_compose(
     recipe = domain.recipe
     backbone = load_backbone(recipe.base, accelerator.device)
     experts = read_experts(backbone.model, recipe.loras, allow_partial=recipe.allow_partial)
-    mixture = _mixture(recipe, domain, backbone, experts)
+    mixture = _mixture(recipe, domain, backbone, experts, progress)
     history = _fitted(domain, backbone, mixture, accelerator, resume, progress) if domain.rows else []
     report = ComposeReport(_summary(recipe, digest, mixture, history))
     if accelerator.is_main_process:
@@ -127,7 +130,9 @@ def domain_of(recipe: ComposeRecipe, note: Note = lambda text: None) -> Domain:
     return TextDomain(recipe)
 
 
-def _mixture(recipe: ComposeRecipe, domain: Domain, backbone: Backbone, experts: Sequence[Expert]) -> Mixture:
+def _mixture(
+    recipe: ComposeRecipe, domain: Domain, backbone: Backbone, experts: Sequence[Expert], progress: Progress | None
+) -> Mixture:
     with seeded(recipe.seed, backbone.device):  # a low-rank head starts at random
         return build_mixture(
             backbone.model,
@@ -140,6 +145,7 @@ def _mixture(recipe: ComposeRecipe, domain: Domain, backbone: Backbone, experts:
             triggers=domain.triggers,
             kinds=domain.kinds,
             branches_at_once=recipe.image.branches_at_once,
+            told=None if progress is None else partial(progress, "merging"),
         )
 
 
@@ -168,7 +174,7 @@ def _composition(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture) ->
         base=recipe.base.id,
         base_fingerprint=backbone.fingerprint(),
         experts=tuple(record_of(expert) for expert in mixture.bank.experts),
-        gate=recipe.gate.model_dump(mode="json") if recipe.mode == "gated" else None,
+        gate=recipe.gate.model_dump(mode="json") if get_method(recipe.mode).level == "site" else None,
         settings={},
         recipe=dump_recipe(recipe),
         tensors=mixture.state_dict(),
@@ -178,15 +184,27 @@ def _composition(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture) ->
 
 def _settings(recipe: ComposeRecipe, domain: Domain) -> dict[str, Any]:
     """What a mixture is built with again that is in no tensor."""
+    if get_method(recipe.mode).merges:
+        return {"method": recipe.method.model_dump(mode="json")}
     if get_method(recipe.mode).level == "output":
         method = recipe.method.model_dump(mode="json")
         return {"method": method, "triggers": dict(domain.triggers), "kinds": dict(domain.kinds)}
     return {"only": next(iter(recipe.only), None)} if recipe.mode == "single" else {}
 
 
+def _truncation(mixture: Mixture) -> dict[str, Any]:
+    """What the rank of a merged LoRA cost, ‖meant − merged‖ / ‖meant‖ over its matrices."""
+    if not isinstance(mixture, MergedMixture):
+        return {}
+    errors = mixture.merged().errors
+    worst = max(errors, key=errors.__getitem__)
+    return {"truncation": {"mean": fmean(errors.values()), "worst": errors[worst], "matrix": worst}}
+
+
 def _summary(recipe: ComposeRecipe, digest: str, mixture: Mixture, history: Sequence[Record]) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in mixture.named_parameters().values())
     return {
+        **_truncation(mixture),
         "output": recipe.output,
         "mode": recipe.mode,
         "base": recipe.base.id,

@@ -17,9 +17,8 @@ from molecli.engine.evaluate import Bench, EvaluationReport, make_bench, make_re
 from molecli.engine.fit import fit
 from molecli.engine.inspect import Progress, collect, entropy_course, summarise, write_report
 from molecli.engine.loop import Record
-from molecli.engine.methods import Method, distinct, static_methods
+from molecli.engine.methods import Method, check_language, distinct, static_methods
 from molecli.engine.sample import TEXT_BASE, check_fields
-from molecli.errors import UsageError
 from molecli.experts import Expert
 from molecli.protocols import Backbone, Example
 from molecli.suites.builtin import BuiltinSuite
@@ -27,7 +26,7 @@ from molecli.suites.builtin import BuiltinSuite
 if TYPE_CHECKING:
     from molecli.files.recipe import ComposeRecipe, DataConfig, EvalConfig
 
-PICTURE_FIELDS = ("method", "concepts", "objective", "image", "preview")
+PICTURE_FIELDS = ("concepts", "objective", "image", "preview")
 
 
 class TextDomain:
@@ -38,9 +37,7 @@ class TextDomain:
     passes = 1.0
 
     def __init__(self, recipe: ComposeRecipe) -> None:
-        if get_method(recipe.mode).level == "output":
-            what = "it acts on denoising steps, and the base is a language model"
-            raise UsageError(f"--mode {recipe.mode}", what, "Write gated, linear, nla or single.")
+        check_language(recipe.mode, "--mode")
         check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
         self.recipe = with_tasks(recipe)
         self.rows: Sequence[Any] = _examples(self.recipe)

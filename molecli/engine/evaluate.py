@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from molecli.protocols import Backbone
 
 OWN_LORA = "own LoRA"
-PICTURE_FIELDS = ("image", "method", "concepts", "prompts", "judge")
+PICTURE_FIELDS = ("image", "concepts", "prompts", "judge")
 Results = Mapping[str, Sequence[TaskResult]]
 
 
@@ -211,7 +211,7 @@ def make_methods(
     experts = read_experts(model, needed, allow_partial=not recipe.loras)
     weights = {lora.name: lora.weight for lora in recipe.loras}
     mask, only = recipe.mask, recipe.only
-    fixed = static_methods(model, experts, modes=modes, weights=weights, mask=mask, only=only)
+    fixed = static_methods(model, experts, modes=modes, weights=weights, method=recipe.method, mask=mask, only=only)
     learned = composition_methods(model, compositions, loras=recipe.loras, experts=experts, mask=mask, only=only)
     return distinct([*fixed, *learned])
 

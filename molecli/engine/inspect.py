@@ -114,7 +114,7 @@ def run_inspect(
     """
     path = recipe.compositions[0]
     composition = load_composition(path)
-    if composition.mode != "gated":
+    if composition.level != "site":
         raise UsageError(path, f"a composition of mode {composition.mode} has no gates", "Name one of mode gated.")
     if find_base(base_of(recipe.base, composition)).pipeline:
         from molecli.engine.images.inspect import inspect_pictures  # which needs diffusers, and this module

@@ -1,7 +1,7 @@
 """What an evaluation compares: the base, each LoRA alone, the fixed mixtures, and compositions, each attached in turn.
 
 Everything is built and checked before the first method is scored, so that a mismatch shows at once.
-Contents: Method, static_methods, composition_methods, distinct, folder_names.
+Contents: Method, static_methods, check_language, composition_methods, distinct, folder_names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from molecli.backbones.hosting import Mixture
+from molecli.compose import get_method
 from molecli.engine.attach import attach_composition
 from molecli.engine.mixing import build_mixture
 from molecli.engine.names import numbered
@@ -23,6 +24,7 @@ from molecli.errors import UsageError
 from molecli.experts import Expert
 from molecli.files.adapters import LoraLike
 from molecli.files.composition import Composition
+from molecli.files.recipe import MethodConfig
 
 STATIC = ("base", "single", "linear", "nla")
 
@@ -42,6 +44,7 @@ def static_methods(
     *,
     modes: Sequence[str] = STATIC,
     weights: Mapping[str, float] | None = None,
+    method: MethodConfig | None = None,
     mask: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> list[Method]:
@@ -60,9 +63,17 @@ def static_methods(
                 # Eq. 1 of one LoRA with weight 1: the LoRA as it was trained.
                 methods.append(Method(expert.name, build_mixture(model, [expert], mode="linear"), single=True))
         else:
-            mixture = build_mixture(model, experts, mode=mode, weights=weights)
+            check_language(mode)
+            mixture = build_mixture(model, experts, mode=mode, weights=weights, method=method)
             methods.append(_switched(mode, mixture, mask, only))
     return methods
+
+
+def check_language(mode: str, where: str = "--modes") -> None:
+    """Nothing, where `mode` composes a language model too. Raises: UsageError."""
+    if get_method(mode).level == "output":
+        what = "it acts on denoising steps, and the base is a language model"
+        raise UsageError(f"{where} {mode}", what, "Write gated, linear, ties or another that is not for images alone.")
 
 
 def composition_methods(

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from molecli.backbones.branching import Branching
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.layouts import layout_of
-from molecli.compose import gated, get_method, linear, nla, single
+from molecli.backbones.merged import MergedMixture
+from molecli.backbones.streams import Streams
+from molecli.compose import Method, get_method, linear, nla, pem, single
 from molecli.compose.output import output_method
-from molecli.experts import Expert, ExpertBank
+from molecli.engine.merging import Told, merge_experts
+from molecli.errors import UsageError
+from molecli.experts import Expert, ExpertBank, Merged
 from molecli.files.recipe import GateConfig, MethodConfig
+from molecli.protocols import Site
 
 
 def build_mixture(
@@ -28,23 +33,28 @@ def build_mixture(
     triggers: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
     branches_at_once: int | None = None,
+    told: Told | None = None,
 ) -> Mixture:
     """The experts on `model`, composed by `mode`, not attached yet; fresh gates are uniform.
 
     `weights` are the users' coefficients by expert name, 1 where not given; `method`, `triggers` and `kinds` (by expert
-    name) are for the modes that act on the denoising steps. Raises: UsageError, MismatchError.
+    name) are for the modes that act on the denoising steps. Methods that merge do so when they are first needed, and
+    `told` hears how far they are. Raises: UsageError, MismatchError.
     """
     chosen, config = get_method(mode), method or MethodConfig()
     bank, layout = ExpertBank(experts), layout_of(model)
     matrices = layout.in_order(bank.matrices)
-    if chosen.name == "gated":
+    if chosen.level == "site":
         settings = gate or GateConfig()
         sites = layout.sites(matrices, settings.granularity, per_token=settings.pool == "token")
-        gates = gated.build_gates(settings, bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
+        gates = chosen.load()(settings, bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
         renormalize = settings.absent == "renormalize"
         return Mixture(model, bank, sites, gates, streams=layout.streams(), renormalize_absent=renormalize)
     sites = layout.sites(matrices, "network", per_token=False)
-    values = _values(bank, weights or {}) * config.scale
+    own = _values(bank, weights or {})
+    if chosen.merges:
+        return _merged(chosen, model, bank, sites, own, config, layout.streams(), told)
+    values = own * config.scale
     if chosen.level == "output":
         acting = output_method(chosen.name, bank.names, values, config, triggers=triggers, kinds=kinds)
         return Branching(model, bank, sites, acting, streams=layout.streams(), branches_at_once=branches_at_once)
@@ -57,6 +67,29 @@ def _values(bank: ExpertBank, weights: Mapping[str, float]) -> Tensor:
     for name in weights:
         bank.index(name)  # an unknown name is an error
     return torch.tensor([float(weights.get(name, 1.0)) for name in bank.names])
+
+
+def _merged(
+    chosen: Method,
+    model: nn.Module,
+    bank: ExpertBank,
+    sites: Sequence[Site],
+    own: Tensor,
+    config: MethodConfig,
+    streams: Streams,
+    told: Told | None,
+) -> MergedMixture:
+    """The experts as the one LoRA that `chosen` makes of them."""
+    if chosen.name == "pem":
+        own = own * torch.tensor(pem.coefficients(config.expression, bank.names))
+    elif config.expression is not None:
+        raise UsageError("method.expression", f"it is what mode pem composes by, and the mode is {chosen.name}")
+    device = next(model.parameters()).device
+
+    def merge(weights: Sequence[float], kept: Sequence[int]) -> Merged:
+        return merge_experts(bank, chosen.load(), weights, config, kept=kept, device=device, told=told)
+
+    return MergedMixture(model, bank, sites, merge, own.tolist(), streams=streams)
 
 
 def _fixed_gate(mode: str, bank: ExpertBank, values: Tensor, only: str | None) -> nn.Module:

@@ -18,6 +18,7 @@ from torch import nn
 from molecli.backbones.layouts import adaptable_matrices
 from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
 from molecli.backbones.pipeline import PipelineModules
+from molecli.compose import get_method
 from molecli.engine.compose import domain_of
 from molecli.engine.data import load_tasks, split_tasks
 from molecli.engine.mixing import build_mixture
@@ -105,9 +106,10 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
         triggers=domain.triggers,
         kinds=domain.kinds,
     )
-    trained = sum(p.numel() for p in mixture.named_parameters().values()) if recipe.mode == "gated" else 0
+    gated = get_method(recipe.mode).level == "site"
+    trained = sum(p.numel() for p in mixture.named_parameters().values())
     examples, passes = {}, {}
-    if recipe.mode == "gated":
+    if gated:
         examples["train"] = domain.examples
         micro = recipe.train.micro_batch_size or recipe.train.batch_size
         passes["train"] = round(recipe.train.steps * ceil(recipe.train.batch_size / micro) * domain.passes)
@@ -120,9 +122,9 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
         mode=recipe.mode,
         loras=tuple(_lora_plan(info, found) for info, found in zip(infos, covered, strict=True)),
         adapted_matrices=len(mixture.bank.matrices),
-        sites=len(mixture.sites) if recipe.mode == "gated" else None,
+        sites=len(mixture.sites) if gated else None,
         trained_parameters=trained,
-        steps=recipe.train.steps if recipe.mode == "gated" else None,
+        steps=recipe.train.steps if gated else None,
         passes=passes,
         examples=examples,
         memory=_memory(recipe, skeleton, shapes, _factor_count(experts), trained),

@@ -2,7 +2,7 @@
 
 Tensors in, tensors out. Axes: see `molecli.experts`. A pair (A [r, d_in], B [d_out, r]) stands for ΔW = B A, scalings
 folded in; a convolution's A comes flattened, [r, c_in·k_h·k_w]. Costs O((d_in + d_out)·r²), whatever d_in·d_out is.
-Contents: cat, svd, balanced, norm, difference, truncated.
+Contents: cat, svd, balanced, norm, difference, truncated, factored.
 """
 
 from __future__ import annotations
@@ -71,6 +71,14 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     total = S.norm().item()
     error = S[rank:].norm().item() / total if total > 0 else 0.0
     return low_A.to(A.dtype), low_B.to(B.dtype), error
+
+
+def factored(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(A, B) of the best approximation of a dense update [d_out, d_in] by `rank` or fewer, and its relative error."""
+    U, S, Vt = torch.linalg.svd(update.float(), full_matrices=False)
+    A, B = balanced(U[:, :rank], S[:rank], Vt[:rank])
+    total = S.norm().item()
+    return A.to(update.dtype), B.to(update.dtype), S[rank:].norm().item() / total if total > 0 else 0.0
 
 
 def _wide(x: Tensor) -> Tensor:

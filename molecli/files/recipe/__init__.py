@@ -13,9 +13,10 @@ from molecli.files.recipe.commands import (
     TrainLoraRecipe,
 )
 from molecli.files.recipe.domains import is_pipeline
-from molecli.files.recipe.images import ConceptConfig, ImageConfig, MethodConfig, ObjectiveConfig, PicturesConfig
+from molecli.files.recipe.images import ConceptConfig, ImageConfig, ObjectiveConfig, PicturesConfig
 from molecli.files.recipe.judge import JudgeConfig
 from molecli.files.recipe.loading import dump_recipe, find_recipe, load_recipe
+from molecli.files.recipe.method import MethodConfig
 from molecli.files.recipe.parts import (
     AdapterConfig,
     BaseConfig,

@@ -13,8 +13,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from molecli.catalog import BUILTIN_IMAGE_BASE, BUILTIN_PREFIX, builtin_loras
 from molecli.errors import UsageError
 from molecli.files.lora_spec import check_distinct, check_name
-from molecli.files.recipe.images import ConceptConfig, ImageConfig, MethodConfig, ObjectiveConfig, PicturesConfig
+from molecli.files.recipe.images import ConceptConfig, ImageConfig, ObjectiveConfig, PicturesConfig
 from molecli.files.recipe.judge import JudgeConfig
+from molecli.files.recipe.method import MethodConfig
 from molecli.files.recipe.parts import (
     AdapterConfig,
     BaseConfig,
@@ -30,12 +31,15 @@ from molecli.files.recipe.parts import (
 )
 from molecli.files.recipe.shorthand import as_loras, as_names
 
-StaticMode = Literal["linear", "merge", "nla", "switch", "composite", "w_switch", "w_composite", "loratorio"]
-Mode = Literal["gated", "single", StaticMode]
+MergeMode = Literal["cat", "svd", "magnitude_prune", "ties", "dare", "dare_ties", "knots", "tsv", "iso", "pem"]
+OutputMode = Literal["switch", "composite", "w_switch", "w_composite", "loratorio"]
+StaticMode = Literal["linear", "merge", "nla", MergeMode, OutputMode]
+Mode = Literal["gated", "soup", "lorahub", "single", StaticMode]
 Loras = Annotated[tuple[LoraConfig, ...], BeforeValidator(as_loras)]
 
 _SEED = "every random choice follows from it"
 _DEVICE = "where the model runs"
+_METHOD = "what the fixed methods are told"
 _MASK = "experts switched off, by name"
 _ONLY = "experts kept, by name; the others are switched off"
 
@@ -63,10 +67,11 @@ class ComposeRecipe(Section):
     loras: Loras = Field(default=(), description="the experts, in order; the built-in ones when the base is built in")
     mode: Mode = Field(
         default="gated",
-        description="gated, linear (Eq. 1; also called merge), nla (Eq. 2), single; for images also switch, composite, "
+        description="learned: gated, soup, lorahub; fixed: linear (Eq. 1; also called merge), nla (Eq. 2), single, "
+        "cat, svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, pem; for images also switch, composite, "
         "w_switch, w_composite, loratorio",
     )
-    method: MethodConfig = Field(default_factory=MethodConfig, description="switch, composite and their kin")
+    method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
     gate: GateConfig = Field(default_factory=GateConfig, description="the gates of mode gated")
     data: DataConfig = Field(default_factory=DataConfig, description="examples the gates learn from")
     concepts: dict[str, ConceptConfig] = Field(
@@ -123,7 +128,7 @@ class SampleRecipe(Section):
     prompts: tuple[str, ...] = Field(default=(), description="prompts; without any, lines of stdin")
     images: int = Field(default=1, ge=1, description="pictures per prompt, of seeds counted up from --seed")
     image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
-    method: MethodConfig = Field(default_factory=MethodConfig, description="switch, composite and their kin")
+    method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
     concepts: dict[str, ConceptConfig] = Field(
         default_factory=dict, description="triggers of the LoRAs, for the methods that ask; read from beside them"
     )
@@ -154,11 +159,12 @@ class EvaluateRecipe(Section):
     loras: Loras = Field(default=(), description="the experts; the compositions' own when not given")
     modes: Annotated[tuple[Literal["base", "single", StaticMode], ...], BeforeValidator(as_names)] = Field(
         default=(),
-        description="static modes scored beside the compositions: base, single (each LoRA alone), linear, nla; for "
-        "images also switch, composite, w_switch, w_composite, loratorio",
+        description="fixed modes scored beside the compositions: base, single (each LoRA alone), linear, nla, cat, "
+        "svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, pem; for images also switch, composite, "
+        "w_switch, w_composite, loratorio",
     )
     image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
-    method: MethodConfig = Field(default_factory=MethodConfig, description="switch, composite and their kin")
+    method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
     concepts: dict[str, ConceptConfig] = Field(
         default_factory=dict,
         description="a diffusion base: what each LoRA adds; read beside the LoRA if not given",

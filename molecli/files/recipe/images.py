@@ -1,18 +1,17 @@
 """The sections of a recipe that only a diffusion base reads. A field holds its default and its help text.
 
-Contents: ImageConfig, MethodConfig, ConceptConfig, PicturesConfig, ObjectiveConfig.
+Contents: ImageConfig, ConceptConfig, PicturesConfig, ObjectiveConfig.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from molecli.files.near import suggestion
 from molecli.files.recipe.parts import ClipConfig, Section
-from molecli.files.recipe.shorthand import as_names
 
 SCHEDULER_NAMES = (
     "ddim",
@@ -64,17 +63,6 @@ class ImageConfig(Section):
     branches_at_once: int | None = Field(
         default=None, ge=1, description="composite and its kin: LoRAs in one UNet call; fewer need less memory"
     )
-
-
-class MethodConfig(Section):
-    """Settings of the methods that act on the denoising steps."""
-
-    scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="factor on every LoRA's weight")
-    tau: int = Field(default=5, ge=1, description="switch: denoising steps between changes of the LoRA")
-    order: Annotated[tuple[str, ...], BeforeValidator(as_names)] = Field(
-        default=(), description="switch: LoRAs in turn; their own order when not given"
-    )
-    base_share: float = Field(default=0.5, ge=0.0, le=1.0, description="loratorio: the base's share of the free half")
 
 
 class ConceptConfig(Section):

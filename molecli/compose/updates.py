@@ -1,0 +1,57 @@
+"""What a merge is given: the experts' updates at one matrix. A merge returns (A, B, relative error of truncation)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molecli.files.recipe import MethodConfig
+
+# A [r, d_in], B [d_out, r], and ‖what was meant − B A‖ / ‖what was meant‖.
+Result = tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True)
+class Updates:
+    """N updates at one matrix as (A [r_i, d_in], B [d_out, r_i]), scalings in B, and the users' weights.
+
+    A convolution's A comes flattened. seeds: of each expert at this matrix, so that what is random stays with it.
+    """
+
+    matrix: str
+    factors: tuple[tuple[Tensor, Tensor], ...]
+    weights: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(A.shape[0] for A, _ in self.factors)
+
+    @property
+    def width(self) -> int:
+        """min(d_out, d_in): no update has a larger rank."""
+        A, B = self.factors[0]
+        return min(A.shape[1], B.shape[0])
+
+    @property
+    def full_rank(self) -> int:
+        """The rank that their sum may have."""
+        return min(sum(self.ranks), self.width)
+
+    def dense(self) -> Tensor:
+        """[N, d_out, d_in], without weights."""
+        return torch.stack([B @ A for A, B in self.factors])
+
+    def weighted(self) -> Tensor:
+        """[N, d_out, d_in], each times its weight."""
+        return self.scaled(self.dense())
+
+    def scaled(self, updates: Tensor) -> Tensor:
+        """`updates` [N, ...], each times its weight."""
+        return updates * updates.new_tensor(self.weights).view(-1, *(1,) * (updates.dim() - 1))
+
+
+Merge = Callable[[Updates, MethodConfig], Result]

@@ -1,0 +1,40 @@
+"""The section of a recipe with what composition methods other than the gates are told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from molecli.files.recipe.parts import Section
+from molecli.files.recipe.shorthand import as_names
+
+
+class MethodConfig(Section):
+    """Settings of the fixed methods: each reads those that it has a use for."""
+
+    scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="factor on every LoRA's weight")
+    tau: int = Field(default=5, ge=1, description="switch: denoising steps between changes of the LoRA")
+    order: Annotated[tuple[str, ...], BeforeValidator(as_names)] = Field(
+        default=(), description="switch: LoRAs in turn; their own order when not given"
+    )
+    base_share: float = Field(default=0.5, ge=0.0, le=1.0, description="loratorio: the base's share of the free half")
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="merges: rank of the result; by default all ranks together, in svd the largest of them",
+    )
+    density: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="ties, dare, magnitude_prune, knots: share of an update's entries that stay; by default 0.2, "
+        "in dare 0.5",
+    )
+    seed: int = Field(default=0, ge=0, description="dare: which entries are dropped")
+    expression: str | None = Field(
+        default=None, description="pem: sums and differences of LoRAs, such as 'a + b - c' or '0.5 * a + 0.5 * b'"
+    )
+    on: Literal["factors", "updates"] = Field(
+        default="factors", description="lorahub, pem: whether A and B are added apart, as published, or the updates"
+    )
