@@ -112,6 +112,10 @@ class Backbone(Protocol):
         """The examples' or pictures' mean losses, summed, and their number (both scalars)."""
         ...
 
+    def example_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        """[B], the mean loss of each example or picture."""
+        ...
+
     def generate(self, prompts: Sequence[str], *args: Any, **options: Any) -> list[Any]:
         """What the model makes of a batch of prompts: completions, or pictures; the options are the family's own."""
         ...

@@ -68,6 +68,10 @@ class Causal:
 
     def example_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The examples' mean cross-entropies, summed, and the number of examples (both scalars)."""
+        return text.summed(self.example_losses(batch))
+
+    def example_losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B], each example's mean cross-entropy over its target tokens."""
         return text.mean_losses(*self._scored(batch))
 
     def _scored(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from molecli.backbones.pipeline import PipelineModules, pipeline_matrices
 from molecli.backbones.prompts import warn_of_cuts
 from molecli.backbones.schedulers import make_scheduler, noise_schedule
-from molecli.backbones.text import freeze
+from molecli.backbones.text import freeze, summed
 from molecli.errors import UsageError
 from molecli.files.pictures import read_picture
 from molecli.functional import fingerprint
@@ -138,7 +138,11 @@ class Diffusion:
         }
 
     def denoise_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """(sum over pictures of the mean squared error of the prediction, their number): DDPM, Ho et al. 2020, Eq. 14.
+        """(sum over pictures of the mean squared error of the prediction, their number); see `example_losses`."""
+        return summed(self.example_losses(batch))
+
+    def example_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        """[B], each picture's mean squared error of the prediction: DDPM, Ho et al. 2020, Eq. 14.
 
         `batch` is what `collate` returns; "latents" [B, C, h, w] may stand for pixels, and "weights" [B] multiply the
         pictures' errors. The target is noise, velocity or sample, as the base's scheduler says.
@@ -149,9 +153,7 @@ class Diffusion:
         noisy = self.noising.add_noise(clean, noise, timesteps)
         predicted = self.predict(noisy, timesteps, self.encode(batch["prompts"], size=self._pixel_size(clean)))
         errors = (predicted.float() - self.target(clean, noise, timesteps).float()).square().flatten(1).mean(1)
-        if "weights" in batch:
-            errors = errors * batch["weights"]
-        return errors.sum(), torch.tensor(len(errors), device=errors.device)
+        return errors * batch["weights"] if "weights" in batch else errors
 
     # The loops that train LoRAs and gates ask a backbone for either.
     example_loss = token_loss = denoise_loss
@@ -182,10 +184,12 @@ class Diffusion:
         scheduler: str | None = None,
         eta: float = 0.0,
         on_step: OnStep | None = None,
-    ) -> list[Image.Image]:
+        latent: bool = False,
+    ) -> list[Any]:
         """A picture of each prompt, by the pipeline's own call; `on_step` is told of every step that is done.
 
-        Each seed has a CPU generator of its own: a picture depends neither on its batch nor on the one before.
+        With `latent` each is the tensor [C, h, w] that would be decoded. Each seed has a CPU generator of its own: a
+        picture depends neither on its batch nor on the one before.
         Raises: UsageError for sides that are no multiples of 8, an unknown scheduler, or not one seed for each prompt.
         """
         if len(seeds) != len(prompts):
@@ -200,7 +204,7 @@ class Diffusion:
         negatives = [negative_prompt] * len(prompts) if negative_prompt else None
         warn_of_cuts([*prompts, negative_prompt], self._tokenizers)
         with self._scheduled(scheduler):
-            return self.pipe(
+            drawn = self.pipe(
                 prompt=list(prompts),
                 negative_prompt=negatives,
                 num_inference_steps=steps,
@@ -208,8 +212,10 @@ class Diffusion:
                 eta=eta,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 callback_on_step_end=_telling(on_step) if on_step else None,
+                output_type="latent" if latent else "pil",
                 **sides,
             ).images
+        return list(drawn)
 
     @contextmanager
     def _scheduled(self, name: str | None) -> Iterator[None]:

@@ -64,14 +64,18 @@ def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return total, (labels != UNSCORED).sum()
 
 
-def mean_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum over the examples of each one's mean cross-entropy, their number): a short answer counts like a long one."""
+def mean_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B], each example's mean cross-entropy over its scored labels: a short answer counts like a long one."""
     flat = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=UNSCORED, reduction="none"
     )
     counts = (labels != UNSCORED).sum(1)
-    means = flat.view_as(labels).sum(1) / counts.clamp_min(1)
-    return means.sum(), torch.tensor(len(labels), device=labels.device)
+    return flat.view_as(labels).sum(1) / counts.clamp_min(1)
+
+
+def summed(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of losses [B], their number)."""
+    return losses.sum(), torch.tensor(len(losses), device=losses.device)
 
 
 def position_limit(model: nn.Module) -> int | None:

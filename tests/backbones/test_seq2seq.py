@@ -62,6 +62,14 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_examples(backbone):
     assert torch.allclose(together, apart, rtol=1e-5)
 
 
+def test_each_examples_loss_is_the_mean_over_its_own_tokens(backbone):
+    each = backbone.example_losses(backbone.collate(EXAMPLES))
+    alone = [backbone.token_loss(backbone.collate([example])) for example in EXAMPLES]
+    assert torch.allclose(each, torch.stack([total / count for total, count in alone]), rtol=1e-5)
+    total, count = backbone.example_loss(backbone.collate(EXAMPLES))
+    assert (total, count) == (each.sum(), len(EXAMPLES))
+
+
 def test_cached_generation_equals_uncached(backbone):
     cached = backbone.generate(PROMPTS, max_new_tokens=12)
     assert cached == backbone.generate(PROMPTS, max_new_tokens=12, use_cache=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gates import close, copy_permuted, drop, randomise
@@ -357,6 +358,14 @@ def test_a_picture_depends_on_neither_its_batch_nor_the_one_before(
     assert close(together, torch.cat(alone), 1e-4)
     assert close(together, backwards.flip(0), 1e-4)
     assert not close(alone[0], alone[1], 1e-2)
+
+
+def test_latents_are_those_that_are_decoded_into_the_picture(backbone: Diffusion, experts: list[Expert]) -> None:
+    with gated(backbone, experts), torch.no_grad():
+        drawn = torch.stack(backbone.generate(["a cat"], seeds=[3], steps=2, latent=True))
+        picture = np.asarray(backbone.generate(["a cat"], seeds=[3], steps=2)[0], dtype=float)
+        decoded = backbone.decode(drawn)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(picture - decoded).max() <= 1  # a picture has whole numbers
 
 
 # 8 ------------------------------------------------------------------------------------------------------------------
