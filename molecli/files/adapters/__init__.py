@@ -16,7 +16,7 @@ from molecli.files.adapters.source import resolve_source
 from molecli.files.adapters.weights import Shape
 from molecli.files.adapters.write import write_peft
 from molecli.files.adapters.write_diffusers import write_diffusers
-from molecli.files.adapters.write_kohya import write_kohya
+from molecli.files.adapters.write_kohya import with_one_alpha, write_kohya
 from molecli.files.lora_spec import LoraLike, LoraSpec, check_distinct, parse_lora, parse_loras
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "read_expert",
     "read_info",
     "resolve_source",
+    "with_one_alpha",
     "write_diffusers",
     "write_kohya",
     "write_peft",

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from molecli.experts import LowRank
 from molecli.files.adapters.keys import PEFT_PREFIX
 from molecli.files.adapters.lora_config import lora_config
+from molecli.files.adapters.write_diffusers import stored
 from molecli.files.atomic import atomic_folder
 from molecli.files.lora_spec import CONFIG_FILE, WEIGHTS_FILE
 
@@ -44,8 +45,8 @@ def write_peft(
     with atomic_folder(folder, replace=replace) as part:
         tensors = {}
         for matrix, low_rank in factors.items():
-            tensors[f"{PEFT_PREFIX}{matrix}.lora_A.weight"] = low_rank.A.detach().cpu().contiguous()
-            tensors[f"{PEFT_PREFIX}{matrix}.lora_B.weight"] = low_rank.B.detach().cpu().contiguous()
+            key = f"{PEFT_PREFIX}{matrix}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = stored(low_rank)
         save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
         config = {**_CONFIG, **lora_config(factors), "base_model_name_or_path": base}
         config |= {"task_type": task_type, "fan_in_fan_out": fan_in_fan_out}

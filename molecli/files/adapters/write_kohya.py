@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def write_kohya(
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = stored(low_rank)
         tensors[f"{key}.alpha"] = torch.tensor(float(exact_alpha(low_rank)))
     return write_with(file, lambda part: save_file(tensors, part, metadata={"format": "pt", **(metadata or {})}))
+
+
+def with_one_alpha(factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The same updates, B rescaled so that every matrix has the commonest rank as its alpha.
+
+    Some readers of kohya's layout, diffusers among them, take one alpha for many matrices.
+    """
+    alpha = Counter(low_rank.rank for low_rank in factors.values()).most_common(1)[0][0]
+    return {name: _at_alpha(low_rank, alpha) for name, low_rank in factors.items()}
+
+
+def _at_alpha(low_rank: LowRank, alpha: float) -> LowRank:
+    scaling = alpha / low_rank.rank
+    return LowRank(low_rank.A, low_rank.B * (low_rank.scaling / scaling), scaling)
 
 
 def kohya_names(matrices: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from molecli.errors import RunError
 from molecli.experts import LowRank
-from molecli.files.adapters import LoraSpec, read_expert, read_info, write_diffusers, write_kohya
+from molecli.files.adapters import LoraSpec, read_expert, read_info, with_one_alpha, write_diffusers, write_kohya
 
 
 def assert_read_back(source: Path, factors: dict[str, LowRank], matrices: Any) -> None:
@@ -43,6 +43,19 @@ def test_diffusers_loads_kohyas_layout(family: str, pipeline_of: Any, matrices_i
     file = write_kohya(tmp_path / "x.safetensors", factors, matrices_in(family))
     assert_same_updates(factors, diffusers_deltas(pipeline_of(family), file))
     assert_read_back(file, factors, matrices_in(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_one_alpha_diffusers_loads_mixed_ranks_and_alphas_from_kohyas_layout(
+    family: str, pipeline_of: Any, matrices_in: Any, tmp_path: Path
+) -> None:
+    factors = random_factors(
+        matrices_in(family), matrices_in(family), rank=lambda i: 2 + i % 3, alpha=lambda i: 0.3 + i % 4
+    )
+    file = write_kohya(tmp_path / "x.safetensors", with_one_alpha(factors), matrices_in(family))
+    with safe_open(file, "pt") as opened:
+        assert len({float(opened.get_tensor(key)) for key in opened.keys() if key.endswith(".alpha")}) == 1  # noqa: SIM118
+    assert_same_updates(factors, diffusers_deltas(pipeline_of(family), file))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
