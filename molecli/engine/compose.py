@@ -62,7 +62,7 @@ class Domain(Protocol):
     passes: float
 
     def learn(self, backbone: Any, mixture: Mixture, **how: Any) -> list[Record]:
-        """The records of the gates' training, by `fit.fit` with the keywords `how`."""
+        """The records of the training, by the mode's `learner` with the keywords `how`."""
         ...
 
     def finish(
@@ -145,7 +145,7 @@ def _mixture(
             triggers=domain.triggers,
             kinds=domain.kinds,
             branches_at_once=recipe.image.branches_at_once,
-            told=None if progress is None else partial(progress, "merging"),
+            told=None if progress is None or get_method(recipe.mode).trained else partial(progress, "merging"),
         )
 
 
@@ -157,9 +157,11 @@ def _fitted(
     resume: bool,
     progress: Progress | None,
 ) -> list[Record]:
+    label = "search" if get_method(domain.recipe.mode).merges else "gates"
+
     def told(_: str, done: int, total: int) -> None:
         if progress is not None:
-            progress("gates", done, total)
+            progress(label, done, total)
 
     with mixture:
         return domain.learn(

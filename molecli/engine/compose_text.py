@@ -14,8 +14,8 @@ from molecli.backbones.hosting import Mixture
 from molecli.compose import get_method
 from molecli.engine.data import flatten, split_tasks
 from molecli.engine.evaluate import Bench, EvaluationReport, make_bench, make_report, run_methods
-from molecli.engine.fit import fit
 from molecli.engine.inspect import Progress, collect, entropy_course, summarise, write_report
+from molecli.engine.learn import learner
 from molecli.engine.loop import Record
 from molecli.engine.methods import Method, check_language, distinct, static_methods
 from molecli.engine.sample import TEXT_BASE, check_fields
@@ -46,8 +46,9 @@ class TextDomain:
         self.bench = make_bench(settings) if settings is not None else None  # what is wrong there shows now
 
     def learn(self, backbone: Backbone, mixture: Mixture, **how: Any) -> list[Record]:
-        """The records of the gates' training, by `fit` with the keywords `how`."""
-        return fit(backbone, mixture, self.rows, self.recipe.train, seed=self.recipe.seed, **how)
+        """The records of the training, by the mode's `learner` with the keywords `how`."""
+        learn = learner(self.recipe)
+        return learn(backbone, mixture, self.rows, self.recipe.train, seed=self.recipe.seed, **how)
 
     def finish(
         self, backbone: Backbone, experts: Sequence[Expert], mixture: Mixture, progress: Progress | None

@@ -106,13 +106,16 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
         triggers=domain.triggers,
         kinds=domain.kinds,
     )
-    gated = get_method(recipe.mode).level == "site"
+    row, gated = get_method(recipe.mode), get_method(recipe.mode).level == "site"
     trained = sum(p.numel() for p in mixture.named_parameters().values())
     examples, passes = {}, {}
     if gated:
         examples["train"] = domain.examples
         micro = recipe.train.micro_batch_size or recipe.train.batch_size
         passes["train"] = round(recipe.train.steps * ceil(recipe.train.batch_size / micro) * domain.passes)
+    elif row.trained:
+        examples["train"] = min(domain.examples, recipe.method.examples)
+        passes["train"] = recipe.method.evaluations * ceil(examples["train"] / recipe.train.batch_size)
     if recipe.evaluate is not None:
         examples["evaluate"] = _count_examples(recipe.evaluate.data)
         methods = 1 + (3 + len(recipe.loras) if recipe.evaluate.baselines else 0)
@@ -124,7 +127,7 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
         adapted_matrices=len(mixture.bank.matrices),
         sites=len(mixture.sites) if gated else None,
         trained_parameters=trained,
-        steps=recipe.train.steps if gated else None,
+        steps=recipe.train.steps if gated else recipe.method.evaluations if row.trained else None,
         passes=passes,
         examples=examples,
         memory=_memory(recipe, skeleton, shapes, _factor_count(experts), trained),

@@ -15,7 +15,6 @@ from molecli.backbones.hosting import Mixture
 from molecli.backbones.pipeline import TEXT_ENCODERS
 from molecli.catalog import BUILTIN_PREFIX
 from molecli.compose import get_method
-from molecli.engine.fit import fit
 from molecli.engine.images.checkpointing import checkpointed
 from molecli.engine.images.columns import Column, Studio, read_concepts
 from molecli.engine.images.concept_pictures import concept_pictures, concept_rows
@@ -29,6 +28,7 @@ from molecli.engine.images.objective import Objective, check_objective
 from molecli.engine.images.pictures import Album
 from molecli.engine.images.sample import sample_pictures
 from molecli.engine.inspect import Progress, entropy_course, write_report
+from molecli.engine.learn import learner
 from molecli.engine.loop import Record
 from molecli.errors import UsageError
 from molecli.experts import Expert
@@ -65,7 +65,7 @@ class PictureDomain:
         self.passes = float(recipe.objective.denoise > 0) + self._guided * (1 + recipe.objective.clip_steps) / 2
 
     def learn(self, backbone: Diffusion, mixture: Mixture, **how: Any) -> list[Record]:
-        """The records of the gates' training, by `fit` with the keywords `how`."""
+        """The records of the training, by the mode's `learner` with the keywords `how`."""
         recipe, dtype = self.recipe, backbone.pipe.unet.dtype
         with (
             warnings_as_notes(self.note),
@@ -73,7 +73,7 @@ class PictureDomain:
             scaled_gradients(mixture.named_parameters().values(), dtype),
         ):
             task = self.task(backbone, mixture)
-            return fit(backbone, mixture, self.rows, recipe.train, seed=recipe.seed, task=task, **how)
+            return learner(recipe)(backbone, mixture, self.rows, recipe.train, seed=recipe.seed, task=task, **how)
 
     def task(self, backbone: Diffusion, mixture: Mixture) -> Objective:
         """What the recipe's objective asks of the attached mixture."""

@@ -35,6 +35,10 @@ class MethodConfig(Section):
     expression: str | None = Field(
         default=None, description="pem: sums and differences of LoRAs, such as 'a + b - c' or '0.5 * a + 0.5 * b'"
     )
+    evaluations: int = Field(default=40, ge=1, description="lorahub: weights that the search tries")
+    examples: int = Field(default=64, ge=1, description="lorahub: training examples that it scores them by, at most")
+    bound: float = Field(default=1.5, gt=0.0, allow_inf_nan=False, description="lorahub: largest weight, either sign")
+    l1: float = Field(default=0.05, ge=0.0, allow_inf_nan=False, description="lorahub: regulariser on mean |weight|")
     on: Literal["factors", "updates"] = Field(
         default="factors", description="lorahub, pem: whether A and B are added apart, as published, or the updates"
     )
