@@ -1,6 +1,6 @@
 """One recipe model per command: what its YAML may hold.
 
-Contents: TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, RECIPES.
+Contents: TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, ExportRecipe, RECIPES.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from molecli.files.recipe.method import MethodConfig
 from molecli.files.recipe.parts import (
     AdapterConfig,
     BaseConfig,
+    CalibrationConfig,
     DataConfig,
     Device,
     EvalConfig,
@@ -186,12 +187,51 @@ class EvaluateRecipe(Section):
         return self
 
 
-Recipe = TrainLoraRecipe | ComposeRecipe | SampleRecipe | EvaluateRecipe
+class ExportRecipe(Section):
+    """`mole export`: a composition as one adapter for other programs."""
+
+    command: Literal["export"] = "export"
+    composition: str | None = Field(default=None, description="composition folder or .safetensors")
+    base: BaseConfig | None = Field(default=None, description="the base; the composition's own when not given")
+    loras: Loras = Field(default=(), description="the experts; the composition's own when not given")
+    format: Literal["auto", "peft", "diffusers", "kohya"] = Field(
+        default="auto",
+        description="peft, diffusers, kohya (A1111, ComfyUI); auto: peft for a language model, diffusers for images",
+    )
+    rank: Annotated[int | None, BeforeValidator(lambda value: None if value == "exact" else value)] = Field(
+        default=None, ge=1, description="largest rank of a matrix; exact (null) keeps the composition's own"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="type of the file's numbers"
+    )
+    calibration: CalibrationConfig = Field(
+        default_factory=CalibrationConfig, description="what gates are averaged over, and the export is measured on"
+    )
+    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
+    concepts: dict[str, ConceptConfig] = Field(
+        default_factory=dict,
+        description="a diffusion base: what each LoRA adds; as the composition knows it if not given",
+    )
+    verify: bool = Field(default=False, description="load the export with its own library and compare, in float32")
+    mask: Names = Field(default=(), description=_MASK)
+    only: Names = Field(default=(), description=_ONLY)
+    output: str = Field(default="runs/export", min_length=1, description="folder to write")
+    seed: int = Field(default=0, ge=0, description=_SEED)
+    device: Device = Field(default="auto", description=_DEVICE)
+
+    @model_validator(mode="after")
+    def _check(self) -> ExportRecipe:
+        _check_loras(self.loras)
+        return self
+
+
+Recipe = TrainLoraRecipe | ComposeRecipe | SampleRecipe | EvaluateRecipe | ExportRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "train-lora": TrainLoraRecipe,
     "compose": ComposeRecipe,
     "sample": SampleRecipe,
     "evaluate": EvaluateRecipe,
+    "export": ExportRecipe,
 }
 
 

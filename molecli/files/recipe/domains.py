@@ -35,6 +35,7 @@ _BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
     # Meant to fit two minutes on two cores with the preview: about half a CPU second a step.
     "compose": {"train": {"steps": 150}, "image": _DRAWN},
     "evaluate": {"eval": {"data": {"suite": "emoji"}}, "image": _DRAWN},
+    "export": {"image": _DRAWN},
 }
 
 

@@ -1,7 +1,7 @@
 """The sections of a recipe. A field holds its default and its help text; nothing else repeats them.
 
 Contents: BaseConfig, LoraConfig, DataConfig, SceneConfig, GateConfig, TrainConfig, LoraTrainConfig, AdapterConfig,
-ClipConfig, EvalConfig.
+ClipConfig, EvalConfig, CalibrationConfig.
 """
 
 from __future__ import annotations
@@ -196,3 +196,25 @@ class EvalConfig(Section):
     images: int = Field(default=4, ge=1, description="images: pictures per scene or prompt, each of its own seed")
     clip: ClipConfig = Field(default_factory=ClipConfig, description="images: the CLIP of the alignment metrics")
     bootstrap: int = Field(default=1000, ge=0, description="resamples of the paired bootstrap; 0 for no intervals")
+
+
+def as_files(value: Any) -> Any:
+    """`a.jsonl,b.jsonl` or a list as {stem: file}."""
+    return as_paths(as_names(value))
+
+
+class CalibrationConfig(Section):
+    """The inputs that the gates of a composition are averaged over, and that its export is compared to it on."""
+
+    examples: Annotated[dict[str, str] | None, BeforeValidator(as_files)] = Field(
+        default=None,
+        description="JSONL files of inputs and targets; what the composition was trained on when not given",
+    )
+    data_dir: str | None = Field(
+        default=None, description="folder of the suite that it was trained on; the composition's own when not given"
+    )
+    prompts: tuple[str, ...] = Field(
+        default=(), description="images: prompts to draw; the pictures of the LoRAs' concepts when not given"
+    )
+    limit: int = Field(default=64, ge=1, description="at most so many examples of a task, or pictures of a concept")
+    batch_size: int = Field(default=16, ge=1, description="examples, or pictures, at once")
