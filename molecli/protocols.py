@@ -131,6 +131,14 @@ class Metric(Protocol):
     def __call__(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]: ...
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a task's examples are: the path of a file ("-" is stdin), or what is asked of a public place."""
+
+    place: str
+    online: bool = False
+
+
 class Suite(Protocol):
     """A named, versioned set of tasks."""
 
@@ -138,6 +146,14 @@ class Suite(Protocol):
     version: str
 
     def tasks(self, data_dir: str | None) -> list[str]: ...
+
+    def known(self, data_dir: str | None) -> Sequence[str]:
+        """Every task that the suite has, whether or not its examples are in `data_dir`."""
+        ...
+
+    def source(self, task: str, split: Split, data_dir: str | None) -> Source | None:
+        """What `load` would read; nothing is read or asked here. None where examples are made, not read."""
+        ...
 
     def load(self, task: str, split: Split, data_dir: str | None) -> list[Example]: ...
 

@@ -18,6 +18,9 @@ SUITES: dict[str, str] = {
     "bbh": "molecli.suites.bbh:BbhSuite",
     "nli": "molecli.suites.nli:NliSuite",
     "instruction_induction": "molecli.suites.instruction_induction:InstructionInductionSuite",
+    "translation": "molecli.suites.translation:TranslationSuite",
+    "struct2text": "molecli.suites.struct2text:Struct2TextSuite",
+    "cbqa": "molecli.suites.cbqa:CbqaSuite",
     "jsonl": "molecli.suites.jsonl:JsonlSuite",
 }
 SCENE_SUITES: dict[str, str] = {
@@ -89,9 +92,28 @@ def _class(row: str) -> Any:
 def select_tasks(suite: Suite, wanted: Sequence[str] | None, data_dir: str | None) -> list[str]:
     """The tasks named in `wanted`, in that order, or all that the suite has there.
 
-    Raises: UsageError for a task that the suite lacks, or where there is none at all.
+    Raises: UsageError for a task that the suite lacks, whose file is missing, or where there is none at all.
     """
-    return selected(suite.name, suite.tasks(data_dir), wanted, data_dir)
+    there, known = suite.tasks(data_dir), suite.known(data_dir)
+    for task in wanted or ():
+        if task in known and task not in there:
+            raise _not_there(suite, task, data_dir)
+    if not there and known:
+        raise _not_there(suite, None, data_dir)
+    return selected(suite.name, there, wanted, data_dir)
+
+
+def _not_there(suite: Suite, task: str | None, data_dir: str | None) -> UsageError:
+    """The error for a task without examples at hand (None: for a folder without any)."""
+    if data_dir is None:
+        return UsageError(f"suite {suite.name}", f"the task {task!r} is not on the hub", "Give its files: --data-dir.")
+    first = task or suite.known(data_dir)[0]
+    source = suite.source(first, "test", data_dir)
+    file = "" if source is None else source.place
+    if task is None:
+        what = f"no task of the suite {suite.name!r} is there"
+        return UsageError(str(data_dir), what, f"Check --data-dir: the first would be {file}.")
+    return UsageError(file, f"no such file, and the task {task!r} is read from it", "Check --data-dir.")
 
 
 def selected(suite: str, known: Sequence[str], wanted: Sequence[str] | None, data_dir: str | None) -> list[str]:

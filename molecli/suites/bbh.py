@@ -5,9 +5,9 @@ Split: the first five rows of a task are `train` (LoRAHub learns from five examp
 
 from __future__ import annotations
 
-from molecli.protocols import Example, Split
+from molecli.protocols import Example, Source, Split
 from molecli.suites.lines import in_order, read_rows, task_files
-from molecli.suites.online import hub_rows
+from molecli.suites.online import HubSet
 
 TASKS = (
     "boolean_expressions",
@@ -58,15 +58,23 @@ class BbhSuite:
         """The tasks whose files are in `data_dir`; all 27 on the hub."""
         return list(TASKS) if data_dir is None else in_order(TASKS, task_files(data_dir))
 
+    def known(self, data_dir: str | None = None) -> tuple[str, ...]:
+        """All 27."""
+        return TASKS
+
+    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
+        """The one file or hub table that has both splits."""
+        return HubSet(HUB, task).source("test") if data_dir is None else Source(f"{data_dir}/{task}.jsonl")
+
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
         """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
-        rows = hub_rows(HUB, task, "test") if data_dir is None else read_rows(f"{data_dir}/{task}.jsonl")
+        rows = HubSet(HUB, task).rows("test") if data_dir is None else read_rows(f"{data_dir}/{task}.jsonl")
         part = rows[:TRAIN_ROWS] if split == "train" else rows[TRAIN_ROWS:]
         return [Example(task, prompt(row.text("input")), row.text("target")) for row in part]
 
     def metrics(self, task: str) -> tuple[str, ...]:
-        """Exact match; LoRAHub's scoring beside it, since published numbers use either."""
-        return ("exact_match", "exact_match_lorahub")
+        """Exact match; LoRAHub's scoring and lm-eval's beside it, since published numbers use each."""
+        return ("exact_match", "exact_match_lorahub", "exact_match_lm_eval")
 
     def max_new_tokens(self, task: str) -> int:
         """Room for an option or a number; more where the answer is a list."""

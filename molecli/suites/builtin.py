@@ -113,6 +113,13 @@ class BuiltinSuite:
         """The tasks whose skills are all among `loras`; every task where none is."""
         return [task for task in self.tasks() if set(skills_of(task)) <= set(loras)] or self.tasks()
 
+    def known(self, data_dir: str | None = None) -> list[str]:
+        """All of them: they are generated."""
+        return self.tasks()
+
+    def source(self, task: str, split: Split, data_dir: str | None = None) -> None:
+        """Nothing is read."""
+
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
         """The examples of one task. Raises: KeyError for a task that `tasks` does not list."""
         if task not in self.tasks():

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 
-from molecli.protocols import Example, Split
+from molecli.protocols import Example, Source, Split
 from molecli.suites.lines import Row, in_order, read_rows, rows_of, task_files
 from molecli.suites.online import web_json
 
-_EXACT = ("exact_match", "exact_match_lm_eval")
+_EXACT = ("exact_match", "exact_match_lm_eval", "exact_match_lorahub")
+_LABEL = ("exact_match", "accuracy", *_EXACT[1:])
 _SET = ("set_match", "exact_match")
 _FREE = ("f1", "exact_match", "rougeL")
 
@@ -57,11 +58,9 @@ TASKS: dict[str, InductionTask] = {
     "sentence_similarity": InductionTask(
         "How similar in meaning are the two sentences? Answer 0 - definitely not, 1 - probably not, 2 - possibly, "
         "3 - probably, 4 - almost perfectly or 5 - perfectly.",
-        ("exact_match", "accuracy"),
+        _LABEL,
     ),
-    "sentiment": InductionTask(
-        "Is the opinion of the film positive or negative?", ("exact_match", "accuracy"), max_new_tokens=8
-    ),
+    "sentiment": InductionTask("Is the opinion of the film positive or negative?", _LABEL, max_new_tokens=8),
     "singular_to_plural": InductionTask("Write the plural of the noun."),
     "sum": InductionTask("Add the two numbers."),
     "synonyms": InductionTask("Write a word that means the same."),
@@ -87,9 +86,17 @@ class InstructionInductionSuite:
         """The tasks whose test files are in `data_dir`; all 22 online."""
         return list(TASKS) if data_dir is None else in_order(list(TASKS), task_files(f"{data_dir}/test"))
 
+    def known(self, data_dir: str | None = None) -> list[str]:
+        """All 22."""
+        return list(TASKS)
+
+    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
+        """The split's file, here or in the authors' repository."""
+        return Source(_address(task, split), online=True) if data_dir is None else Source(_file(task, split, data_dir))
+
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
         """The examples of one task. Raises: UsageError for bad files, RunError where the web is out of reach."""
-        rows = _web_rows(task, split) if data_dir is None else read_rows(f"{data_dir}/{split}/{task}.jsonl")
+        rows = _web_rows(task, split) if data_dir is None else read_rows(_file(task, split, data_dir))
         read = _READERS.get(task, _plain)
         return [read(task, row) for row in rows]
 
@@ -128,5 +135,13 @@ _READERS: dict[str, Callable[[str, Row], Example]] = {"cause_and_effect": _cause
 
 @cache
 def _web_rows(task: str, split: Split) -> list[Row]:
-    address = f"{WEB}/data/raw/{'induce' if split == 'train' else 'execute'}/{task}.json"
+    address = _address(task, split)
     return rows_of(address, web_json(address)["examples"].values())
+
+
+def _address(task: str, split: Split) -> str:
+    return f"{WEB}/data/raw/{'induce' if split == 'train' else 'execute'}/{task}.json"
+
+
+def _file(task: str, split: Split, data_dir: str) -> str:
+    return f"{data_dir}/{split}/{task}.jsonl"

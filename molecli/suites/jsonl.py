@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from molecli.errors import UsageError
-from molecli.protocols import Example, Split
+from molecli.protocols import Example, Source, Split
 from molecli.suites.lines import Row, read_rows, task_files
 
 
@@ -32,6 +32,14 @@ class JsonlSuite:
             raise UsageError("suite jsonl", "no files were given", "Write data.files or --data-dir.")
         folders = [Path(data_dir), *(path for path in (Path(data_dir, s) for s in ("train", "test")) if path.is_dir())]
         return sorted({stem for folder in folders for stem in task_files(folder)})
+
+    def known(self, data_dir: str | None = None) -> list[str]:
+        """Those of `tasks`: the files say which there are."""
+        return self.tasks(data_dir)
+
+    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
+        """The task's file."""
+        return Source(str(self._path(task, split, data_dir)))
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
         """The examples of one task. Raises: UsageError naming the file and line that cannot be used."""

@@ -1,4 +1,7 @@
-"""JSONL files, line by line; a line that cannot be used is named with its file and number."""
+"""JSONL files, line by line; a line that cannot be used is named with its file and number.
+
+Contents: Row, read_rows, rows_of, task_files, in_order, half_of.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from molecli.errors import UsageError
+from molecli.protocols import Split
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,14 @@ class Row:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise UsageError(self.where, f"the field {name!r} is not a list of texts", 'Write ["...", "..."].')
         return tuple(value)
+
+    def inside(self, name: str) -> Row:
+        """The object in field `name`, as a row. Raises: UsageError where it is missing or another thing."""
+        if name not in self.fields:
+            raise UsageError(self.where, f"the field {name!r} is missing", "Every line needs it.")
+        if not isinstance(self.fields[name], dict):
+            raise UsageError(self.where, f"the field {name!r} is not an object", 'Write {"...": ...}.')
+        return Row(f"{self.where}, {name}", self.fields[name])
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -91,3 +104,8 @@ def in_order(names: Sequence[str], present: Iterable[str]) -> list[str]:
     """Those of `names` that are in `present`, in the order of `names`."""
     found = set(present)
     return [name for name in names if name in found]
+
+
+def half_of(text: str, seed: int = 0) -> Split:
+    """The side of the split that a text falls on where one file serves both; the same on every machine."""
+    return "train" if sha256(f"{seed}/{text}".encode()).digest()[0] % 2 == 0 else "test"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from molecli.errors import UsageError
-from molecli.protocols import Example, Split, Suite
+from molecli.protocols import Example, Source, Split, Suite
 
 
 class UnionSuite:
@@ -23,15 +23,17 @@ class UnionSuite:
 
     def tasks(self, data_dir: str | None) -> list[str]:
         """All tasks, suite by suite."""
-        owner: dict[str, Suite] = {}
-        for suite in self.suites:
-            for task in suite.tasks(_folder(data_dir, suite)):
-                if task in owner:
-                    what = f"the suites {owner[task].name!r} and {suite.name!r} both have a task {task!r}"
-                    raise UsageError(f"--suite {self.name}", what, "Evaluate them one after the other.")
-                owner[task] = suite
-        self._owner = owner
-        return list(owner)
+        self._owner = self._owners({suite: suite.tasks(_folder(data_dir, suite)) for suite in self.suites})
+        return list(self._owner)
+
+    def known(self, data_dir: str | None) -> list[str]:
+        """Every task of every suite."""
+        return list(self._owners({suite: suite.known(_folder(data_dir, suite)) for suite in self.suites}))
+
+    def source(self, task: str, split: Split, data_dir: str | None) -> Source | None:
+        """What the task's own suite would read."""
+        owners = self._owners({suite: suite.known(_folder(data_dir, suite)) for suite in self.suites})
+        return owners[task].source(task, split, _folder(data_dir, owners[task]))
 
     def load(self, task: str, split: Split, data_dir: str | None) -> list[Example]:
         """The examples of one task, from its own suite."""
@@ -45,6 +47,16 @@ class UnionSuite:
     def max_new_tokens(self, task: str) -> int:
         """The limit of the task's own suite."""
         return self._owner[task].max_new_tokens(task)
+
+    def _owners(self, tasks: Mapping[Suite, Sequence[str]]) -> dict[str, Suite]:
+        owner: dict[str, Suite] = {}
+        for suite, names in tasks.items():
+            for task in names:
+                if task in owner:
+                    what = f"the suites {owner[task].name!r} and {suite.name!r} both have a task {task!r}"
+                    raise UsageError(f"--suite {self.name}", what, "Evaluate them one after the other.")
+                owner[task] = suite
+        return owner
 
     def _of(self, task: str, data_dir: str | None) -> Suite:
         if task not in self._owner:

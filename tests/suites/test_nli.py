@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from molecli.errors import UsageError
-from molecli.suites.nli import TASKS, NliSuite, half_of, prompt
+from molecli.suites.lines import half_of
+from molecli.suites.nli import TASKS, NliSuite, prompt
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "nli"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs {DATA}")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
 from molecli.errors import RunError
+from molecli.protocols import Source
+from molecli.suites import load_suite
 from molecli.suites.bbh import BbhSuite
 from molecli.suites.instruction_induction import InstructionInductionSuite, _web_rows
 from molecli.suites.nli import NliSuite
+from molecli.suites.translation import TranslationSuite
 
 
 @pytest.fixture
@@ -107,3 +111,51 @@ def test_the_authors_repository_is_not_asked_offline(monkeypatch: pytest.MonkeyP
         "/data/raw/induce/sum.json: could not be loaded (offline by choice). "
         "HF_HUB_OFFLINE is set: give the files with --data-dir, or unset it."
     )
+
+
+def test_a_dataset_kept_as_a_script_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found bbh.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(
+        RunError, match=r"no longer supported, but found bbh\.py\)\. Check the network, or give the files"
+    ):
+        BbhSuite().load("navigate", "test")
+
+
+def test_a_stream_that_breaks_off_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        yield {"input": "a", "target": "b"}
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: broken())
+    with pytest.raises(RunError, match=r"^wmt/wmt14/fr-en: could not be loaded from the hub \(gone\)"):
+        TranslationSuite().load("wmt14_fr-en", "train")
+
+
+@pytest.mark.parametrize("suite", ["translation", "struct2text", "cbqa"])
+def test_the_new_suites_offline_say_so(suite: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The library itself, not a stand-in: HF_HUB_OFFLINE is set for all tests.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    one = load_suite(suite)
+    for task in one.tasks(None):
+        with pytest.raises(RunError, match="HF_HUB_OFFLINE is set: give the files with --data-dir"):
+            one.load(task, "test", None)
+
+
+@pytest.mark.parametrize(
+    ("suite", "task", "place"),
+    [
+        ("bbh", "navigate", "lukaemon/bbh/navigate, test"),
+        ("nli", "anli_r2", "facebook/anli, test_r2"),
+        ("translation", "wmt16_de-en", "wmt/wmt16/de-en, test"),
+        ("struct2text", "dart", "GEM/gem/dart, validation"),
+        ("cbqa", "arc_challenge", "allenai/ai2_arc/ARC-Challenge, test"),
+        ("nli+cbqa", "rte", "nyu-mll/glue/rte, validation"),
+    ],
+)
+def test_what_would_be_asked_is_known_without_asking(suite: str, task: str, place: str) -> None:
+    assert load_suite(suite).source(task, "test", None) == Source(place, online=True)

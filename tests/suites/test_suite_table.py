@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from molecli.errors import UsageError
+from molecli.files.recipe.parts import TEXT_SUITES
 from molecli.metrics import METRICS
 from molecli.suites import SUITES, load_suite, select_tasks
 
@@ -51,7 +52,42 @@ def test_a_mistyped_task_names_the_nearest_one() -> None:
 def test_a_folder_without_any_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         select_tasks(load_suite("bbh"), None, str(tmp_path))
-    assert str(caught.value) == f"{tmp_path}: no task of the suite 'bbh' is there. Check --data-dir."
+    assert str(caught.value) == (
+        f"{tmp_path}: no task of the suite 'bbh' is there. "
+        f"Check --data-dir: the first would be {tmp_path}/boolean_expressions.jsonl."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "present", "asked", "missing"),
+    [
+        ("bbh", "navigate.jsonl", "snarks", "snarks.jsonl"),
+        ("nli", "rte_dev.jsonl", "qnli", "qnli_dev.jsonl"),
+        ("instruction_induction", "test/sum.jsonl", "diff", "test/diff.jsonl"),
+        ("translation", "wmt14_en-fr.jsonl", "wmt14_fr-en", "test/wmt14_fr-en.jsonl"),
+        ("struct2text", "test/dart.jsonl", "e2e_nlg", "test/e2e_nlg.jsonl"),
+        ("cbqa", "arc_easy.jsonl", "trivia_qa", "test/trivia_qa.jsonl"),
+    ],
+)
+def test_a_task_whose_file_is_not_there_is_told_which_file(
+    tmp_path: Path, name: str, present: str, asked: str, missing: str
+) -> None:
+    (tmp_path / present).parent.mkdir(exist_ok=True)
+    (tmp_path / present).touch()
+    with pytest.raises(UsageError) as caught:
+        select_tasks(load_suite(name), [asked], str(tmp_path))
+    what = f"no such file, and the task {asked!r} is read from it"
+    assert str(caught.value) == f"{tmp_path}/{missing}: {what}. Check --data-dir."
+
+
+def test_a_task_without_a_public_copy_needs_its_file() -> None:
+    with pytest.raises(UsageError) as caught:
+        select_tasks(load_suite("nli"), ["sick"], None)
+    assert str(caught.value) == "suite nli: the task 'sick' is not on the hub. Give its files: --data-dir."
+
+
+def test_a_suite_that_a_recipe_may_name_is_in_the_table() -> None:
+    assert set(TEXT_SUITES) == set(SUITES)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
-TEXT_SUITES = ("builtin", "bbh", "nli", "instruction_induction", "jsonl")
+TEXT_SUITES = ("builtin", "bbh", "nli", "instruction_induction", "translation", "struct2text", "cbqa", "jsonl")
 IMAGE_SUITES = ("emoji", "dreambooth", "composlora", "pictures")
 SUITE_NAMES = (*TEXT_SUITES, *IMAGE_SUITES)
 

@@ -1,0 +1,153 @@
+"""Closed-book questions: ARC (challenge and easy), Natural Questions (open) and TriviaQA; exact match of any answer.
+
+Split: ARC its own `train` and `test`; Natural Questions and TriviaQA `train` and, as test, `validation`, since the
+answers of their tests are not public. Of TriviaQA (rc.nocontext) `train` is the first 30,000 rows, as in FLAN. A lone
+local file is halved by its question.
+
+ARC's options stand in the prompt, lettered A, B, ... in their order. The answer that is trained on is the option's
+text, as in FLAN; "(B) text" is right too, and so are "B" and "(B)", unless another option reads so. A question of the
+other two stands alone. Every answer that the set lists is right, TriviaQA's aliases as written and as normalised there.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from molecli.errors import UsageError
+from molecli.protocols import Example, Source, Split
+from molecli.suites.lines import Row
+from molecli.suites.local import local_file, local_rows, local_tasks
+from molecli.suites.online import HubSet
+
+METRICS = ("exact_match", "exact_match_lm_eval", "exact_match_lorahub")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, the answer to learn, all that are right, and the options to choose from."""
+
+    text: str
+    target: str
+    answers: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
+def _choice(row: Row) -> Question:
+    """ARC's fields. Raises: UsageError where the key is not among the labels."""
+    choices = row.inside("choices")
+    options, labels = choices.texts("text"), choices.texts("label")
+    key = row.text("answerKey")
+    if key not in labels or len(options) != len(labels):
+        raise UsageError(row.where, f"the answer {key!r} is none of the options {', '.join(labels)}", "Mend that line.")
+    right = labels.index(key)
+    return Question(row.text("question"), options[right], spellings(options, right), options)
+
+
+def _open(row: Row) -> Question:
+    """Natural Questions' fields: no question mark there."""
+    answers = _one_or_more(row, "answer")
+    return Question(f"{row.text('question').strip().rstrip('?')}?", answers[0], answers)
+
+
+def _trivia(row: Row) -> Question:
+    """TriviaQA's fields."""
+    answer = row.inside("answer")
+    value = answer.text("value")
+    normalised = (answer.text("normalized_value"),) if answer.fields.get("normalized_value") else ()
+    others = (*answer.texts("aliases"), *normalised, *answer.texts("normalized_aliases"))
+    return Question(row.text("question"), value, (value, *others))
+
+
+@dataclass(frozen=True)
+class QuestionTask:
+    """One row of the table: how its fields are read, its public copy, and room for its longest answer."""
+
+    read: Callable[[Row], Question]
+    hub: HubSet
+    max_new_tokens: int
+
+
+TASKS: dict[str, QuestionTask] = {
+    "arc_challenge": QuestionTask(_choice, HubSet("allenai/ai2_arc", "ARC-Challenge"), 64),
+    "arc_easy": QuestionTask(_choice, HubSet("allenai/ai2_arc", "ARC-Easy"), 64),
+    "natural_questions": QuestionTask(_open, HubSet("google-research-datasets/nq_open", test="validation"), 32),
+    "trivia_qa": QuestionTask(
+        _trivia,
+        HubSet("mandarjoshi/trivia_qa", "rc.nocontext", test="validation", stream=True, train_rows=30_000),
+        32,
+    ),
+}
+
+
+def prompt(question: str, options: Sequence[str] = ()) -> str:
+    """The question, with the options under it where there are some."""
+    if not options:
+        return f"Answer the question.\nQuestion: {question}\nAnswer:"
+    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False))
+    return f"Choose the right answer.\nQuestion: {question}\nOptions:\n{listed}\nAnswer:"
+
+
+def spellings(options: Sequence[str], right: int) -> tuple[str, ...]:
+    """How the right option may be answered: its text first, then with its letter, which no other option may read as."""
+    letter, text = string.ascii_uppercase[right], options[right]
+    others = {option.strip(string.punctuation + " ").upper() for i, option in enumerate(options) if i != right}
+    return (text, *((letter, f"({letter})") if letter not in others else ()), f"({letter}) {text}")
+
+
+class CbqaSuite:
+    """The questions from `data_dir` or the hub, with the sets' own fields; {"input", "target"} lines are read too."""
+
+    name = "cbqa"
+    version = "1"
+
+    def tasks(self, data_dir: str | None = None) -> list[str]:
+        """The tasks whose files are in `data_dir`; all four on the hub."""
+        return list(TASKS) if data_dir is None else local_tasks(list(TASKS), data_dir)
+
+    def known(self, data_dir: str | None = None) -> list[str]:
+        """All four."""
+        return list(TASKS)
+
+    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
+        """The split's file or the lone one; else the hub's table."""
+        if data_dir is None:
+            return TASKS[task].hub.source(split)
+        return Source(str(local_file(task, split, data_dir)))
+
+    def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
+        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
+        if data_dir is None:
+            rows = TASKS[task].hub.rows(split)
+        else:
+            rows = local_rows(task, split, data_dir, lambda row: _question(task, row).text)
+        return [_example(task, _question(task, row)) for row in rows]
+
+    def metrics(self, task: str) -> tuple[str, ...]:
+        """Exact match under each normaliser."""
+        return METRICS
+
+    def max_new_tokens(self, task: str) -> int:
+        """Room for the task's longest answer."""
+        return TASKS[task].max_new_tokens
+
+
+def _example(task: str, question: Question) -> Example:
+    asked = prompt(question.text.strip(), [option.strip() for option in question.options])
+    answers = tuple(dict.fromkeys(answer.strip() for answer in question.answers))
+    return Example(task, asked, question.target.strip(), answers)
+
+
+def _question(task: str, row: Row) -> Question:
+    if "input" not in row.fields:
+        return TASKS[task].read(row)
+    target = row.text("target", "output")
+    return Question(row.text("input"), target, (target, *row.texts("references")))
+
+
+def _one_or_more(row: Row, name: str) -> tuple[str, ...]:
+    found = (row.text(name),) if isinstance(row.fields.get(name), str) else row.texts(name)
+    if not found:
+        raise UsageError(row.where, f"the field {name!r} is missing or empty", "Every line needs it.")
+    return found

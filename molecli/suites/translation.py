@@ -1,0 +1,113 @@
+"""Translation: WMT'14 English-French, WMT'16 English-German and English-Romanian, each in both directions; BLEU.
+
+Split: WMT's own `test` (newstest2014, newstest2016), and of its `train` the first 30,000 pairs, as FLAN takes them.
+A lone local file is halved by its English side, so that both directions divide the pairs alike.
+The prompt is FLAN's in form (what to translate from and to, the sentence), in our own words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from molecli.errors import UsageError
+from molecli.protocols import Example, Source, Split
+from molecli.suites.lines import Row
+from molecli.suites.local import local_file, local_rows, local_tasks
+from molecli.suites.online import HubSet
+
+LANGUAGES = {"en": "English", "fr": "French", "de": "German", "ro": "Romanian"}
+TRAIN_ROWS = 30_000
+MAX_NEW_TOKENS = 256
+
+
+def _wmt(year: int, pair: str) -> HubSet:
+    # Up to 40 million pairs lie beside a test set of a few thousand: only what is read is fetched.
+    return HubSet(f"wmt/wmt{year}", pair, stream=True, train_rows=TRAIN_ROWS)
+
+
+@dataclass(frozen=True)
+class TranslationTask:
+    """One row of the table: the languages' codes, from and to, and the public copy of both directions."""
+
+    source: str
+    target: str
+    hub: HubSet
+
+
+TASKS: dict[str, TranslationTask] = {
+    "wmt14_en-fr": TranslationTask("en", "fr", _wmt(14, "fr-en")),
+    "wmt14_fr-en": TranslationTask("fr", "en", _wmt(14, "fr-en")),
+    "wmt16_en-de": TranslationTask("en", "de", _wmt(16, "de-en")),
+    "wmt16_de-en": TranslationTask("de", "en", _wmt(16, "de-en")),
+    "wmt16_en-ro": TranslationTask("en", "ro", _wmt(16, "ro-en")),
+    "wmt16_ro-en": TranslationTask("ro", "en", _wmt(16, "ro-en")),
+}
+
+
+def prompt(task: str, text: str) -> str:
+    """The instruction with both languages, then the sentence."""
+    source, target = LANGUAGES[TASKS[task].source], LANGUAGES[TASKS[task].target]
+    return f"Translate {source} to {target}.\n{source}: {text}\n{target}:"
+
+
+class TranslationSuite:
+    """The pairs from `data_dir` or the hub; a line is {"translation": {"en": ..., "fr": ...}}, or that object itself.
+
+    A line {"input", "target"} is read too, and `references` adds further right translations.
+    """
+
+    name = "translation"
+    version = "1"
+
+    def tasks(self, data_dir: str | None = None) -> list[str]:
+        """The tasks whose files are in `data_dir`; all six on the hub."""
+        return list(TASKS) if data_dir is None else local_tasks(list(TASKS), data_dir)
+
+    def known(self, data_dir: str | None = None) -> list[str]:
+        """All six."""
+        return list(TASKS)
+
+    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
+        """The split's file or the lone one; else the hub's table."""
+        if data_dir is None:
+            return TASKS[task].hub.source(split)
+        return Source(str(local_file(task, split, data_dir)))
+
+    def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
+        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
+        if data_dir is None:
+            rows = TASKS[task].hub.rows(split)
+        else:
+            rows = local_rows(task, split, data_dir, lambda row: _english(task, row))
+        return [_example(task, row) for row in rows]
+
+    def metrics(self, task: str) -> tuple[str, ...]:
+        """BLEU of the whole set."""
+        return ("bleu",)
+
+    def max_new_tokens(self, task: str) -> int:
+        """Room for the longest sentence of the test sets, letters with accents counted."""
+        return MAX_NEW_TOKENS
+
+
+def _example(task: str, row: Row) -> Example:
+    text, target = _texts(task, row)
+    references = row.texts("references")
+    return Example(task, prompt(task, text), target, tuple(dict.fromkeys((target, *references))) if references else ())
+
+
+def _texts(task: str, row: Row) -> tuple[str, str]:
+    """(the sentence, its translation) of a line in any of its forms."""
+    if "input" in row.fields:
+        text, target = row.text("input"), row.text("target", "output")
+    else:
+        pair = row.inside("translation") if "translation" in row.fields else row
+        text, target = pair.text(TASKS[task].source), pair.text(TASKS[task].target)
+    if not text.strip() or not target.strip():
+        raise UsageError(row.where, "one side of the translation is empty", "Leave that line out.")
+    return text.strip(), target.strip()
+
+
+def _english(task: str, row: Row) -> str:
+    text, target = _texts(task, row)
+    return text if TASKS[task].source == "en" else target
