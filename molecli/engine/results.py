@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from molecli import __version__
-from molecli.engine.scoring import Result, percent, percents
+from molecli.engine.scoring import Result, percent, percents, scored
 from molecli.files.atomic import write_text
-from molecli.functional.bootstrap import Interval, bootstrap, paired_bootstrap, standard_error
+from molecli.functional.bootstrap import Interval, bootstrap, compare_scores, standard_error
 from molecli.metrics import metric_row
 
 Methods = Mapping[str, Sequence[Result]]
@@ -73,12 +73,10 @@ def _interval(
     first: Sequence[Result], second: Sequence[Result], samples: int, seed: int, metric: str | None
 ) -> Interval:
     # One seed for every pair: adding a method to the run leaves the other intervals as they are.
-    generator = torch.Generator().manual_seed(seed)
     one, other = (
-        [torch.tensor(percents(r, metric)) for r in results if metric is None or metric in r.scores]
-        for results in (first, second)
+        [scored(r, metric) for r in results if metric is None or metric in r.scores] for results in (first, second)
     )
-    return paired_bootstrap(one, other, generator=generator, samples=samples)
+    return compare_scores(one, other, seed=seed, samples=samples)
 
 
 def intervals(methods: Methods, *, samples: int, seed: int) -> dict[str, dict[str, dict[str, list[float]]]]:

@@ -1,7 +1,7 @@
 """Scoring: completions of a frozen backbone, as it stands, against the answers of each task.
 
 Knows nothing of compositions: whoever calls attaches what is to be scored (see `engine.evaluate`).
-Contents: Result, TaskResult, percent, percents, evaluate, completion, own_lora.
+Contents: Result, TaskResult, percent, percents, scored, scored_samples, evaluate, completion, own_lora.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from molecli.errors import UsageError
-from molecli.metrics import aggregate, load_metric, metric_row
+from molecli.functional.bootstrap import Scored, of_means
+from molecli.metrics import aggregate, load_metric, load_sums, metric_row
 from molecli.protocols import Backbone, Example
 
 # label, done, total
@@ -52,6 +55,25 @@ def percents(result: Result, metric: str | None = None) -> list[float]:
     """The samples' scores by `metric` (the main one when None) in [0, 100]."""
     name = metric or main_metric(result)
     return [100 * score / metric_row(name).upper for score in result.scores[name]]
+
+
+def scored(result: Result, metric: str | None = None) -> Scored:
+    """The task's score by `metric` (the main one when None) in [0, 100], ready to be resampled."""
+    return scored_samples([result.samples()], metric or main_metric(result))
+
+
+def scored_samples(runs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> Scored:
+    """The same from samples as samples_<task>.jsonl holds them, of one run or of several over the same examples."""
+    upper, sums = metric_row(metric).upper, load_sums(metric)
+    if sums is None:
+        values = [[100 * sample[metric] / upper for sample in run] for run in runs]
+        return of_means(torch.tensor(values, dtype=torch.float64))
+    statistics, of_sums = sums
+    rows = [
+        statistics([sample["filtered_resps"][0] for sample in run], [sample["answers"] for sample in run])
+        for run in runs
+    ]
+    return Scored(torch.tensor(rows, dtype=torch.float64), lambda totals: 100 * of_sums(totals) / upper)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Metrics: one row each, naming the file that scores it. A new metric is one file and one row.
 
 A metric scores every completion by itself, against all answers that are right, so that scores can be compared example
-by example (paired bootstrap). `aggregate` turns them into the task's score where that is not the mean (BLEU). Metrics
-that take pictures score every picture by itself in the same way, against the scene it shows; see `metrics.shots`.
+by example (paired bootstrap). `aggregate` turns them into the task's score where that is not the mean (BLEU); such a
+metric says in `statistics` what an example adds to the sums that the task's score follows from. Metrics that take
+pictures score every picture by itself in the same way, against the scene it shows; see `metrics.shots`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from molecli.errors import UsageError
 from molecli.files.near import suggestion
@@ -27,12 +28,14 @@ Aggregate = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 class MetricRow:
     """Where a metric lives and how to read it: scores lie in [0, upper]; raise `version` when a score can change.
 
-    takes: what it scores, completions or pictures.
+    takes: what it scores, completions or pictures. statistics, of_sums: of a metric with `aggregate`, for resampling.
     """
 
     score: str
     summary: str
     aggregate: str | None = None
+    statistics: str | None = None
+    of_sums: str | None = None
     upper: float = 1.0
     direction: Literal["higher", "lower"] = "higher"
     version: str = "1"
@@ -57,6 +60,8 @@ METRICS: dict[str, MetricRow] = {
         "molecli.metrics.bleu:score",
         "sacrebleu; the task's score is corpus BLEU",
         aggregate="molecli.metrics.bleu:corpus",
+        statistics="molecli.metrics.bleu:statistics",
+        of_sums="molecli.metrics.bleu:of_sums",
         upper=100.0,
     ),
     "rouge1": MetricRow("molecli.metrics.rouge:rouge1", "rouge-score, F of unigrams"),
@@ -112,6 +117,14 @@ def aggregate(
         return fmean(scores)
     whole: Aggregate = _load(target)
     return whole(predictions, answers)
+
+
+def load_sums(
+    name: str,
+) -> tuple[Callable[[Sequence[str], Sequence[Sequence[str]]], list[list[float]]], Callable[[Any], Any]] | None:
+    """(what each example adds to the sums, the score of sums [..., k]); None where the score is a mean."""
+    row = metric_row(name)
+    return None if row.statistics is None or row.of_sums is None else (_load(row.statistics), _load(row.of_sums))
 
 
 def _load(target: str):  # type: ignore[no-untyped-def]  # whatever the row names

@@ -1,10 +1,17 @@
-"""BLEU through sacrebleu (Post, 2018), with its default tokenizer (13a) and smoothing (exp)."""
+"""BLEU through sacrebleu (Post, 2018), with its default tokenizer (13a) and smoothing (exp).
+
+score, corpus       of a sentence, and of a set        statistics, of_sums    the set's again, from sums over sentences
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from sacrebleu.metrics import BLEU
+from torch import Tensor
+
+ORDER = 4
 
 
 def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
@@ -23,3 +30,25 @@ def corpus(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> floa
     # sacrebleu reads None as "this example has fewer references than others".
     streams = [[a[i] if i < len(a) else None for a in answers] for i in range(depth)]
     return float(BLEU().corpus_score(list(predictions), streams).score)
+
+
+def statistics(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+    """What each sentence adds to the set's sums: n-grams right and written, for n = 1 to 4, and both lengths."""
+    metric = BLEU(effective_order=True)
+    rows = []
+    for prediction, accepted in zip(predictions, answers, strict=True):
+        found = metric.sentence_score(prediction, list(accepted))
+        rows.append([float(n) for n in (*found.counts, *found.totals, found.sys_len, found.ref_len)])
+    return rows
+
+
+def of_sums(sums: Tensor) -> Tensor:
+    """Corpus BLEU [...] in [0, 100] of the sums [..., 10] of `statistics`, as sacrebleu makes it."""
+    right, written = sums[..., :ORDER], sums[..., ORDER : 2 * ORDER]
+    length, reference = sums[..., -2], sums[..., -1]
+    # "exp": the k-th order without a match counts as one half to the power k.
+    matches = torch.where(right == 0, 0.5 ** (right == 0).cumsum(dim=-1).to(sums), right)
+    precision = (matches / written.clamp(min=1)).log().mean(dim=-1).exp()
+    brevity = (1 - reference / length.clamp(min=1)).clamp(max=0).exp()
+    usable = (right.sum(dim=-1) > 0) & (written > 0).all(dim=-1)
+    return torch.where(usable, 100 * brevity * precision, torch.zeros_like(precision))

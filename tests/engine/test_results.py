@@ -90,3 +90,14 @@ def test_no_two_tasks_share_a_samples_file() -> None:
 
 def test_the_average_weighs_tasks_equally() -> None:
     assert average([*METHODS["base"], *METHODS["gated"]]) == 75.0
+
+
+def test_bleu_is_compared_as_it_is_shown_over_the_whole_set() -> None:
+    """Not as the mean of the sentences' BLEU, which is another number."""
+    long = "the old cat sat on the mat near the door of my house"
+    answers = [long, "a short dog ran"]
+    examples = [Example("talk", str(i), answer) for i, answer in enumerate(answers)]
+    right, half = (score("talk", examples, said, ["bleu"]) for said in (answers, [long, "no one came here"]))
+    (row,) = compare({"half": [half], "right": [right]}, "right", samples=50, seed=0)
+    assert row.difference == pytest.approx(right.percent - half.percent)
+    assert row.difference != pytest.approx(sum(right.percents) / 2 - sum(half.percents) / 2, abs=5)

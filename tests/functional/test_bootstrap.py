@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molecli.functional.bootstrap import bootstrap, paired_bootstrap, resampled_means, standard_error
+from molecli.functional.bootstrap import (
+    Scored,
+    bootstrap,
+    compare_scores,
+    of_means,
+    paired_bootstrap,
+    resampled_means,
+    standard_error,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -70,3 +78,36 @@ def test_a_large_task_is_resampled_in_pieces() -> None:
 def test_the_standard_error_of_one_example_is_zero() -> None:
     assert standard_error(torch.tensor([1.0])) == 0.0
     assert standard_error(torch.tensor([0.0, 1.0])) == pytest.approx(0.5)
+
+
+def test_scores_from_sums_give_the_interval_of_the_means_they_are() -> None:
+    first, second = ([scores(n, share, n) for n in (40, 70)] for share in (0.6, 0.4))
+    wanted = paired_bootstrap(first, second, generator=generator(5), samples=300)
+    found = compare_scores([of_means(s) for s in first], [of_means(s) for s in second], seed=5, samples=300)
+    assert (found.estimate, found.low, found.high) == pytest.approx((wanted.estimate, wanted.low, wanted.high))
+
+
+def test_repetitions_over_the_same_examples_count_as_their_mean() -> None:
+    runs = torch.stack([scores(60, 0.5, seed) for seed in (1, 2, 3)])
+    base = scores(60, 0.3, 4)
+    both = (compare_scores([of_means(one)], [of_means(base)], seed=0) for one in (runs, runs.double().mean(dim=0)))
+    found, wanted = both
+    assert (found.estimate, found.low, found.high) == pytest.approx((wanted.estimate, wanted.low, wanted.high))
+
+
+def test_a_score_that_is_no_mean_is_resampled_as_it_is_made() -> None:
+    # A ratio of sums: its resamples are ratios of the resampled sums.
+    rows = torch.tensor([[[1.0, 2.0], [3.0, 3.0], [0.0, 5.0]]])
+    ratio = Scored(rows, lambda sums: sums[..., 0] / sums[..., 1])
+    assert ratio.score == pytest.approx(0.4)
+    drawn = ratio.resampled(samples=200, generator=generator())
+    possible = {
+        (a + b + c) / (d + e + f) for a, d in rows[0].tolist() for b, e in rows[0].tolist() for c, f in rows[0].tolist()
+    }
+    assert all(min(abs(value - one) for one in possible) < 1e-9 for value in drawn.tolist())
+    assert len(set(drawn.tolist())) > 5
+
+
+def test_unpaired_sums_are_refused() -> None:
+    with pytest.raises(ValueError, match="same examples"):
+        compare_scores([of_means(torch.zeros(3))], [of_means(torch.zeros(4))], seed=0)
