@@ -137,7 +137,14 @@ def make_report(
     """
     shown = with_own_lora(results, singles)
     comparisons = compare(shown, subject, samples=samples, seed=seed)
-    content = document(shown, subject, suite=bench.suite, comparisons=comparisons, config=config)
+    content = document(
+        shown,
+        subject,
+        suite=bench.suite,
+        comparisons=comparisons,
+        max_new_tokens=bench.max_new_tokens,
+        config=config,
+    )
     return EvaluationReport(content, score_table(shown), [str(comparison) for comparison in comparisons])
 
 

@@ -2,7 +2,8 @@
 
 `results` holds the scores of the method that was asked for ({task: {"exact_match,none": ..}}), where lm-eval's readers
 look for them; `methods` holds those of every method, `average` their means over tasks in percent, and `comparisons` the
-paired bootstrap.
+paired bootstrap. What a score depends on stands beside it: versions of suite, metrics and libraries, the metrics'
+normalisers, how completions were made. No date or time: the same run gives the same file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,6 +27,7 @@ from molecli.metrics import metric_row
 
 Methods = Mapping[str, Sequence[Result]]
 AVERAGE = "average"
+LIBRARIES = ("torch", "transformers", "diffusers", "peft", "datasets", "sacrebleu", "rouge-score")
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -99,9 +102,18 @@ def average(results: Sequence[Result]) -> float:
 
 
 def document(
-    methods: Methods, subject: str, *, suite: tuple[str, str], comparisons: Sequence[Comparison], config: Any = None
+    methods: Methods,
+    subject: str,
+    *,
+    suite: tuple[str, str],
+    comparisons: Sequence[Comparison],
+    max_new_tokens: Mapping[str, int] | None = None,
+    config: Any = None,
 ) -> dict[str, Any]:
-    """The content of results.json; `suite` is its name and version, `config` the resolved recipe."""
+    """The content of results.json; `suite` is its name and version, `config` the resolved recipe.
+
+    max_new_tokens: the longest completion by task; None where pictures were made.
+    """
     shown = methods[subject]
     names = sorted({metric for result in shown for metric in result.scores})
     return {
@@ -110,14 +122,48 @@ def document(
         "methods": {name: _scores(results) for name, results in methods.items()},
         "average": {name: average(results) for name, results in methods.items()},
         "comparisons": [comparison.document() for comparison in comparisons],
+        "configs": {result.task: _task_config(result, suite, max_new_tokens) for result in shown},
         "versions": {result.task: suite[1] for result in shown},
+        "n-shot": {result.task: 0 for result in shown},
         "metric_versions": {name: metric_row(name).version for name in names},
+        "normalisers": {name: metric_row(name).summary for name in names},
         "higher_is_better": {r.task: {m: metric_row(m).direction == "higher" for m in r.scores} for r in shown},
         "n-samples": {r.task: {"original": r.counts[0], "effective": r.counts[1]} for r in shown},
         "suite": suite[0],
         "molecli_version": __version__,
+        "libraries": _libraries(),
         "config": config,
     }
+
+
+def _task_config(result: Result, suite: tuple[str, str], max_new_tokens: Mapping[str, int] | None) -> dict[str, Any]:
+    """What lm-eval's `configs` says of a task: how its samples were made, and what scored them."""
+    made: dict[str, Any] = {"output_type": "generate_image"}
+    if max_new_tokens is not None:
+        kwargs = {"do_sample": False, "max_gen_toks": max_new_tokens[result.task]}
+        made = {"output_type": "generate_until", "generation_kwargs": kwargs}
+    rows = {name: metric_row(name) for name in result.scores}
+    metrics = [
+        {
+            "metric": name,
+            "aggregation": "mean" if row.aggregate is None else name,
+            "higher_is_better": row.direction == "higher",
+        }
+        for name, row in rows.items()
+    ]
+    shared = {"task": result.task, "dataset_name": suite[0], "num_fewshot": 0, "metadata": {"version": suite[1]}}
+    return {**shared, **made, "metric_list": metrics}
+
+
+def _libraries() -> dict[str, str]:
+    """The versions of what makes and scores the samples."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:

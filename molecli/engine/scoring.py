@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Protocol
 
 import torch
@@ -114,6 +115,8 @@ class TaskResult:
                 "prompt": example.prompt,
                 "target": example.target,
                 "answers": list(example.answers),
+                "prompt_hash": _hash(example.prompt),
+                "target_hash": _hash(example.target),
                 "resps": [[self.outputs[i]]],
                 "filtered_resps": [self.completions[i]],
                 **{metric: scores[i] for metric, scores in self.scores.items()},
@@ -210,3 +213,8 @@ def own_lora(
     owned = [by_task.get((owners or {}).get(task, task), {}).get(task) for task in tasks]
     found = [result for result in owned if result is not None]
     return found if tasks and len(found) == len(tasks) else None
+
+
+def _hash(text: str) -> str:
+    """As lm-eval's: that two runs were asked the same shows without reading it."""
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

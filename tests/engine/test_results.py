@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,38 @@ def test_results_hold_scores_and_errors_under_lm_evals_names() -> None:
     json.dumps(content, allow_nan=False)
 
 
+def test_results_say_what_a_score_depends_on() -> None:
+    content = document(METHODS, "gated", suite=("jsonl", "1"), comparisons=[], max_new_tokens={"talk": 64})
+    assert content["configs"]["talk"] == {
+        "task": "talk",
+        "dataset_name": "jsonl",
+        "num_fewshot": 0,
+        "metadata": {"version": "1"},
+        "output_type": "generate_until",
+        "generation_kwargs": {"do_sample": False, "max_gen_toks": 64},
+        "metric_list": [
+            {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "bleu", "aggregation": "bleu", "higher_is_better": True},
+        ],
+    }
+    assert content["n-shot"] == {"talk": 0}
+    assert content["normalisers"]["exact_match"] == "equal to an answer after stripping white space"
+    assert content["libraries"]["torch"] == version("torch")
+
+
+def test_lm_evals_own_table_can_be_made_of_it() -> None:
+    """It reads these keys of every task, and takes a metric's name up to the comma."""
+    content = document(METHODS, "gated", suite=("jsonl", "1"), comparisons=[])
+    for task, row in content["results"].items():
+        assert {task} <= content["versions"].keys() & content["n-shot"].keys() & content["higher_is_better"].keys()
+        scores = {key.partition(",") for key in row if key != "alias"}
+        assert {(name, comma, of) for name, comma, of in scores if comma == "," and of == "none"} == scores
+        for name, _, of in scores:
+            if not name.endswith("_stderr"):
+                assert f"{name}_stderr,{of}" in row
+                assert name in content["higher_is_better"][task]
+
+
 def test_comparisons_are_paired_seeded_and_in_points() -> None:
     (one,) = compare(METHODS, "gated", samples=500, seed=1)
     assert (one.first, one.second, one.difference) == ("gated", "base", 50.0)
@@ -61,6 +95,7 @@ def test_samples_keep_prompt_raw_output_and_score_of_every_method(tmp_path: Path
     last = lines[-1]
     assert (last["method"], last["doc_id"], last["prompt"], last["target"]) == ("gated", 3, "prompt 3", "no")
     assert (last["resps"], last["filtered_resps"], last["exact_match"]) == ([["no\nmore"]], ["no"], 1.0)
+    assert last["prompt_hash"] == sha256(b"prompt 3").hexdigest()
 
 
 def test_an_interrupted_write_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
