@@ -68,6 +68,8 @@ class Seq2Seq:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         # Not labels: the model would compute a second, averaged loss from them.
         shifted = self.model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+        # Gates, too, are told which of the decoder's tokens are padding.
+        inputs["decoder_attention_mask"] = (labels != text.UNSCORED).long()
         logits = self.model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
         return logits, labels
 

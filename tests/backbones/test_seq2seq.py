@@ -70,6 +70,17 @@ def test_each_examples_loss_is_the_mean_over_its_own_tokens(backbone):
     assert (total, count) == (each.sum(), len(EXAMPLES))
 
 
+def test_whoever_watches_the_decoder_is_told_what_is_padding(backbone):
+    seen = []
+    decoder = backbone.model.get_decoder()
+    handle = decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    batch = backbone.collate(EXAMPLES)
+    backbone.token_loss(batch)
+    handle.remove()
+    assert torch.equal(seen[0]["attention_mask"], (batch["labels"] != -100).long())
+    assert not seen[0]["attention_mask"].all()
+
+
 def test_cached_generation_equals_uncached(backbone):
     cached = backbone.generate(PROMPTS, max_new_tokens=12)
     assert cached == backbone.generate(PROMPTS, max_new_tokens=12, use_cache=False)
