@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from molecli.errors import RunError, UsageError
+from molecli.files.adapters.keys import COMPONENTS
 
 # What a run may leave in its folder, as glob patterns: --overwrite removes these and touches nothing else.
 PRODUCTS = (
@@ -20,6 +21,9 @@ PRODUCTS = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
+    "lora.safetensors",
+    # Of a pipeline in PEFT's layout; a folder of that name may be a pipeline's own.
+    *(f"{part}/{name}" for part in COMPONENTS for name in ("adapter_config.json", "adapter_model.safetensors")),
     "concept.json",
     "class_pictures",
     "results.json",

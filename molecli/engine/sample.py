@@ -89,11 +89,16 @@ def base_of(base: BaseConfig | None, composition: Composition | None) -> BaseCon
     return BaseConfig.model_validate(yaml.safe_load(composition.recipe)["base"])
 
 
-def switch(mixture: Mixture, *, mask: tuple[str, ...], only: tuple[str, ...]) -> None:
-    """Switches experts off: those in `mask`, and with `only` all that it does not name. Raises: UsageError."""
+def switch(mixture: Mixture, *, mask: tuple[str, ...], only: tuple[str, ...]) -> tuple[str, ...]:
+    """Switches off the experts in `mask`, and with `only` all that it does not name; which they are.
+
+    Raises: UsageError for an unknown name.
+    """
     kept = {mixture.names[mixture.bank.index(name)] for name in only} if only else set(mixture.names)
     off = {mixture.names[mixture.bank.index(name)] for name in mask}
-    mixture.mask(*(name for name in mixture.names if name in off or name not in kept))
+    switched = tuple(name for name in mixture.names if name in off or name not in kept)
+    mixture.mask(*switched)
+    return switched
 
 
 def _experts(

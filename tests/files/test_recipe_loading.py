@@ -163,6 +163,7 @@ RECIPE_VALUES: dict[str, dict[str, Any]] = {
     "compose": {**LORAS, "preset": "paper", "train": {"lr": 1e-7}, "data": {"suite": "bbh"}},
     "sample": {"composition": "runs/ab", "prompts": ["héllo: 1", "- x\n# y"], "mask": ["a"]},
     "evaluate": {"compositions": ["runs/ab"], **LORAS, "modes": ["base", "linear"]},
+    "export": {"composition": "runs/ab", "rank": 8, "calibration": {"examples": "x.jsonl,y.jsonl", "limit": 3}},
 }
 
 

@@ -1,0 +1,83 @@
+"""`mole export`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from molecli.cli.options import (
+    DRY_RUN,
+    IMAGE,
+    LORAS,
+    MASK,
+    OUTPUT,
+    SEED_AND_DEVICE,
+    Flag,
+    Request,
+    Switch,
+    recipe_command,
+)
+from molecli.cli.prompts import read_prompts
+from molecli.cli.runs import base_of_composition, is_recipe, show_plan, started
+from molecli.cli.single import single
+from molecli.errors import UsageError
+from molecli.files.recipe import ExportRecipe
+
+FLAGS = (
+    Flag("--format", "format"),
+    Flag("--rank", "rank", metavar="K|exact", default="exact"),
+    Flag("--dtype", "dtype"),
+    Flag("--verify", "verify"),
+    Flag("--calibrate", "calibration.examples", "with commas between", metavar="FILES"),
+    Switch("--prompt", "images: a prompt to draw for calibration; may be repeated", kind=list[str], metavar="TEXT"),
+    Switch("--prompts-file", "images: such prompts, one a line, or .jsonl; - reads stdin", kind=str, metavar="FILE"),
+    Flag("--data-dir", "calibration.data_dir", metavar="DIR"),
+    Flag("--limit", "calibration.limit"),
+    Flag("--batch-size", "calibration.batch_size"),
+    *IMAGE,
+    *MASK,
+    *LORAS,
+    Flag("--base", "base.id", metavar="BASE"),
+    Flag("--gguf-file", "base.gguf_file", metavar="NAME"),
+    *SEED_AND_DEVICE,
+    *OUTPUT,
+    DRY_RUN,
+)
+TARGET = ("RECIPE | COMPOSITION", "A recipe (.yaml), or a composition: its folder or .safetensors file.")
+
+
+@recipe_command("export", target=TARGET, flags=FLAGS)
+def export(request: Request) -> None:
+    """Write a composition as one plain adapter that PEFT, diffusers or A1111/ComfyUI loads.
+
+    Fixed compositions come out exactly, or at --rank K with the truncation error of every matrix. Gates are averaged
+    over calibration inputs, and what that costs is measured on them. Writes the adapter, recipe.yaml and report.json.
+    """
+    if not request.targets:
+        raise UsageError("mole export", "no composition is named", "Name the output folder of mole compose.")
+    target = request.targets[0]
+    file = target if is_recipe(target) else None
+    more: dict[str, Any] = {} if file else {"composition": target, **base_of_composition(target, request)}
+    prompts = _prompts(request)
+    if prompts:
+        more["calibration.prompts"] = prompts
+    recipe = request.recipe(file, more=more)
+    assert isinstance(recipe, ExportRecipe)
+    if recipe.composition is None:
+        raise UsageError(str(file), "it names no composition", "Write composition: DIR.")
+    if request.switches["dry_run"]:
+        show_plan(recipe, request, file=file)
+        return
+    with started(recipe, request, file=file) as ready:
+        from molecli.engine.export import run_export
+
+        report = run_export(ready, progress=request.console.progress, note=request.console.note)
+    request.console.result(report, report.show)
+
+
+def _prompts(request: Request) -> list[str]:
+    given = list(request.switches["prompt"] or [])
+    source = request.switches["prompts_file"]
+    return given + (read_prompts(source) if source else [])
+
+
+app = single(export)

@@ -1,0 +1,133 @@
+"""Exporting a composition on a language model: what its gates are averaged over, and PEFT, which loads the result.
+
+TextExport    what `run_export` asks of a kind of base, of language models
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from molecli.backbones.hosting import Mixture
+from molecli.engine.data import Tasks, load_tasks, split_tasks
+from molecli.engine.measured import Observed
+from molecli.engine.sample import TEXT_BASE, check_fields
+from molecli.engine.train_lora import TASK_TYPES
+from molecli.errors import UsageError
+from molecli.experts import LowRank
+from molecli.files.adapters import write_peft
+from molecli.files.composition import Composition
+from molecli.files.recipe import DataConfig
+from molecli.protocols import Backbone, Example
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from molecli.files.recipe import ExportRecipe
+
+    Progress = Callable[[str, int, int], None]
+
+PICTURE_FIELDS = ("image", "concepts")
+PROBED = 4
+# What both models read where there is nothing else to: any tokens tell a difference.
+_PROBES = (("the old fox runs", "fox"), ("1 2 3 4 5 6 7", "8"), ("translate: good morning", "guten Morgen"))
+
+
+class TextExport:
+    """A recipe on a language model. Raises: UsageError for what it would ignore."""
+
+    layouts: tuple[str, ...] = ("peft",)
+    of, unit = "examples", "mean token loss of an example"
+
+    def __init__(self, recipe: ExportRecipe, composition: Composition) -> None:
+        check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
+        if recipe.calibration.prompts:
+            what = "a language model's gates are averaged over examples, which have answers"
+            raise UsageError("--prompt", what, "Write --calibrate FILE.jsonl.")
+        self.recipe, self.composition = recipe, composition
+
+    @cached_property
+    def tasks(self) -> Tasks:
+        """The calibration inputs. Raises: UsageError where there are none."""
+        config = self.recipe.calibration
+        if config.examples is not None:
+            return load_tasks(DataConfig(suite="jsonl", files=config.examples, limit=config.limit))
+        data = DataConfig.model_validate(yaml.safe_load(self.composition.recipe)["data"])
+        limit = min(config.limit, data.limit or config.limit)
+        given = {"limit": limit} if config.data_dir is None else {"limit": limit, "data_dir": config.data_dir}
+        try:
+            return split_tasks(data.model_copy(update=given))[0]
+        except UsageError as error:
+            remedy = "Write --calibrate FILE.jsonl, or --data-dir DIR."
+            raise UsageError(error.where, f"{error.what}, and the composition learned from it", remedy) from None
+
+    @property
+    def inputs(self) -> int:
+        return sum(map(len, self.tasks.values()))
+
+    @torch.no_grad()
+    def observe(
+        self, backbone: Backbone, mixture: Mixture | None, *, gates: bool, label: str, progress: Progress | None
+    ) -> Observed:
+        """Each input's loss with the mixture (None: the base) and, if asked for, its gates averaged over its tokens."""
+        losses: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
+        seen: dict[str, list[Tensor]] = {}
+        done, size = 0, self.recipe.calibration.batch_size
+        with mixture or nullcontext():
+            for task, examples in self.tasks.items():
+                for start in range(0, len(examples), size):
+                    batch = examples[start : start + size]
+                    losses[task].append(backbone.example_losses(backbone.collate(batch)).float().cpu())
+                    for site, gate in mixture.gates().items() if gates and mixture is not None else ():
+                        seen.setdefault(site, []).append(gate.float().cpu().expand(len(batch), -1))
+                    done += len(batch)
+                    if progress is not None:
+                        progress(label, done, self.inputs)
+        return Observed(
+            {task: torch.cat(parts) for task, parts in losses.items()},
+            {site: torch.cat(parts) for site, parts in seen.items()},
+        )
+
+    def write(self, folder: Path, layout: str, factors: Mapping[str, LowRank], backbone: Backbone) -> Path:
+        """The folder, holding a PEFT adapter."""
+        transposed = any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in factors)
+        task_type = TASK_TYPES.get(backbone.family)
+        return write_peft(folder, factors, self.composition.base, task_type=task_type, fan_in_fan_out=transposed)
+
+    @contextmanager
+    def loaded(self, backbone: Backbone, folder: Path, layout: str) -> Iterator[None]:
+        """Inside, the base has the adapter in `folder` as PEFT loads it; afterwards it is as it was."""
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            # PEFT asks transformers 5 a question by its old name; a user can do nothing about it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted = PeftModel.from_pretrained(backbone.model, str(folder), torch_device=str(backbone.device))
+        try:
+            yield
+        finally:
+            adapted.unload()
+
+    @torch.no_grad()
+    def probe(self, backbone: Backbone) -> Tensor:
+        """Logits of the model as it is now, on a few of the calibration inputs."""
+        known: list[Example] = []
+        if "tasks" in self.__dict__:
+            known = [examples[0] for examples in self.tasks.values()][:PROBED]
+        examples = known or [Example("probe", *pair) for pair in _PROBES]
+        logits = [backbone.model(**backbone.collate([example])).logits.flatten() for example in examples]
+        return torch.cat(logits).float().cpu()
+
+    def library(self, layout: str) -> str:
+        """Who loads the adapter."""
+        return f"PEFT {version('peft')}"
