@@ -100,7 +100,7 @@ def _claim(recipe: Recipe, request: Request, folder: str) -> None:
     if permissions["overwrite"] and Path(folder).is_dir() and not isinstance(recipe, SampleRecipe):
         from molecli.engine.plan import make_plan
 
-        make_plan(recipe)  # A recipe that cannot run must not cost the results that are there.
+        make_plan(recipe, fetch=True)  # A recipe that cannot run must not cost the results that are there.
     output.claim(folder, **permissions)
 
 

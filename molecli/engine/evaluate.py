@@ -208,11 +208,7 @@ def make_methods(
     Without --modes these are the base, each LoRA alone, linear and nla, unless eval.baselines is off.
     Raises: UsageError, MismatchError.
     """
-    loras: list[LoraLike] = list(recipe.loras) or recorded_loras(compositions.values())
-    if not loras and builtin:
-        loras = [LoraSpec(name, str(path)) for name, path in builtin_loras().items()]
-    default = (STATIC if loras else ("base",)) if recipe.eval.baselines or not compositions else ()
-    modes = recipe.modes or default
+    loras, modes = chosen(recipe, compositions, builtin=builtin)
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     needed = loras if set(modes) - {"base"} else []
     experts = read_experts(model, needed, allow_partial=not recipe.loras)
@@ -221,6 +217,17 @@ def make_methods(
     fixed = static_methods(model, experts, modes=modes, weights=weights, method=recipe.method, mask=mask, only=only)
     learned = composition_methods(model, compositions, loras=recipe.loras, experts=experts, mask=mask, only=only)
     return distinct([*fixed, *learned])
+
+
+def chosen(
+    recipe: EvaluateRecipe, compositions: Mapping[str, Composition], *, builtin: bool
+) -> tuple[list[LoraLike], Sequence[str]]:
+    """(the LoRAs at hand, the fixed modes to score): those of the recipe, else what it leaves to be chosen."""
+    loras: list[LoraLike] = list(recipe.loras) or recorded_loras(compositions.values())
+    if not loras and builtin:
+        loras = [LoraSpec(name, str(path)) for name, path in builtin_loras().items()]
+    default = (STATIC if loras else ("base",)) if recipe.eval.baselines or not compositions else ()
+    return loras, recipe.modes or default
 
 
 def recorded_loras(compositions: Iterable[Composition]) -> list[LoraLike]:

@@ -18,16 +18,20 @@ from torch import nn
 from molecli.backbones.layouts import adaptable_matrices
 from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
 from molecli.backbones.pipeline import PipelineModules
+from molecli.catalog import BUILTIN_PREFIX
 from molecli.compose import get_method
 from molecli.engine.compose import domain_of
 from molecli.engine.data import load_tasks, split_tasks
+from molecli.engine.evaluate import chosen
 from molecli.engine.mixing import build_mixture
+from molecli.engine.sources import Sources, find_sources, source_lines
 from molecli.errors import UsageError
 from molecli.experts import Expert, LowRank
 from molecli.files.adapters import AdapterInfo, Coverage, check_coverage, read_info
 from molecli.files.composition import load_composition
 from molecli.files.recipe import ComposeRecipe, DataConfig, EvalDataConfig, EvaluateRecipe, Recipe, TrainLoraRecipe
 from molecli.protocols import Shape
+from molecli.suites import load_suite, select_tasks
 
 # A guess at the length of an example, prompt and target: real lengths need the tokenizer and every line.
 TOKENS_PER_EXAMPLE = 256
@@ -50,7 +54,10 @@ class LoraPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. Counts are numbers of things, memory is in bytes; None where it does not apply."""
+    """What a run would do. Counts are numbers of things, memory is in bytes; None where it does not apply.
+
+    Examples that would be fetched are not counted: of them, `examples` holds at most what a limit allows, else nothing.
+    """
 
     command: str
     base: str
@@ -65,6 +72,7 @@ class Plan:
     steps: int | None = None
     passes: dict[str, int] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, Sources] = field(default_factory=dict)
     compositions: tuple[dict[str, Any], ...] = ()
     memory: dict[str, int] = field(default_factory=dict)
     memory_of: str = ""
@@ -77,14 +85,17 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """The plan of `recipe`. Raises: UsageError and MismatchError as the run would."""
+def make_plan(recipe: Recipe, *, fetch: bool = False) -> Plan:
+    """The plan of `recipe`. Raises: UsageError and MismatchError as the run would.
+
+    fetch: examples from public places are fetched and counted, and a RunError raised where they cannot be.
+    """
     if isinstance(recipe, ComposeRecipe):
         return _plan_compose(recipe)
     if isinstance(recipe, TrainLoraRecipe):
-        return _plan_train_lora(recipe)
+        return _plan_train_lora(recipe, fetch=fetch)
     if isinstance(recipe, EvaluateRecipe):
-        return _plan_evaluate(recipe)
+        return _plan_evaluate(recipe, fetch=fetch)
     raise UsageError(f"mole {recipe.command}", "it has no dry run", "Leave out --dry-run.")
 
 
@@ -135,17 +146,19 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
     )
 
 
-def _plan_train_lora(recipe: TrainLoraRecipe) -> Plan:
+def _plan_train_lora(recipe: TrainLoraRecipe, *, fetch: bool) -> Plan:
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
     if recipe.pictures is not None or isinstance(skeleton, PipelineModules):
         from molecli.engine.images.plan import plan_pictures
 
         targets, count = plan_pictures(recipe, shapes)
+        sources = {}
     else:
         from molecli.engine.train_lora import target_matrices  # imports PEFT, which the other plans can do without
 
-        targets, count = target_matrices(recipe.adapter.targets, shapes), _count_examples(recipe.data)
+        targets, sources = target_matrices(recipe.adapter.targets, shapes), {"train": find_sources(recipe.data)}
+        count = _count_examples(recipe.data, fetch=fetch)
     trained = sum(_factor_numbers(shapes[name], recipe.adapter.rank) for name in targets)
     micro = recipe.train.micro_batch_size or recipe.train.batch_size
     return Plan(
@@ -154,13 +167,14 @@ def _plan_train_lora(recipe: TrainLoraRecipe) -> Plan:
         trained_parameters=trained,
         steps=recipe.train.steps,
         passes={"train": recipe.train.steps * ceil(recipe.train.batch_size / micro)},
-        examples={"train": count},
+        examples={"train": count} if count else {},
+        sources=sources,
         memory=_memory(recipe, skeleton, shapes, 0, trained),
         **_shared(recipe, skeleton, shapes),
     )
 
 
-def _plan_evaluate(recipe: EvaluateRecipe) -> Plan:
+def _plan_evaluate(recipe: EvaluateRecipe, *, fetch: bool) -> Plan:
     compositions = [(path, load_composition(path)) for path in recipe.compositions]
     base = recipe.base or _base_of([composition.recipe for _, composition in compositions])
     skeleton = load_skeleton(base)
@@ -170,9 +184,13 @@ def _plan_evaluate(recipe: EvaluateRecipe) -> Plan:
 
         scenes = plan_scenes(recipe)
         infos, count, passes = [read_info(lora) for lora in scenes.loras], scenes.pictures, scenes.passes
+        sources = {}
     else:
-        infos, count = [read_info(lora) for lora in recipe.loras], _count_examples(recipe.eval.data)
-        methods = len(compositions) + sum(len(infos) if mode == "single" else 1 for mode in recipe.modes)
+        loras, modes = chosen(recipe, dict(compositions), builtin=base.id.startswith(BUILTIN_PREFIX))
+        needed = loras if set(modes) - {"base"} else recipe.loras
+        infos, sources = [read_info(lora) for lora in needed], {"evaluate": find_sources(recipe.eval.data)}
+        count = _count_examples(recipe.eval.data, fetch=fetch)
+        methods = len(compositions) + sum(len(infos) if mode == "single" else 1 for mode in modes)
         passes = methods * ceil(count / recipe.eval.batch_size)
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     covered = [check_coverage(info, shapes, allow_partial=not recipe.loras) for info in infos]
@@ -183,8 +201,9 @@ def _plan_evaluate(recipe: EvaluateRecipe) -> Plan:
             {m for _, c in compositions for expert in c.experts for m in expert.matrices}
             | {m for found in covered for m in found.matched}
         ),
-        passes={"evaluate": passes},
-        examples={"evaluate": count},
+        passes={"evaluate": passes} if count else {},
+        examples={"evaluate": count} if count else {},
+        sources=sources,
         compositions=tuple(
             {"path": path, "mode": c.mode, "base": c.base, "experts": list(c.names)} for path, c in compositions
         ),
@@ -221,7 +240,11 @@ def _lora_plan(info: AdapterInfo, found: Coverage) -> LoraPlan:
     return LoraPlan(info.name, info.source, info.rank, info.alpha, len(found.matched), found.unmatched)
 
 
-def _count_examples(data: DataConfig) -> int:
+def _count_examples(data: DataConfig, *, fetch: bool = True) -> int:
+    """The number of examples; unless they are to be fetched, of those online what the limit allows, 0 without one."""
+    if not fetch and find_sources(data).online:
+        suite = load_suite(data.suite, files=data.files)
+        return (data.limit or 0) * len(select_tasks(suite, data.tasks, data.data_dir))
     tasks = load_tasks(data) if data.holdout == 0 else split_tasks(data)[isinstance(data, EvalDataConfig)]
     return sum(map(len, tasks.values()))
 
@@ -293,9 +316,12 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"mode      {plan.mode}{sites}")
     if plan.steps is not None:
         lines.append(f"training  {plan.trained_parameters:,} parameters, {plan.steps} steps")
+    for sources in plan.sources.values():
+        lines += source_lines(sources)
     for part, count in plan.examples.items():
+        most = "at most " if part in plan.sources and plan.sources[part].online else ""
         lines.append(
-            f"{part:9} {count:,} {plan.learns_from}"
+            f"{part:9} {most}{count:,} {plan.learns_from}"
             + (f", {plan.passes[part]:,} passes" if part in plan.passes else "")
         )
     if plan.memory:

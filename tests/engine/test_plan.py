@@ -14,7 +14,7 @@ from molecli.engine import plan as planning
 from molecli.engine.attach import attach
 from molecli.engine.plan import make_plan, plan_lines
 from molecli.engine.train_lora import adapted, trained_parameters
-from molecli.errors import MismatchError, UsageError
+from molecli.errors import MismatchError, RunError, UsageError
 from molecli.files.recipe import ComposeRecipe, Recipe, load_recipe
 
 
@@ -159,3 +159,112 @@ def test_sizes_read_well() -> None:
         "5 MiB",
         "2.5 GiB",
     ]
+
+
+def evaluation(parts: dict[str, Any], **more: Any) -> Recipe:
+    return load_recipe(None, "evaluate", {"base.id": parts["base.id"], "loras": parts["loras"], **more})
+
+
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the web was asked"))
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "first"),
+    [
+        ("bbh", 27, "lukaemon/bbh/boolean_expressions, test"),
+        ("nli", 10, "nyu-mll/glue/rte, validation"),
+        ("instruction_induction", 22, "https://raw.githubusercontent.com/"),
+        ("translation", 6, "wmt/wmt14/fr-en, test"),
+        ("struct2text", 4, "GEM/gem/common_gen, validation"),
+        ("cbqa", 4, "allenai/ai2_arc/ARC-Challenge, test"),
+    ],
+)
+def test_a_plan_says_what_the_hub_would_be_asked_and_asks_nothing(
+    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, suite: str, tasks: int, first: str
+) -> None:
+    no_hub(monkeypatch)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    plan = make_plan(evaluation(parts, **{"eval.data.suite": suite, "eval.data.limit": 2}))
+    assert plan.examples == {"evaluate": 2 * tasks}
+    lines = plan_lines(plan)
+    assert f"online    {tasks} tasks would be fetched; --data-dir reads files instead" in lines
+    assert any(line.split(": ", 1)[-1].startswith(first) for line in lines)
+    assert any(line.startswith(f"evaluate  at most {2 * tasks} examples, ") for line in lines)
+    assert len(json.loads(json.dumps(plan.document()))["sources"]["evaluate"]["online"]) == tasks
+
+
+def test_a_plan_without_a_limit_counts_nothing_that_it_would_have_to_fetch(
+    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_hub(monkeypatch)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    plan = make_plan(evaluation(parts, **{"eval.data.suite": "cbqa", "eval.data.tasks": "arc_easy"}))
+    assert (plan.examples, plan.passes) == ({}, {})
+    assert "online    1 task would be fetched; HF_HUB_OFFLINE is set: write --data-dir" in plan_lines(plan)
+
+
+@pytest.mark.parametrize(
+    ("suite", "there", "missing", "count"),
+    [
+        ("bbh", "navigate.jsonl", "snarks.jsonl", 26),
+        ("nli", "rte_dev.jsonl", "anli_r1_dev.jsonl", 11),
+        ("instruction_induction", "test/sum.jsonl", "test/diff.jsonl", 21),
+        ("translation", "test/wmt14_en-fr.jsonl", "test/wmt16_ro-en.jsonl", 5),
+        ("struct2text", "test/e2e_nlg.jsonl", "test/dart.jsonl", 3),
+        ("cbqa", "test/trivia_qa.jsonl", "test/arc_easy.jsonl", 3),
+    ],
+)
+def test_a_plan_names_every_file_that_is_missing(
+    parts: dict[str, Any], tmp_path: Path, suite: str, there: str, missing: str, count: int
+) -> None:
+    rows = [
+        {"input": f"q {i}", "output": "a", "target": "a", "premise": f"p {i}", "hypothesis": "h", "label": "entailment"}
+        for i in range(20)
+    ]
+    path = tmp_path / "data" / there
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"eval.data.suite": suite, "eval.data.data_dir": str(tmp_path / "data"), "eval.data.limit": 2}
+    plan = make_plan(evaluation(parts, **settings))
+    assert plan.examples == {"evaluate": 2}
+    lines = plan_lines(plan)
+    task = Path(there).stem.removesuffix("_dev")
+    assert f"files     1 of {count + 1} tasks are there: {task}" in lines
+    absent = [line for line in lines if line.startswith("missing   ")]
+    assert len(absent) == count
+    assert f"missing   {Path(missing).stem.removesuffix('_dev')}: no file {tmp_path}/data/{missing}" in absent
+
+
+def test_a_plan_for_tasks_whose_files_are_missing_fails_as_the_run_would(parts: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for tasks, message in {
+        "snarks": f"{tmp_path}/data/snarks.jsonl: no such file, and the task 'snarks' is read from it. "
+        "Check --data-dir.",
+        None: f"{tmp_path}/data: no task of the suite 'bbh' is there. "
+        f"Check --data-dir: the first would be {tmp_path}/data/boolean_expressions.jsonl.",
+    }.items():
+        settings = {"eval.data.suite": "bbh", "eval.data.data_dir": str(tmp_path / "data"), "eval.data.tasks": tasks}
+        with pytest.raises(UsageError) as caught:
+            make_plan(evaluation(parts, **settings))
+        assert str(caught.value) == message
+
+
+def test_an_evaluations_passes_are_those_of_every_method_that_would_run(parts: dict[str, Any]) -> None:
+    plan = make_plan(evaluation(parts, **{"eval.data.tasks": "french", "eval.batch_size": 16}))
+    # The base, two LoRAs alone, linear and nla, on 64 examples.
+    assert plan.passes == {"evaluate": 5 * 4}
+    alone = make_plan(evaluation(parts, modes="base", **{"eval.data.tasks": "french", "eval.batch_size": 16}))
+    assert alone.passes == {"evaluate": 4}
+
+
+def test_results_are_not_given_up_for_examples_that_cannot_be_fetched(
+    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(RunError, match="could not be loaded from the hub"):
+        make_plan(evaluation(parts, **{"eval.data.suite": "bbh"}), fetch=True)
