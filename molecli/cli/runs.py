@@ -15,6 +15,7 @@ from molecli.files.atomic import write_text
 from molecli.files.recipe import (
     ComposeRecipe,
     EvaluateRecipe,
+    ExportRecipe,
     Recipe,
     SampleRecipe,
     TrainLoraRecipe,
@@ -22,7 +23,7 @@ from molecli.files.recipe import (
 )
 
 RECIPE_FILE = "recipe.yaml"
-R = TypeVar("R", TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe)
+R = TypeVar("R", TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, ExportRecipe)
 
 
 def recipe_file(request: Request) -> str | None:

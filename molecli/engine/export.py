@@ -44,24 +44,30 @@ from molecli.files.lora_spec import CONFIG_FILE
 from molecli.files.tensor_file import in_fixed_order
 
 if TYPE_CHECKING:
-    from molecli.files.recipe import ExportRecipe
+    from molecli.files.recipe import DataConfig, ExportRecipe
 
 # label, done, total
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], object]
 Factors = Mapping[str, LowRank]
+# All there is to a gate that looks at no input.
+_STILL = ("/logits", "/log_temperature")
 
 
 class ExportDomain(Protocol):
     """A recipe on one kind of base, checked before anything is loaded.
 
     layouts: those it can be written in, the usual one first; of: what the calibration inputs are; unit: of the loss;
-    inputs: how many there are. Raises: UsageError for inputs that are missing, when they are first asked for.
+    data: where they are, if they are examples; inputs: how many there are. Raises: UsageError for inputs that are
+    missing, when they are first asked for.
     """
 
     layouts: tuple[str, ...]
     of: str
     unit: str
+
+    @property
+    def data(self) -> DataConfig | None: ...
 
     @property
     def inputs(self) -> int: ...
@@ -112,6 +118,8 @@ def run_export(
     composition = load_composition(str(recipe.composition))
     domain = export_domain(recipe, composition, note)
     layout = chosen_layout(recipe, domain)
+    if needs_inputs(recipe, composition):
+        domain.inputs  # noqa: B018 (what is wrong with them shows before the base is loaded)
     base = base_of(recipe.base, composition)
     if recipe.verify:
         base = base.model_copy(update={"dtype": "float32"})
@@ -151,7 +159,7 @@ def run_export(
 
 
 def export_domain(recipe: ExportRecipe, composition: Composition, note: Note = lambda text: None) -> ExportDomain:
-    """The recipe's domain, its calibration inputs found where they are needed. Raises: UsageError."""
+    """The recipe's domain. Raises: UsageError."""
     method = get_method(composition.mode)
     if method.level == "output":
         what = f"mode {composition.mode} composes the UNet's outputs step by step, which no one adapter can"
@@ -166,16 +174,14 @@ def export_domain(recipe: ExportRecipe, composition: Composition, note: Note = l
         domain = PictureExport(recipe, composition, note)
     else:
         domain = TextExport(recipe, composition)
-    chosen_layout(recipe, domain)
-    if needs_inputs(recipe, composition) and not domain.inputs:
-        raise UsageError("calibration", f"there are no {domain.of}", "Write --calibrate FILE.jsonl, or --prompt TEXT.")
     return domain
 
 
 def needs_inputs(recipe: ExportRecipe, composition: Composition) -> bool:
     """Whether something is measured on calibration inputs: gates that look at them, or an export that was to be."""
     given = bool(recipe.calibration.examples or recipe.calibration.prompts)
-    return given or any("/head." in name for name in composition.tensors)
+    looking = not all(name.endswith(_STILL) for name in composition.tensors)
+    return given or (get_method(composition.mode).level == "site" and looking)
 
 
 def chosen_layout(recipe: ExportRecipe, domain: ExportDomain) -> str:
@@ -209,6 +215,10 @@ def _still(
     if constant is not None:
         return _Still(mixture, constant)
     observed = domain.observe(backbone, mixture, gates=True, label="gates", progress=progress)
+    if not observed.gates:
+        what = f"mode {composition.mode} tells no weights that could be averaged"
+        remedy = "Compose the LoRAs with --mode linear, nla or gated, and export that."
+        raise UsageError("mole export", what, remedy)
     weights = mean_weights(mixture, observed.gates)
     return _Still(fixed_mixture(mixture, weights, renormalize=_renormalizes(composition)), weights, observed)
 

@@ -56,17 +56,23 @@ class TextExport:
             raise UsageError("--prompt", what, "Write --calibrate FILE.jsonl.")
         self.recipe, self.composition = recipe, composition
 
+    @property
+    def data(self) -> DataConfig:
+        """Where the calibration inputs are."""
+        config = self.recipe.calibration
+        if config.examples is not None:
+            return DataConfig(suite="jsonl", files=config.examples, limit=config.limit)
+        own = DataConfig.model_validate(yaml.safe_load(self.composition.recipe)["data"])
+        limit = min(config.limit, own.limit or config.limit)
+        return own.model_copy(update={"limit": limit, "data_dir": config.data_dir or own.data_dir})
+
     @cached_property
     def tasks(self) -> Tasks:
         """The calibration inputs. Raises: UsageError where there are none."""
-        config = self.recipe.calibration
-        if config.examples is not None:
-            return load_tasks(DataConfig(suite="jsonl", files=config.examples, limit=config.limit))
-        data = DataConfig.model_validate(yaml.safe_load(self.composition.recipe)["data"])
-        limit = min(config.limit, data.limit or config.limit)
-        given = {"limit": limit} if config.data_dir is None else {"limit": limit, "data_dir": config.data_dir}
+        if self.recipe.calibration.examples is not None:
+            return load_tasks(self.data)
         try:
-            return split_tasks(data.model_copy(update=given))[0]
+            return split_tasks(self.data)[0]
         except UsageError as error:
             remedy = "Write --calibrate FILE.jsonl, or --data-dir DIR."
             raise UsageError(error.where, f"{error.what}, and the composition learned from it", remedy) from None

@@ -30,7 +30,8 @@ Weights = Mapping[str, Tensor]
 def constant_weights(mixture: Mixture, off: Collection[str] = ()) -> Weights | None:
     """The weights at each site with the experts `off` masked; None where some gate looks at the input."""
     gates = mixture.gate_modules()
-    if not all(gate.constant for gate in gates.values()):
+    # A mixture that another library hosts has sites and no gates of ours.
+    if len(gates) < len(mixture.sites) or not all(gate.constant for gate in gates.values()):
         return None
     keep = torch.tensor([float(name not in off) for name in mixture.names]) if off else None
     found = {}

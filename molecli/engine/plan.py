@@ -24,12 +24,23 @@ from molecli.engine.compose import domain_of
 from molecli.engine.data import load_tasks, split_tasks
 from molecli.engine.evaluate import chosen
 from molecli.engine.mixing import build_mixture
+from molecli.engine.sample import base_of
 from molecli.engine.sources import Sources, find_sources, source_lines
 from molecli.errors import UsageError
 from molecli.experts import Expert, LowRank
 from molecli.files.adapters import AdapterInfo, Coverage, check_coverage, read_info
-from molecli.files.composition import load_composition
-from molecli.files.recipe import ComposeRecipe, DataConfig, EvalDataConfig, EvaluateRecipe, Recipe, TrainLoraRecipe
+from molecli.files.composition import check_base, load_composition
+from molecli.files.lora_spec import LoraSpec
+from molecli.files.recipe import (
+    ComposeRecipe,
+    DataConfig,
+    EvalDataConfig,
+    EvaluateRecipe,
+    ExportRecipe,
+    Recipe,
+    TrainLoraRecipe,
+)
+from molecli.functional.fingerprint import fingerprint, same_base
 from molecli.protocols import Shape
 from molecli.suites import load_suite, select_tasks
 
@@ -77,6 +88,7 @@ class Plan:
     memory: dict[str, int] = field(default_factory=dict)
     memory_of: str = ""
     learns_from: str = "examples"
+    export: dict[str, Any] = field(default_factory=dict)
     output: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -96,6 +108,8 @@ def make_plan(recipe: Recipe, *, fetch: bool = False) -> Plan:
         return _plan_train_lora(recipe, fetch=fetch)
     if isinstance(recipe, EvaluateRecipe):
         return _plan_evaluate(recipe, fetch=fetch)
+    if isinstance(recipe, ExportRecipe):
+        return _plan_export(recipe, fetch=fetch)
     raise UsageError(f"mole {recipe.command}", "it has no dry run", "Leave out --dry-run.")
 
 
@@ -211,6 +225,37 @@ def _plan_evaluate(recipe: EvaluateRecipe, *, fetch: bool) -> Plan:
     )
 
 
+def _plan_export(recipe: ExportRecipe, *, fetch: bool) -> Plan:
+    from molecli.engine.export import chosen_layout, export_domain, needs_inputs  # which imports PEFT
+
+    composition = load_composition(str(recipe.composition))
+    domain = export_domain(recipe, composition)
+    layout, data, count, sources = chosen_layout(recipe, domain), domain.data, 0, {}
+    if needs_inputs(recipe, composition):
+        sources = {} if data is None else {"calibrate": find_sources(data)}
+        online = any(found.online for found in sources.values())
+        count = _count_examples(data, fetch=fetch) if data is not None and online else domain.inputs
+    base = base_of(recipe.base, composition)
+    skeleton = load_skeleton(base)
+    shapes = adaptable_matrices(skeleton)
+    check_base(composition, fingerprint(skeleton), same_base)
+    recorded = [LoraSpec(record.name, record.source) for record in composition.experts]
+    infos = [read_info(lora) for lora in recipe.loras or recorded]
+    # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
+    covered = [check_coverage(info, shapes, allow_partial=True) for info in infos]
+    made = {"path": recipe.composition, "mode": composition.mode, "base": base.id, "experts": list(composition.names)}
+    return Plan(
+        command=recipe.command,
+        loras=tuple(_lora_plan(info, found) for info, found in zip(infos, covered, strict=True)),
+        adapted_matrices=len({matrix for record in composition.experts for matrix in record.matrices}),
+        examples={"calibrate": count} if count else {},
+        sources=sources,
+        compositions=(made,),
+        export={"format": layout, "rank": recipe.rank, "dtype": recipe.dtype},
+        **_shared(recipe.model_copy(update={"base": base}), skeleton, shapes),
+    )
+
+
 def _base_of(recipes: Sequence[str]) -> Any:
     """The base that the compositions' own recipes name; the built-in one without any."""
     import yaml
@@ -314,6 +359,9 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.mode:
         sites = f", {plan.sites} sites" if plan.sites is not None else ""
         lines.append(f"mode      {plan.mode}{sites}")
+    if plan.export:
+        rank = "exact" if plan.export["rank"] is None else f"rank {plan.export['rank']} at most"
+        lines.append(f"export    {plan.export['format']}, {plan.export['dtype']}, {rank}")
     if plan.steps is not None:
         lines.append(f"training  {plan.trained_parameters:,} parameters, {plan.steps} steps")
     for sources in plan.sources.values():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from molecli.cli import compose, evaluate, inspect_gates, sample, train_lora
+from molecli.cli import compose, evaluate, export, inspect_gates, sample, train_lora
 from molecli.cli.options import Flag, Request, Switch, recipe_command
 from molecli.cli.single import single
 from molecli.files.recipe import RECIPES
@@ -19,6 +19,7 @@ MODULES = {
     "sample": sample,
     "train-lora": train_lora,
     "inspect-gates": inspect_gates,
+    "export": export,
 }
 EVERYWHERE = {"--base", "--gguf-file", "--dtype", "--device", "--seed", "--limit", "--batch-size", "--output"}
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from molecli.backbones.diffusion import Diffusion
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.pipeline import TEXT_ENCODERS
+from molecli.backbones.quiet import quiet
+from molecli.backbones.sources import find_base
 from molecli.backbones.text import seeded
 from molecli.engine.data import sample
 from molecli.engine.images.columns import read_concepts
@@ -31,6 +33,7 @@ from molecli.engine.images.joint import prompts_of
 from molecli.engine.images.pictures import Album
 from molecli.engine.images.record import GateRecorder
 from molecli.engine.measured import Observed
+from molecli.engine.sample import base_of
 from molecli.errors import UsageError
 from molecli.experts import LowRank
 from molecli.files.adapters import write_diffusers, write_kohya, write_peft
@@ -56,6 +59,7 @@ class PictureExport:
 
     layouts: tuple[str, ...] = ("diffusers", "kohya", "peft")
     of, unit = "pictures", "denoising error of a picture"
+    data = None
 
     def __init__(
         self, recipe: ExportRecipe, composition: Composition, note: Callable[[str], object] = lambda text: None
@@ -200,7 +204,8 @@ class PictureExport:
                 yield
             return
         name = DIFFUSERS_FILE if layout == "diffusers" else KOHYA_FILE
-        pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="export")
+        with quiet(find_base(base_of(self.recipe.base, self.composition))):
+            pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="export")
         try:
             yield
         finally:

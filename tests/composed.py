@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gates import randomise
+import torch
 
 from molecli.backbones.layouts import host_of
 from molecli.compose import get_method
@@ -29,7 +29,10 @@ def save_composed(folder: Path, base: Path, model: Any, loras: Mapping[str, Path
     host = host_of(model)
     experts = read_experts(host, [LoraSpec(name, str(path)) for name, path in loras.items()])
     mixture = build_mixture(host, experts, mode=mode, gate=recipe.gate, weights=weights, method=recipe.method)
-    randomise(mixture, sharpness=1.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mixture.named_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
     row = get_method(mode)
     composition = Composition(
         mode=mode,
