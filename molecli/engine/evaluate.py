@@ -8,7 +8,6 @@ run_evaluate  recipe -> EvaluationReport: the whole command on a language model;
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from molecli.engine.methods import STATIC, Method, composition_methods, distinct
 from molecli.engine.results import compare, document, write
 from molecli.engine.sample import TEXT_BASE, base_of, check_fields, draws_pictures
 from molecli.engine.scoring import Progress, TaskResult, evaluate, own_lora
-from molecli.engine.tables import ScoreTable, score_table, to_markdown, to_rich
+from molecli.engine.tables import ScoreTable, draw, score_table
 from molecli.files.adapters import LoraLike, LoraSpec
 from molecli.files.composition import Composition, load_composition
 from molecli.metrics import metric_row
@@ -67,18 +66,8 @@ class EvaluationReport(dict[str, Any]):
         return dict(self)
 
     def show(self) -> None:
-        """Draws the tables on stdout: for eyes on a terminal, as markdown in a pipe or a file."""
-        for number, table in enumerate((self.table, *self.more)):
-            if sys.stdout.isatty():
-                from rich.console import Console
-
-                Console().print(to_rich(table))
-            else:
-                sys.stdout.write("\n" * (number > 0) + to_markdown(table))
-        if self.more and self.comparisons:
-            sys.stdout.write("\n")
-        for line in self.comparisons:
-            sys.stdout.write(f"{line}\n")
+        """Draws the tables on stdout, and what is said below them."""
+        draw((self.table, *self.more), self.comparisons)
 
 
 def make_bench(config: EvalConfig) -> Bench:

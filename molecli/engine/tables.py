@@ -1,10 +1,11 @@
 """Score tables: methods as columns, tasks as rows, the average last, the best of a row in bold.
 
-One table, two renderings: for a terminal (rich) and for a README (GitHub markdown).
+One table, two renderings: for a terminal (rich) and for a README (GitHub markdown); `draw` chooses.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from molecli.engine.scoring import Result, main_metric, percent
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 AVERAGE = "average"
 _MISSING = "–"
@@ -35,12 +36,36 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TextRow:
+    """A row whose cells are words, such as a difference with its interval."""
+
+    label: str
+    texts: tuple[str, ...]
+
+    def cells(self) -> list[tuple[str, bool]]:
+        """(text, False) by column: none is the best."""
+        return [(text, False) for text in self.texts]
+
+
+@dataclass(frozen=True)
 class ScoreTable:
     """Scores ready to be drawn; `corner` says what the numbers are."""
 
     corner: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Words ready to be drawn."""
+
+    corner: str
+    columns: tuple[str, ...]
+    rows: tuple[TextRow, ...]
+
+
+Table = ScoreTable | TextTable
 
 
 def score_table(methods: Mapping[str, Sequence[Result]], metric: str | None = None) -> ScoreTable:
@@ -63,26 +88,43 @@ def score_table(methods: Mapping[str, Sequence[Result]], metric: str | None = No
     return ScoreTable(corner, tuple(by_task), tuple(rows))
 
 
-def to_rich(table: ScoreTable, *, title: str | None = None) -> Table:
+def draw(tables: Sequence[Table], lines: Sequence[str] = ()) -> None:
+    """Draws on stdout, for eyes on a terminal, as markdown in a pipe or a file; then the lines."""
+    for number, table in enumerate(tables):
+        if sys.stdout.isatty():
+            from rich.console import Console
+
+            Console().print(to_rich(table))
+        else:
+            sys.stdout.write("\n" * (number > 0) + to_markdown(table))
+    if len(tables) > 1 and lines:
+        sys.stdout.write("\n")
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+
+
+def to_rich(table: Table, *, title: str | None = None) -> RichTable:
     """The table for a terminal."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    drawn = Table(title=title, title_justify="left")
+    drawn = RichTable(title=title, title_justify="left")
     drawn.add_column(escape(table.corner), overflow="fold")
     for column in table.columns:
         drawn.add_column(escape(column), justify="right", overflow="fold")
-    for i, row in enumerate(table.rows):
+    rows: Sequence[Row | TextRow] = table.rows
+    for i, row in enumerate(rows):
         if i and row.label == AVERAGE:
             drawn.add_section()
         drawn.add_row(escape(row.label), *(f"[bold]{text}[/bold]" if best else text for text, best in row.cells()))
     return drawn
 
 
-def to_markdown(table: ScoreTable) -> str:
+def to_markdown(table: Table) -> str:
     """The table as GitHub markdown, a line break at its end."""
     lines = [_line([table.corner, *table.columns]), "|---|" + "---:|" * len(table.columns)]
-    for row in table.rows:
+    rows: Sequence[Row | TextRow] = table.rows
+    for row in rows:
         lines.append(_line([row.label, *(f"**{text}**" if best else text for text, best in row.cells())]))
     return "\n".join(lines) + "\n"
 
