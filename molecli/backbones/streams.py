@@ -19,7 +19,7 @@ from molecli.errors import RunError
 from molecli.protocols import Reading, Site
 
 # What transformers calls the key-value cache, in calls and in outputs: from 5.24 on, and before.
-_CACHE = ("cache", "past_key_values")
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 @dataclass
@@ -116,7 +116,9 @@ class TextStreams:
 
         def note_cache(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             # A prompt without a cache is given one by the model; the next pass comes with it.
-            cache = next((found for name in _CACHE if (found := getattr(output, name, None)) is not None), None)
+            cache = next(
+                (found for name in CACHE_ARGUMENTS if (found := getattr(output, name, None)) is not None), None
+            )
             if cache is not None:
                 self.decoder.cache = weakref.ref(cache)
 
@@ -153,7 +155,7 @@ class TextStreams:
 
 
 def _past(kwargs: Mapping[str, Any]) -> tuple[int, weakref.ref[Any] | None]:
-    cache = next((kwargs[name] for name in _CACHE if kwargs.get(name) is not None), None)
+    cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
     return (0, None) if cache is None else (int(cache.get_seq_length()), weakref.ref(cache))
 
 

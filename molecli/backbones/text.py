@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from molecli.errors import UsageError
 from molecli.protocols import Shape
 
 UNSCORED = -100
+# Models that are hosted in a way that no key-value cache can follow.
+_UNCACHED: WeakSet[nn.Module] = WeakSet()
 Side = Literal["left", "right"]
 
 
@@ -124,13 +127,13 @@ class Decoding:
     def complete(self, model: nn.Module, ids: Tensor, mask: Tensor, *, stop: Sequence[int], pad_id: int) -> Tensor:
         """What `model.generate` returns for prompts ids, mask [B, T]: up to max_new_tokens more each."""
         device = next(model.parameters()).device
-        settings = self._settings(stop, pad_id)
+        settings = self._settings(stop, pad_id, use_cache=self.use_cache and model not in _UNCACHED)
         with torch.no_grad(), seeded(self.seed, device):
             return model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
 
-    def _settings(self, stop: Sequence[int], pad_id: int) -> GenerationConfig:
+    def _settings(self, stop: Sequence[int], pad_id: int, *, use_cache: bool) -> GenerationConfig:
         """Every setting that a checkpoint's own generation config may carry (beams, penalties, top-k) is neutral here.
 
         transformers fills in what is left out, and scores would then depend on a file nobody looked at.
@@ -140,7 +143,7 @@ class Decoding:
             max_new_tokens=self.max_new_tokens,
             eos_token_id=list(stop) or None,
             pad_token_id=pad_id,
-            use_cache=self.use_cache,
+            use_cache=use_cache,
             do_sample=sampling,
             temperature=self.temperature if sampling else 1.0,
             top_p=self.top_p if sampling else 1.0,
@@ -153,6 +156,22 @@ class Decoding:
             early_stopping=False,
             min_length=0,
         )
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is not given a key-value cache: neither by `Decoding` nor by what it takes as its default."""
+    settings = [config for config in (model.config, model.generation_config) if hasattr(config, "use_cache")]
+    were = [config.use_cache for config in settings]
+    _UNCACHED.add(model)
+    for config in settings:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        _UNCACHED.discard(model)
+        for config, was in zip(settings, were, strict=True):
+            config.use_cache = was
 
 
 @contextmanager

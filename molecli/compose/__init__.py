@@ -26,6 +26,16 @@ class Method:
         """Whether it makes one LoRA of all, as low-rank factors (`compose.updates`)."""
         return self.target.endswith(":merge")
 
+    @property
+    def gated(self) -> bool:
+        """Whether gates of this package weigh the LoRAs, site by site."""
+        return self.target.endswith(":build_gates")
+
+    @property
+    def through_peft(self) -> bool:
+        """Whether PEFT itself hosts the LoRAs and routes among them."""
+        return self.target.endswith(":peft_config")
+
     def load(self) -> Any:
         """What the row points to."""
         module, _, attribute = self.target.partition(":")
@@ -50,6 +60,22 @@ METHODS = {
             "LoRA Soups, 2410.13025",
             "learned weights per site, the same for every input",
             "molecli.compose.soup:build_gates",
+        ),
+        Method(
+            "arrow",
+            "site",
+            False,
+            "Arrow, 2405.11157",
+            "PEFT's: each token to the LoRAs whose first singular vectors it follows",
+            "molecli.compose.arrow:peft_config",
+        ),
+        Method(
+            "xlora",
+            "site",
+            True,
+            "X-LoRA, 2402.07148",
+            "PEFT's: a classifier of the base's last hidden states weighs the LoRAs by token",
+            "molecli.compose.xlora:peft_config",
         ),
         Method("linear", "weights", False, "MoLE Eq. 1", "the sum of all LoRAs", "molecli.compose.linear:gate"),
         Method(

@@ -59,15 +59,15 @@ def attach(
     specs = _specs(loras or ())
     if not specs:
         raise UsageError("attach", "no LoRA is named", "Write loras={'a': 'path/to/a'}.")
-    gated = get_method(mode or "linear").level == "site"
-    for name, value, of, there in (("gate", gate, "gated", gated), ("only", only, "single", mode == "single")):
+    row = get_method(mode or "linear")
+    for name, value, of, there in (("gate", gate, "gated", row.gated), ("only", only, "single", mode == "single")):
         if value is not None and not there:
             raise UsageError("attach", f"{name}= says something in mode {of!r} alone", f"Write mode={of!r}.")
-    if weights is not None and gated:
+    if weights is not None and row.level == "site" and row.trained:
         raise UsageError("attach", f"the gates learn the weights in mode {mode!r}", "Leave weights= out.")
     experts = read_experts(model, specs, allow_partial=allow_partial)
     own = {spec.name: spec.weight for spec in specs} | dict(weights or {})
-    concepts = _concepts(specs) if get_method(mode or "linear").level == "output" else {}
+    concepts = _concepts(specs) if row.level == "output" else {}
     return build_mixture(
         model,
         experts,

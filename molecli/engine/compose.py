@@ -176,7 +176,7 @@ def _composition(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture) ->
         base=recipe.base.id,
         base_fingerprint=backbone.fingerprint(),
         experts=tuple(record_of(expert) for expert in mixture.bank.experts),
-        gate=recipe.gate.model_dump(mode="json") if get_method(recipe.mode).level == "site" else None,
+        gate=recipe.gate.model_dump(mode="json") if get_method(recipe.mode).gated else None,
         settings={},
         recipe=dump_recipe(recipe),
         tensors=mixture.state_dict(),
@@ -186,7 +186,7 @@ def _composition(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture) ->
 
 def _settings(recipe: ComposeRecipe, domain: Domain) -> dict[str, Any]:
     """What a mixture is built with again that is in no tensor."""
-    if get_method(recipe.mode).merges:
+    if get_method(recipe.mode).merges or get_method(recipe.mode).through_peft:
         return {"method": recipe.method.model_dump(mode="json")}
     if get_method(recipe.mode).level == "output":
         method = recipe.method.model_dump(mode="json")

@@ -34,12 +34,15 @@ class TextDomain:
 
     triggers: Mapping[str, str] = {}
     kinds: Mapping[str, str] = {}
-    passes = 1.0
 
     def __init__(self, recipe: ComposeRecipe) -> None:
         check_language(recipe.mode, "--mode")
         check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
+        if get_method(recipe.mode).through_peft:
+            whose = f"gates are made by, and in mode {recipe.mode} PEFT routes as `method` says"
+            check_fields(recipe, ("gate",), whose)
         self.recipe = with_tasks(recipe)
+        self.passes = 2.0 if recipe.mode == "xlora" else 1.0
         self.rows: Sequence[Any] = _examples(self.recipe)
         self.examples = len(self.rows)
         settings = self.recipe.evaluate

@@ -23,6 +23,7 @@ from torch import Tensor
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
 from molecli.backbones.sources import find_base
+from molecli.compose import get_method
 from molecli.engine.attach import attach
 from molecli.engine.evaluate import make_bench
 from molecli.engine.sample import TEXT_BASE, base_of, check_fields, switch
@@ -114,7 +115,8 @@ def run_inspect(
     """
     path = recipe.compositions[0]
     composition = load_composition(path)
-    if composition.level != "site":
+    row = get_method(composition.mode)
+    if row.level != "site" or not row.trained:
         raise UsageError(path, f"a composition of mode {composition.mode} has no gates", "Name one of mode gated.")
     if find_base(base_of(recipe.base, composition)).pipeline:
         from molecli.engine.images.inspect import inspect_pictures  # which needs diffusers, and this module

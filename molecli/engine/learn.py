@@ -1,4 +1,4 @@
-"""Which training a method asks for: gates are fitted, LoRAHub's weights searched for."""
+"""Which training a method asks for: gates are fitted, LoRAHub's weights searched for, PEFT's classifier trained."""
 
 from __future__ import annotations
 
@@ -16,4 +16,9 @@ if TYPE_CHECKING:
 
 def learner(recipe: ComposeRecipe) -> Callable[..., Any]:
     """The function that trains what `recipe.mode` learns, called as `fit` is."""
-    return partial(search, config=recipe.method) if get_method(recipe.mode).merges else fit
+    row = get_method(recipe.mode)
+    if row.through_peft:
+        from molecli.engine.fit_router import fit_router  # which imports PEFT
+
+        return fit_router
+    return partial(search, config=recipe.method) if row.merges else fit

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from molecli.backbones.branching import Branching
 from molecli.backbones.hosting import Mixture
-from molecli.backbones.layouts import layout_of
+from molecli.backbones.layouts import Layout, layout_of
 from molecli.backbones.merged import MergedMixture
+from molecli.backbones.pipeline import PipelineModules
 from molecli.backbones.streams import Streams
 from molecli.compose import Method, get_method, linear, nla, pem, single
 from molecli.compose.output import output_method
@@ -45,6 +46,8 @@ def build_mixture(
     bank, layout = ExpertBank(experts), layout_of(model)
     matrices = layout.in_order(bank.matrices)
     if chosen.level == "site":
+    if chosen.through_peft:
+        return _through_peft(chosen, model, bank, layout, _values(bank, weights or {}) * config.scale, config)
         settings = gate or GateConfig()
         sites = layout.sites(matrices, settings.granularity, per_token=settings.pool == "token")
         gates = chosen.load()(settings, bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
@@ -70,6 +73,31 @@ def _values(bank: ExpertBank, weights: Mapping[str, float]) -> Tensor:
 
 
 def _merged(
+def check_pictures(mode: str, where: str = "--mode") -> None:
+    """Nothing, where `mode` composes a diffusion pipeline too. Raises: UsageError."""
+    if mode != "base" and get_method(mode).through_peft:
+        what = "PEFT routes in language models alone, and the base is a diffusion pipeline"
+        raise UsageError(f"{where} {mode}", what, "Write gated, linear, composite or another that draws.")
+
+
+def _through_peft(
+    chosen: Method, model: nn.Module, bank: ExpertBank, layout: Layout, values: Tensor, config: MethodConfig
+) -> Mixture:
+    """The experts where PEFT hosts them; `values` [N] are for the method that learns nothing."""
+    if isinstance(model, PipelineModules):
+        check_pictures(chosen.name)
+    from molecli.backbones.peft_hosting import ArrowMixture, XLoraMixture  # which imports PEFT
+
+    width = layout.memory_width
+    assert width is not None
+    found = chosen.load()(config, bank, width=width, seq2seq=layout.seq2seq)
+    apart = not chosen.trained or config.layerwise_scalings
+    sites = layout.sites(layout.in_order(bank.matrices), "matrix" if apart else "network", per_token=True)
+    if chosen.trained:
+        return XLoraMixture(model, bank, sites, found, streams=layout.streams())
+    return ArrowMixture(model, bank, sites, found, values, streams=layout.streams())
+
+
     chosen: Method,
     model: nn.Module,
     bank: ExpertBank,

@@ -134,7 +134,8 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
     row, gated = get_method(recipe.mode), get_method(recipe.mode).level == "site"
     trained = sum(p.numel() for p in mixture.named_parameters().values())
     examples, passes = {}, {}
-    if gated:
+    stepped = row.trained and gated
+    if stepped:
         examples["train"] = domain.examples
         micro = recipe.train.micro_batch_size or recipe.train.batch_size
         passes["train"] = round(recipe.train.steps * ceil(recipe.train.batch_size / micro) * domain.passes)
@@ -152,7 +153,7 @@ def _plan_compose(recipe: ComposeRecipe) -> Plan:
         adapted_matrices=len(mixture.bank.matrices),
         sites=len(mixture.sites) if gated else None,
         trained_parameters=trained,
-        steps=recipe.train.steps if gated else recipe.method.evaluations if row.trained else None,
+        steps=recipe.train.steps if stepped else recipe.method.evaluations if row.trained else None,
         passes=passes,
         examples=examples,
         memory=_memory(recipe, skeleton, shapes, _factor_count(experts), trained),

@@ -30,6 +30,7 @@ from molecli.engine.images.sample import sample_pictures
 from molecli.engine.inspect import Progress, entropy_course, write_report
 from molecli.engine.learn import learner
 from molecli.engine.loop import Record
+from molecli.engine.mixing import check_pictures
 from molecli.errors import UsageError
 from molecli.experts import Expert
 from molecli.files.recipe import ComposeRecipe, DataConfig, EvalConfig, SampleRecipe
@@ -47,6 +48,9 @@ class PictureDomain:
     """A recipe on a diffusion base. Raises: UserError for what cannot be learned from or would be ignored."""
 
     def __init__(self, recipe: ComposeRecipe, note: Callable[[str], object] = lambda text: None) -> None:
+        check_pictures(recipe.mode)
+        for mode in recipe.preview:
+            check_pictures(mode, "--preview")
         _check_sections(recipe)
         self.recipe, self.note = recipe, note
         found = read_concepts(recipe.loras, recipe.concepts)

@@ -24,6 +24,7 @@ from molecli.engine.images.scoring import PictureResult, make_instruments, paire
 from molecli.engine.images.sheet import SheetRow, write_sheets
 from molecli.engine.images.takes import Set, draw_takes
 from molecli.engine.methods import folder_names
+from molecli.engine.mixing import check_pictures
 from molecli.engine.results import compare, document, intervals, write
 from molecli.engine.sample import base_of
 from molecli.engine.scoring import Progress
@@ -65,6 +66,8 @@ class Setting:
 
 def read_setting(recipe: EvaluateRecipe, *, note: Note = lambda text: None) -> Setting:
     """The setting of a recipe. Raises: UsageError and MismatchError for what the run itself could not use."""
+    for mode in recipe.modes:
+        check_pictures(mode, "--modes")
     paths = folder_names(recipe.compositions)
     compositions = {name: load_composition(path) for name, path in paths.items()}
     base = base_of(recipe.base, next(iter(compositions.values()), None))

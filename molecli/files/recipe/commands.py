@@ -34,8 +34,8 @@ from molecli.files.recipe.shorthand import as_loras, as_names
 
 MergeMode = Literal["cat", "svd", "magnitude_prune", "ties", "dare", "dare_ties", "knots", "tsv", "iso", "pem"]
 OutputMode = Literal["switch", "composite", "w_switch", "w_composite", "loratorio"]
-StaticMode = Literal["linear", "merge", "nla", MergeMode, OutputMode]
-Mode = Literal["gated", "soup", "lorahub", "single", StaticMode]
+StaticMode = Literal["linear", "merge", "nla", MergeMode, "arrow", OutputMode]
+Mode = Literal["gated", "soup", "lorahub", "xlora", "single", StaticMode]
 Loras = Annotated[tuple[LoraConfig, ...], BeforeValidator(as_loras)]
 
 _SEED = "every random choice follows from it"
@@ -68,9 +68,9 @@ class ComposeRecipe(Section):
     loras: Loras = Field(default=(), description="the experts, in order; the built-in ones when the base is built in")
     mode: Mode = Field(
         default="gated",
-        description="learned: gated, soup, lorahub; fixed: linear (Eq. 1; also called merge), nla (Eq. 2), single, "
-        "cat, svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, pem; for images also switch, composite, "
-        "w_switch, w_composite, loratorio",
+        description="learned: gated, soup, lorahub, xlora; fixed: linear (Eq. 1; also called merge), nla (Eq. 2), "
+        "single, cat, svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, pem, arrow; for images also "
+        "switch, composite, w_switch, w_composite, loratorio",
     )
     method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
     gate: GateConfig = Field(default_factory=GateConfig, description="the gates of mode gated")
@@ -161,7 +161,7 @@ class EvaluateRecipe(Section):
     modes: Annotated[tuple[Literal["base", "single", StaticMode], ...], BeforeValidator(as_names)] = Field(
         default=(),
         description="fixed modes scored beside the compositions: base, single (each LoRA alone), linear, nla, cat, "
-        "svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, pem; for images also switch, composite, "
+        "svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, pem, arrow; for images also switch, composite, "
         "w_switch, w_composite, loratorio",
     )
     image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")

@@ -31,7 +31,9 @@ class MethodConfig(Section):
         description="ties, dare, magnitude_prune, knots: share of an update's entries that stay; by default 0.2, "
         "in dare 0.5",
     )
-    seed: int = Field(default=0, ge=0, description="dare: which entries are dropped")
+    seed: int = Field(
+        default=0, ge=0, description="dare: which entries are dropped; arrow: where the power iterations start"
+    )
     expression: str | None = Field(
         default=None, description="pem: sums and differences of LoRAs, such as 'a + b - c' or '0.5 * a + 0.5 * b'"
     )
@@ -39,6 +41,19 @@ class MethodConfig(Section):
     examples: int = Field(default=64, ge=1, description="lorahub: training examples that it scores them by, at most")
     bound: float = Field(default=1.5, gt=0.0, allow_inf_nan=False, description="lorahub: largest weight, either sign")
     l1: float = Field(default=0.05, ge=0.0, allow_inf_nan=False, description="lorahub: regulariser on mean |weight|")
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="arrow: LoRAs that a token goes to, by default 3; xlora: the same, by default all",
+    )
+    temperature: float = Field(
+        default=1.0, gt=0.0, allow_inf_nan=False, description="arrow, xlora: of the softmax over the LoRAs"
+    )
+    xlora_depth: int = Field(default=1, ge=1, description="xlora: layers of the classifier")
+    xlora_size: int = Field(default=2048, ge=1, description="xlora: width of the classifier's hidden layers")
+    layerwise_scalings: bool = Field(
+        default=False, description="xlora: every matrix has weights of its own, not one for all"
+    )
     on: Literal["factors", "updates"] = Field(
         default="factors", description="lorahub, pem: whether A and B are added apart, as published, or the updates"
     )
