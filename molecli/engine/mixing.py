@@ -45,9 +45,9 @@ def build_mixture(
     chosen, config = get_method(mode), method or MethodConfig()
     bank, layout = ExpertBank(experts), layout_of(model)
     matrices = layout.in_order(bank.matrices)
-    if chosen.level == "site":
     if chosen.through_peft:
         return _through_peft(chosen, model, bank, layout, _values(bank, weights or {}) * config.scale, config)
+    if chosen.level == "site":
         settings = gate or GateConfig()
         sites = layout.sites(matrices, settings.granularity, per_token=settings.pool == "token")
         gates = chosen.load()(settings, bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
@@ -72,7 +72,6 @@ def _values(bank: ExpertBank, weights: Mapping[str, float]) -> Tensor:
     return torch.tensor([float(weights.get(name, 1.0)) for name in bank.names])
 
 
-def _merged(
 def check_pictures(mode: str, where: str = "--mode") -> None:
     """Nothing, where `mode` composes a diffusion pipeline too. Raises: UsageError."""
     if mode != "base" and get_method(mode).through_peft:
@@ -98,6 +97,7 @@ def _through_peft(
     return ArrowMixture(model, bank, sites, found, values, streams=layout.streams())
 
 
+def _merged(
     chosen: Method,
     model: nn.Module,
     bank: ExpertBank,
