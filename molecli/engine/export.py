@@ -215,10 +215,6 @@ def _still(
     if constant is not None:
         return _Still(mixture, constant)
     observed = domain.observe(backbone, mixture, gates=True, label="gates", progress=progress)
-    if not observed.gates:
-        what = f"mode {composition.mode} tells no weights that could be averaged"
-        remedy = "Compose the LoRAs with --mode linear, nla or gated, and export that."
-        raise UsageError("mole export", what, remedy)
     weights = mean_weights(mixture, observed.gates)
     return _Still(fixed_mixture(mixture, weights, renormalize=_renormalizes(composition)), weights, observed)
 

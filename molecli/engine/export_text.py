@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molecli.backbones.hosting import Mixture
 from molecli.engine.data import Tasks, load_tasks, split_tasks
+from molecli.engine.fixed import read_gates
 from molecli.engine.measured import Observed
 from molecli.engine.sample import TEXT_BASE, check_fields
 from molecli.engine.train_lora import TASK_TYPES
@@ -94,8 +95,8 @@ class TextExport:
                 for start in range(0, len(examples), size):
                     batch = examples[start : start + size]
                     losses[task].append(backbone.example_losses(backbone.collate(batch)).float().cpu())
-                    for site, gate in mixture.gates().items() if gates and mixture is not None else ():
-                        seen.setdefault(site, []).append(gate.float().cpu().expand(len(batch), -1))
+                    for site, gate in read_gates(mixture).items() if gates and mixture is not None else ():
+                        seen.setdefault(site, []).append(gate.expand(len(batch), -1))
                     done += len(batch)
                     if progress is not None:
                         progress(label, done, self.inputs)

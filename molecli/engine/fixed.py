@@ -1,5 +1,6 @@
 """A composition whose weights are the same for every input: as a mixture, and as the one update that it adds.
 
+read_gates         what its gates were in the last pass
 constant_weights   the weights of a mixture whose gates look at nothing
 mean_weights       those of one whose gates do, averaged over inputs
 fixed_mixture      a mixture with such weights
@@ -18,13 +19,22 @@ from molecli.backbones.hosting import Mixture
 from molecli.backbones.layouts import layout_of
 from molecli.backbones.merged import MergedMixture
 from molecli.compose.static import FixedGate
-from molecli.errors import RunError
+from molecli.errors import RunError, UsageError
 from molecli.experts import ExpertBank, LowRank
 from molecli.functional.factors import cat, truncated
 from molecli.functional.gating import rescale
 
 # site -> [N] on the CPU
 Weights = Mapping[str, Tensor]
+
+
+def read_gates(mixture: Mixture) -> dict[str, Tensor]:
+    """{site: [inputs, N]} of the last forward pass, on the CPU. Raises: UsageError for a mixture that tells none."""
+    gates = mixture.gates()
+    if not gates:
+        what = "the composition routes among its LoRAs inside another library, which tells no weights to average"
+        raise UsageError("mole export", what, "Compose them with --mode linear, nla or gated, and export that.")
+    return {site: gate.float().cpu() for site, gate in gates.items()}
 
 
 def constant_weights(mixture: Mixture, off: Collection[str] = ()) -> Weights | None:

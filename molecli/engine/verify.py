@@ -44,15 +44,15 @@ class Verification:
 
     @property
     def worst(self) -> str:
-        """The matrix whose ΔW is farthest from the composition's."""
-        return max(self.delta, key=self.delta.__getitem__)
+        """The matrix whose ΔW is farthest from the composition's; "" where none was loaded."""
+        return max(self.delta, key=self.delta.__getitem__, default="")
 
     def document(self) -> dict[str, Any]:
         """The verification as JSON holds it."""
         return {
             "library": self.library,
-            "delta": {"worst": self.delta[self.worst], "matrix": self.worst, "by_matrix": dict(self.delta)},
-            "file": max(self.file.values()),
+            "delta": {"worst": self.delta.get(self.worst), "matrix": self.worst, "by_matrix": dict(self.delta)},
+            "file": max(self.file.values(), default=None),
             "output": self.output,
             "missing": list(self.missing),
             "surplus": list(self.surplus),
@@ -60,6 +60,8 @@ class Verification:
 
     def line(self) -> str:
         """The verification as text."""
+        if not self.delta:
+            return f"{self.library}: nothing was loaded, output differs by {self.output:.1e}"
         worst = self.worst
         return f"{self.library}: ΔW differs by at most {self.delta[worst]:.1e} ({worst}), output by {self.output:.1e}"
 

@@ -15,6 +15,7 @@ from composed import export_recipe, save_composed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
 from molecli.engine import export as exporting
 from molecli.engine.attach import attach
@@ -255,6 +256,18 @@ def test_a_fixed_composition_is_measured_where_examples_are_given(world: World) 
     report = run_export(export_recipe(run, world.folder / "out", rank=1, **{"calibration.examples": str(world.data)}))
     assert report["calibration"]["loss"].keys() == {"base", "linear", "export"}
     assert report["averaged_over"] == 0
+
+
+def test_a_mixture_that_tells_no_gates_is_refused_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = world.composed("gated"), []
+    monkeypatch.setattr(Mixture, "gates", lambda self: asked.append(self) or {})
+    with pytest.raises(UsageError) as caught:
+        run_export(export_recipe(run, world.folder / "out", **{"calibration.batch_size": 1}))
+    assert str(caught.value) == (
+        "mole export: the composition routes among its LoRAs inside another library, which tells no weights to "
+        "average. Compose them with --mode linear, nla or gated, and export that."
+    )
+    assert len(asked) == 1
 
 
 def test_a_file_that_says_another_thing_is_found_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

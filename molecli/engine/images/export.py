@@ -24,6 +24,7 @@ from molecli.backbones.quiet import quiet
 from molecli.backbones.sources import find_base
 from molecli.backbones.text import seeded
 from molecli.engine.data import sample
+from molecli.engine.fixed import read_gates
 from molecli.engine.images.columns import read_concepts
 from molecli.engine.images.concept_pictures import concept_pictures
 from molecli.engine.images.denoising import Prompts, all_latents, draw_noise, prediction_errors
@@ -150,8 +151,8 @@ class PictureExport:
                     moments = torch.full((len(places),), last * (2 * i + 1) // (2 * TIMESTEPS), device=clean.device)
                     said = prompts([self.pictures[place].prompt for place in places])
                     errors[i, list(places)] = prediction_errors(backbone, said, clean, noise, moments).cpu()
-                    for site, gate in asked.gates().items() if asked is not None else ():
-                        seen.setdefault(site, []).append(gate.float().cpu().expand(len(places), -1))
+                    for site, gate in read_gates(asked).items() if asked is not None else ():
+                        seen.setdefault(site, []).append(gate.expand(len(places), -1))
                     told(i * count + places.stop, TIMESTEPS * count)
         of_pictures = errors.mean(0)
         by_concept: dict[str, list[Tensor]] = {}
