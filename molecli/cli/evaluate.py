@@ -54,9 +54,15 @@ FLAGS = (
     *SEED_AND_DEVICE,
     *OUTPUT,
     Switch("--resume", "images: draw and judge only what an earlier run in the output folder left undone"),
+    Switch("--compare", "score nothing: compare the methods of finished evaluations, their folders named instead"),
     DRY_RUN,
 )
-TARGET = ("RECIPE | COMPOSITION", "One recipe (.yaml), or compositions: their folders or .safetensors files.")
+COMPARE_FLAGS = ("--tasks", "--metrics", "--bootstrap", "--seed", "--output")
+TARGET = (
+    "RECIPE | COMPOSITION | RESULTS",
+    "One recipe (.yaml), or compositions: their folders or .safetensors files. With --compare, folders of results, "
+    "each PATH or NAME=PATH (its last method alone, under that name).",
+)
 
 
 @recipe_command("evaluate", target=TARGET, many=True, flags=FLAGS)
@@ -65,7 +71,15 @@ def evaluate(request: Request) -> None:
 
     Writes results.json and samples_<task>.jsonl. A diffusion base draws each scene of a suite by every method from the
     same seeds: the pictures go to drawn/, and sheet.png shows some of them.
+
+    --compare reads such results back: a table of every method in them, who wins each task and on average, and whether
+    the difference to each other method can be told from none (paired bootstrap over the same examples). Runs that share
+    a method's name are its repetitions. --tasks, --metrics, --bootstrap and --seed apply; with --output it also writes
+    comparison.json and comparison.md.
     """
+    if request.switches["compare"]:
+        _compare(request)
+        return
     file, more = _file_and_compositions(request)
     recipe = request.recipe(file, more=more)
     assert isinstance(recipe, EvaluateRecipe)
@@ -81,6 +95,43 @@ def evaluate(request: Request) -> None:
             write_text(Path(ready.output) / RECIPE_FILE, dump_recipe(ready))
         report = run_evaluate(ready, progress=request.console.progress, note=request.console.note)
     request.console.result(report, report.show)
+
+
+def _compare(request: Request) -> None:
+    """The comparison of finished evaluations. Raises: UsageError, MismatchError."""
+    from molecli.engine import output
+    from molecli.engine.compare import run_compare
+
+    _check_compare_flags(request)
+    recipe = request.recipe(None)
+    assert isinstance(recipe, EvaluateRecipe)
+    folder = str(recipe.output) if "output" in request.overrides else None
+    overwrite = bool(request.switches["overwrite"])
+    if folder is not None:
+        output.check(folder, overwrite=overwrite, resumable=False)
+    settings = recipe.eval
+    report = run_compare(
+        request.targets,
+        tasks=settings.data.tasks,
+        metrics=settings.metrics,
+        samples=settings.bootstrap,
+        seed=recipe.seed,
+    )
+    if folder is not None:
+        report.write(output.claim(folder, overwrite=overwrite, resumable=False))
+        request.console.note(f"Written: {folder}")
+    request.console.result(report.document(), report.show)
+
+
+def _check_compare_flags(request: Request) -> None:
+    keys = {flag.key: flag.name for flag in FLAGS if isinstance(flag, Flag)}
+    given = [keys[key] for key in request.overrides]
+    given += [f"--{name.replace('_', '-')}" for name in ("resume", "dry_run") if request.switches[name]]
+    given += ["--set"] * bool(request.sets)
+    for name in given:
+        if name not in COMPARE_FLAGS:
+            remedy = f"Leave it out: {', '.join(COMPARE_FLAGS)} apply."
+            raise UsageError(name, "it says how to evaluate, and --compare evaluates nothing", remedy)
 
 
 def _check_resumable(recipe: EvaluateRecipe) -> None:

@@ -27,6 +27,8 @@ PRODUCTS = (
     "concept.json",
     "class_pictures",
     "results.json",
+    "comparison.json",
+    "comparison.md",
     "samples*.jsonl",
     "judgements.jsonl",
     "drawn",
