@@ -15,7 +15,6 @@ from composed import export_recipe, save_composed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
 from molecli.engine import export as exporting
 from molecli.engine.attach import attach
@@ -258,16 +257,24 @@ def test_a_fixed_composition_is_measured_where_examples_are_given(world: World) 
     assert report["averaged_over"] == 0
 
 
-def test_a_mixture_that_tells_no_gates_is_refused_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, asked = world.composed("gated"), []
-    monkeypatch.setattr(Mixture, "gates", lambda self: asked.append(self) or {})
+def test_gates_that_peft_hosts_are_averaged_where_it_tells_them(world_of: Callable[[str], World]) -> None:
+    world = world_of("llama")
+    report = run_export(export_recipe(world.composed("xlora"), world.folder / "out", verify=True))
+    assert report["averaged_over"] == 4
+    assert report["calibration"]["loss"].keys() == {"base", "xlora", "export"}
+    assert report["verification"]["output"] < 1e-5
+
+
+def test_a_router_that_tells_no_weights_is_refused(world_of: Callable[[str], World]) -> None:
+    world = world_of("llama")
+    world.loras = dict.fromkeys("xy", world.loras["a"])  # Arrow wants the same matrices of all
     with pytest.raises(UsageError) as caught:
-        run_export(export_recipe(run, world.folder / "out", **{"calibration.batch_size": 1}))
+        run_export(export_recipe(world.composed("arrow"), world.folder / "out"))
     assert str(caught.value) == (
         "mole export: the composition routes among its LoRAs inside another library, which tells no weights to "
         "average. Compose them with --mode linear, nla or gated, and export that."
     )
-    assert len(asked) == 1
+    assert not (world.folder / "out").exists()
 
 
 def test_a_file_that_says_another_thing_is_found_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from molecli import catalog
 from molecli.files.near import near, suggestion
-from molecli.files.recipe import load_recipe
+from molecli.files.recipe import RECIPES, load_recipe
 
 LORAS = {"loras": "x=org/a,y=org/b"}
 GATE_KEYS = "granularity, input, pool, head, head_rank, normalize, temperature, learn_temperature, top_k, absent"
@@ -141,7 +141,7 @@ def test_a_recipe_for_another_command(tmp_path: Path, explained: Any) -> None:
 def test_a_recipe_without_its_command(tmp_path: Path, explained: Any) -> None:
     file = tmp_path / "my.yaml"
     file.write_text("seed: 1\n")
-    message = f"{file}: the key 'command' is missing. Write command: train-lora | compose | sample | evaluate."
+    message = f"{file}: the key 'command' is missing. Write command: {' | '.join(RECIPES)}."
     explained(lambda: load_recipe(file), 2, message)
 
 
