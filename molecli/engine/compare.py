@@ -225,7 +225,7 @@ class CompareReport:
         """What the tables mean: how the intervals were made, and who wins on the whole."""
         first = self.contests[0][0]
         repeated = _repeated(first)
-        lines = [f"Each score is the mean of {repeated} runs."] if repeated > 1 else []
+        lines = [f"Each score is over {repeated} runs."] if repeated > 1 else []
         if len(first.methods) > 1:
             if self.samples:
                 how = f"paired bootstrap, {self.samples} resamples of {first.examples} examples, seed {self.seed}"

@@ -44,13 +44,17 @@ class ComposLoraSuite:
     version = "1"
 
     def tasks(self, concepts: Mapping[str, Any], data_dir: str | None) -> list[str]:
-        """Style and size for every file that is there. Raises: UsageError without a folder."""
+        """Style and size for every file that is there. Raises: UsageError without a folder, or with none of them."""
         if data_dir is None:
             what = "its lists of LoRAs are read from a folder, and none is named"
             raise UsageError("suite composlora", what, "Write --data-dir DIR with the testbed's *_lora_info.json.")
         if not Path(data_dir).is_dir():
             raise UsageError(str(data_dir), "no such folder", "Check --data-dir.")
-        return [f"{style} {size}" for style in OPENINGS if _file(style, data_dir).is_file() for size in SIZES]
+        found = [style for style in OPENINGS if _file(style, data_dir).is_file()]
+        if not found:
+            names = " or ".join(_file(style, data_dir).name for style in OPENINGS)
+            raise UsageError(str(data_dir), f"no {names} in it", "Give --data-dir the testbed's folder.")
+        return [f"{style} {size}" for style in found for size in SIZES]
 
     def scenes(self, task: str, concepts: Mapping[str, Any], data_dir: str | None) -> list[Scene]:
         """The sets of one style and size. Raises: MismatchError for a list that cannot be read."""

@@ -129,7 +129,7 @@ def test_seeds_of_one_method_are_averaged_example_by_example(tmp_path: Path) -> 
     )
     (margin,) = verdict(report, "sum")["margins"]
     assert (margin["low"], margin["high"]) == pytest.approx((wanted.low, wanted.high))
-    assert "Each score is the mean of 3 runs." in report.lines()
+    assert "Each score is over 3 runs." in report.lines()
 
 
 def test_a_method_of_one_run_beside_one_of_three_says_how_many_each_has(tmp_path: Path, run: str) -> None:

@@ -72,9 +72,12 @@ def test_a_folder_must_be_named_and_hold_the_lists(tmp_path: Path) -> None:
         "suite composlora: its lists of LoRAs are read from a folder, and none is named. "
         "Write --data-dir DIR with the testbed's *_lora_info.json."
     )
+    with pytest.raises(UsageError) as caught:
+        SUITE.tasks({}, str(tmp_path))
+    wanted = "no anime_lora_info.json or reality_lora_info.json in it"
+    assert str(caught.value) == f"{tmp_path}: {wanted}. Give --data-dir the testbed's folder."
     with pytest.raises(UsageError, match=r"no such folder. Check --data-dir."):
         SUITE.tasks({}, str(tmp_path / "gone"))
-    assert SUITE.tasks({}, str(tmp_path)) == []
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"character": [{"id": "a"}]}', '{"character": []}'])
