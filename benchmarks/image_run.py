@@ -57,13 +57,14 @@ class Job:
 def run(jobs: Sequence[Job], logs: Path, *, at_once: int) -> int:
     """How many failed; `at_once` side by side, spread over the GPUs there are."""
     logs.mkdir(parents=True, exist_ok=True)
-    devices: Queue[int] = Queue()
+    devices: Queue[str] = Queue()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(max(1, torch.cuda.device_count()))))
     for slot in range(at_once):
-        devices.put(slot % max(1, torch.cuda.device_count()))
+        devices.put(seen.split(",")[slot % len(seen.split(","))])
 
     def one(job: Job) -> bool:
         device, start_s = devices.get(), time.monotonic()
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": device}
         file = logs / f"{job.name.replace(' ', '_')}.log"
         with file.open("w") as log:
             command = [sys.executable, "-m", "molecli", *job.command]
