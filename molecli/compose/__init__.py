@@ -94,6 +94,7 @@ METHODS = {
                 ("knots", False, "KnOTS, 2410.19735", "TIES in the updates' shared left space"),
                 ("tsv", False, "TSV-Merge, 2412.00081", "the updates' singular vectors made orthogonal, then summed"),
                 ("iso", False, "Iso-C, 2502.04959", "the sum with its singular values made equal"),
+                ("svdiff", False, "SVDiff, 2303.11305", "shifts of the base's singular values, added"),
                 ("lorahub", True, "LoRAHub, 2307.13269", "one weight per LoRA, searched for without gradients"),
                 ("pem", False, "PEM, 2306.14870", "sums and differences of LoRAs by an expression"),
             )

@@ -9,22 +9,29 @@ import torch
 from torch import Tensor
 
 from molecli.files.recipe import MethodConfig
+from molecli.functional.spectral import Spectrum
 
 # A [r, d_in], B [d_out, r], and ‖what was meant − B A‖ / ‖what was meant‖.
 Result = tuple[Tensor, Tensor, float]
+
+
+def _baseless() -> Spectrum:
+    raise ValueError("the updates came without their base")
 
 
 @dataclass(frozen=True)
 class Updates:
     """N updates at one matrix as (A [r_i, d_in], B [d_out, r_i]), scalings in B, and the users' weights.
 
-    A convolution's A comes flattened. seeds: of each expert at this matrix, so that what is random stays with it.
+    A convolution's A comes flattened. seeds: of each expert at this matrix, so that what is random stays with it;
+    spectrum: the base's own matrix by its singular values, which takes long the first time.
     """
 
     matrix: str
     factors: tuple[tuple[Tensor, Tensor], ...]
     weights: tuple[float, ...]
     seeds: tuple[int, ...]
+    spectrum: Callable[[], Spectrum] = _baseless
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -22,7 +22,9 @@ from molecli.backbones.loading import load_backbone
 from molecli.backbones.merged import MergedMixture
 from molecli.backbones.sources import find_base
 from molecli.backbones.text import seeded
+from molecli.backbones.weights import BaseWeights
 from molecli.compose import get_method
+from molecli.compose.svdiff import unshifted
 from molecli.engine.attach import read_experts
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, finished_report, recipe_digest
 from molecli.engine.compose_text import TextDomain
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 # label, done, total
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], object]
+# From this share on, what svdiff leaves out of an expert is said.
+MOSTLY = 0.5
 
 
 class Domain(Protocol):
@@ -91,7 +95,7 @@ def run_compose(
     """Composes the LoRAs of `recipe` into its output folder; returns the report, which is also written there.
 
     A run that is already finished is returned as it is (with `resume`). `note` is told what a prompt loses, and what
-    could not be drawn. Raises: UserError.
+    could not be drawn, and what svdiff leaves out of a LoRA. Raises: UserError.
     """
     accelerator = accelerator_for(recipe.device)
     folder = Path(recipe.output)
@@ -107,6 +111,9 @@ def run_compose(
     mixture = _mixture(recipe, domain, backbone, experts, progress)
     history = _fitted(domain, backbone, mixture, accelerator, resume, progress) if domain.rows else []
     report = ComposeReport(_summary(recipe, digest, mixture, history))
+    for name, share in report.get("residuals", {}).items():
+        if share > MOSTLY:
+            note(f"{name}: {share:.1%} of its update is no shift of the base's singular values, and is left out")
     if accelerator.is_main_process:
         made = _composition(recipe, backbone, mixture)
         save_composition(folder, replace(made, settings=_settings(recipe, domain)))
@@ -203,10 +210,19 @@ def _truncation(mixture: Mixture) -> dict[str, Any]:
     return {"truncation": {"mean": fmean(errors.values()), "worst": errors[worst], "matrix": worst}}
 
 
+def _residuals(recipe: ComposeRecipe, mixture: Mixture) -> dict[str, Any]:
+    """Of mode svdiff: by expert, how much of its update is no shift of singular values, ‖ΔW − shifts‖ / ‖ΔW‖."""
+    if recipe.mode != "svdiff":
+        return {}
+    spectrum = BaseWeights(mixture.model).spectrum
+    return {"residuals": {expert.name: unshifted(expert, spectrum) for expert in mixture.bank.experts}}
+
+
 def _summary(recipe: ComposeRecipe, digest: str, mixture: Mixture, history: Sequence[Record]) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in mixture.named_parameters().values())
     return {
         **_truncation(mixture),
+        **_residuals(recipe, mixture),
         "output": recipe.output,
         "mode": recipe.mode,
         "base": recipe.base.id,

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from molecli.backbones.weights import BaseWeights
 from molecli.compose.updates import Merge, Updates
 from molecli.experts import ExpertBank, LowRank, Merged
 from molecli.files.recipe import MethodConfig
@@ -25,13 +28,15 @@ def merge_experts(
     weights: Sequence[float],
     config: MethodConfig,
     *,
+    base: BaseWeights | None = None,
     kept: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     told: Told | None = None,
 ) -> Merged:
     """The experts `kept` (all by default) as one, in float32 on `device`; nothing is left at a matrix none adapts.
 
-    `told` hears how many matrices are done, of how many. Raises: MismatchError where factors cannot be merged.
+    `base` is for methods that look at the base's own matrices; `told` hears how many matrices are done, of how many.
+    Raises: MismatchError where factors cannot be merged.
     """
     chosen = range(len(bank)) if kept is None else kept
     factors, errors = {}, {}
@@ -40,6 +45,8 @@ def merge_experts(
         shape = bank.experts[bank.present(matrix)[0]].factors[matrix].A.shape[1:]
         if present:
             updates = _updates(bank, matrix, present, weights, config.seed, device)
+            if base is not None:
+                updates = replace(updates, spectrum=partial(base.spectrum, matrix))
             A, B, errors[matrix] = merge(updates, config)
             factors[matrix] = LowRank(A.view(-1, *shape), config.scale * B, 1.0)
         else:

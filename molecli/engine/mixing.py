@@ -13,6 +13,7 @@ from molecli.backbones.layouts import Layout, layout_of
 from molecli.backbones.merged import MergedMixture
 from molecli.backbones.pipeline import PipelineModules
 from molecli.backbones.streams import Streams
+from molecli.backbones.weights import BaseWeights
 from molecli.compose import Method, get_method, linear, nla, pem, single
 from molecli.compose.output import output_method
 from molecli.engine.merging import Told, merge_experts
@@ -112,10 +113,10 @@ def _merged(
         own = own * torch.tensor(pem.coefficients(config.expression, bank.names))
     elif config.expression is not None:
         raise UsageError("method.expression", f"it is what mode pem composes by, and the mode is {chosen.name}")
-    device = next(model.parameters()).device
+    device, base = next(model.parameters()).device, BaseWeights(model)
 
     def merge(weights: Sequence[float], kept: Sequence[int]) -> Merged:
-        return merge_experts(bank, chosen.load(), weights, config, kept=kept, device=device, told=told)
+        return merge_experts(bank, chosen.load(), weights, config, base=base, kept=kept, device=device, told=told)
 
     return MergedMixture(model, bank, sites, merge, own.tolist(), streams=streams)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from molecli.compose.updates import Updates
 from molecli.errors import MismatchError, UsageError
 from molecli.files.recipe import MethodConfig
 from molecli.functional.merging import drop, elected_mean, trim
+from molecli.functional.spectral import Spectrum, decompose
 
 D_OUT, D_IN = 12, 10
 RANKS = (3, 2, 4)
@@ -36,7 +38,12 @@ def pair(rank: int, seed: int, d_out: int = D_OUT, d_in: int = D_IN) -> tuple[Te
 
 def updates(pairs: Sequence[tuple[Tensor, Tensor]] | None = None, weights: Sequence[float] | None = None) -> Updates:
     pairs = pairs if pairs is not None else [pair(rank, seed) for seed, rank in enumerate(RANKS)]
-    return Updates("m", tuple(pairs), tuple(weights or (1.0,) * len(pairs)), tuple(range(len(pairs))))
+    return Updates("m", tuple(pairs), tuple(weights or (1.0,) * len(pairs)), tuple(range(len(pairs))), spectrum)
+
+
+def spectrum() -> Spectrum:
+    """Of the base's own matrix."""
+    return decompose(torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(9)))
 
 
 def merged(name: str, given: Updates, **config: Any) -> Tensor:
@@ -73,7 +80,7 @@ def test_factor_methods_on_updates_are_the_sum(name: str) -> None:
     assert close(merged(name, given, on="updates"), linear(given))
 
 
-@pytest.mark.parametrize("name", [name for name in MERGES if name not in ("iso", "dare", "dare_ties")])
+@pytest.mark.parametrize("name", [name for name in MERGES if name not in ("iso", "dare", "dare_ties", "svdiff")])
 def test_one_lora_alone_is_itself(name: str) -> None:
     given = updates([pair(3, 5)])
     density = {"density": 1.0}
@@ -84,11 +91,11 @@ def test_one_lora_alone_is_itself(name: str) -> None:
 def test_the_order_changes_nothing(name: str) -> None:
     given = updates([pair(3, seed) for seed in range(3)], WEIGHTS)
     order = (2, 0, 1)
-    moved = Updates(
-        "m",
-        tuple(given.factors[i] for i in order),
-        tuple(given.weights[i] for i in order),
-        tuple(given.seeds[i] for i in order),
+    moved = replace(
+        given,
+        factors=tuple(given.factors[i] for i in order),
+        weights=tuple(given.weights[i] for i in order),
+        seeds=tuple(given.seeds[i] for i in order),
     )
     assert close(merged(name, moved), merged(name, given), 1e-5)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from molecli.backbones.diffusion import Diffusion
 from molecli.backbones.layouts import host_of
 from molecli.backbones.merged import MergedMixture
+from molecli.backbones.weights import BaseWeights
 from molecli.compose import METHODS
 from molecli.engine.attach import attach
 from molecli.engine.compose import run_compose
@@ -74,7 +75,8 @@ def merged_by_hand(model: nn.Module, experts: list[Expert], mode: str, kept: lis
     weights = [WEIGHTS.get(expert.name, 1.0) for expert in experts]
     if mode == "pem":
         weights = [w * c for w, c in zip(weights, (1.0, 0.5, -1.0), strict=True)]
-    found = merge_experts(ExpertBank(experts), METHODS[mode].load(), weights, settings(mode), kept=kept)
+    base = BaseWeights(fresh)
+    found = merge_experts(ExpertBank(experts), METHODS[mode].load(), weights, settings(mode), base=base, kept=kept)
     modules = dict(fresh.named_modules())
     for matrix, factor in found.factors.items():
         modules[matrix].weight.data += factor.delta()

@@ -32,7 +32,9 @@ from molecli.files.recipe.parts import (
 )
 from molecli.files.recipe.shorthand import as_loras, as_names
 
-MergeMode = Literal["cat", "svd", "magnitude_prune", "ties", "dare", "dare_ties", "knots", "tsv", "iso", "pem"]
+MergeMode = Literal[
+    "cat", "svd", "magnitude_prune", "ties", "dare", "dare_ties", "knots", "tsv", "iso", "svdiff", "pem"
+]
 OutputMode = Literal["switch", "composite", "w_switch", "w_composite", "loratorio"]
 StaticMode = Literal["linear", "merge", "nla", MergeMode, "arrow", OutputMode]
 Mode = Literal["gated", "soup", "lorahub", "xlora", "single", StaticMode]
@@ -50,7 +52,7 @@ class TrainLoraRecipe(Section):
 
     command: Literal["train-lora"] = "train-lora"
     base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="the LoRA's shape")
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="the adapter's kind and shape")
     data: DataConfig = Field(default_factory=DataConfig, description="examples to train on")
     pictures: PicturesConfig | None = Field(default=None, description="a diffusion base: the pictures to learn from")
     train: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="the training run")
@@ -69,8 +71,8 @@ class ComposeRecipe(Section):
     mode: Mode = Field(
         default="gated",
         description="learned: gated, soup, lorahub, xlora; fixed: linear (Eq. 1; also called merge), nla (Eq. 2), "
-        "single, cat, svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, pem, arrow; for images also "
-        "switch, composite, w_switch, w_composite, loratorio",
+        "single, cat, svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, svdiff, pem, arrow; for images "
+        "also switch, composite, w_switch, w_composite, loratorio",
     )
     method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
     gate: GateConfig = Field(default_factory=GateConfig, description="the gates of mode gated")
@@ -161,8 +163,8 @@ class EvaluateRecipe(Section):
     modes: Annotated[tuple[Literal["base", "single", StaticMode], ...], BeforeValidator(as_names)] = Field(
         default=(),
         description="fixed modes scored beside the compositions: base, single (each LoRA alone), linear, nla, cat, "
-        "svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, pem, arrow; for images also switch, composite, "
-        "w_switch, w_composite, loratorio",
+        "svd, magnitude_prune, ties, dare, dare_ties, knots, tsv, iso, svdiff, pem, arrow; for images also switch, "
+        "composite, w_switch, w_composite, loratorio",
     )
     image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
     method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
