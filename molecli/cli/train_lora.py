@@ -37,13 +37,18 @@ PICTURES = (
     Flag("--kind", "pictures.kind", default=_DEFAULTS["kind"]),
     Flag("--trigger", "pictures.trigger", metavar="TEXT"),
 )
-FLAGS = (
-    *BASE,
+# Settings of a LoRA alone.
+LORA = (
     Flag("--rank", "adapter.rank"),
     Flag("--alpha", "adapter.alpha"),
     Flag("--dropout", "adapter.dropout"),
-    Flag("--targets", "adapter.targets"),
     Flag("--rslora", "adapter.rslora"),
+)
+FLAGS = (
+    *BASE,
+    Flag("--method", "adapter.method"),
+    Flag("--targets", "adapter.targets"),
+    *LORA,
     *PICTURES,
     *DATA,
     *TRAIN,
@@ -59,7 +64,8 @@ def train_lora(request: Request) -> None:
     """Train one LoRA on a frozen base: on a suite's tasks, or on a few pictures of one subject.
 
     Writes a folder that PEFT loads, or for a diffusion base that diffusers loads, with recipe.yaml, train_log.jsonl and
-    report.json beside the adapter; for pictures also concept.json.
+    report.json beside the adapter; for pictures also concept.json. With --method svdiff the adapter is
+    svdiff.safetensors, which --loras takes like any LoRA, on the base that it was trained on.
     """
     file = recipe_file(request)
     recipe = request.recipe(file)
@@ -77,7 +83,11 @@ def train_lora(request: Request) -> None:
 
 
 def _check_flags(request: Request, recipe: TrainLoraRecipe) -> None:
-    """Nothing, or UsageError where a flag for tasks stands beside pictures, even with the value it has by default."""
+    """Nothing, or UsageError where a flag has no use, even with the value it has by default: one for tasks beside
+    pictures, one of a LoRA's without a LoRA."""
+    lora = next((flag for flag in LORA if flag.key in request.overrides), None)
+    if recipe.adapter.method != "lora" and lora is not None:
+        raise UsageError(lora.name, f"a LoRA has it, and the method is {recipe.adapter.method}", "Leave it out.")
     named = next((flag for flag in DATA if flag.key in request.overrides), None)
     if recipe.pictures is not None and named is not None:
         what = "a suite's tasks train a language model, and pictures a diffusion pipeline"

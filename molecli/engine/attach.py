@@ -10,6 +10,7 @@ from torch import nn
 
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.layouts import adaptable_matrices, host_of
+from molecli.backbones.weights import BaseWeights
 from molecli.compose import get_method
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError
@@ -83,8 +84,8 @@ def attach(
 
 def read_experts(model: nn.Module, loras: Sequence[LoraLike], *, allow_partial: bool = False) -> list[Expert]:
     """The experts that `loras` name, checked against the matrices of `model`."""
-    matrices = adaptable_matrices(model)
-    return [read_expert(lora, matrices, allow_partial=allow_partial) for lora in loras]
+    matrices, base = adaptable_matrices(model), BaseWeights(model)
+    return [read_expert(lora, matrices, allow_partial=allow_partial, base=base) for lora in loras]
 
 
 def attach_composition(

@@ -22,6 +22,7 @@ PRODUCTS = (
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
     "lora.safetensors",
+    "svdiff.safetensors",
     # Of a pipeline in PEFT's layout; a folder of that name may be a pipeline's own.
     *(f"{part}/{name}" for part in COMPONENTS for name in ("adapter_config.json", "adapter_model.safetensors")),
     "concept.json",

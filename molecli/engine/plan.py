@@ -32,6 +32,7 @@ from molecli.files.adapters import AdapterInfo, Coverage, check_coverage, read_i
 from molecli.files.composition import check_base, load_composition
 from molecli.files.lora_spec import LoraSpec
 from molecli.files.recipe import (
+    AdapterConfig,
     ComposeRecipe,
     DataConfig,
     EvalDataConfig,
@@ -174,7 +175,7 @@ def _plan_train_lora(recipe: TrainLoraRecipe, *, fetch: bool) -> Plan:
 
         targets, sources = target_matrices(recipe.adapter.targets, shapes), {"train": find_sources(recipe.data)}
         count = _count_examples(recipe.data, fetch=fetch)
-    trained = sum(_factor_numbers(shapes[name], recipe.adapter.rank) for name in targets)
+    held, trained = _adapter_numbers(recipe.adapter, [shapes[name] for name in targets])
     micro = recipe.train.micro_batch_size or recipe.train.batch_size
     return Plan(
         command=recipe.command,
@@ -184,7 +185,7 @@ def _plan_train_lora(recipe: TrainLoraRecipe, *, fetch: bool) -> Plan:
         passes={"train": recipe.train.steps * ceil(recipe.train.batch_size / micro)},
         examples={"train": count} if count else {},
         sources=sources,
-        memory=_memory(recipe, skeleton, shapes, 0, trained),
+        memory=_memory(recipe, skeleton, shapes, held, trained),
         **_shared(recipe, skeleton, shapes),
     )
 
@@ -264,6 +265,17 @@ def _base_of(recipes: Sequence[str]) -> Any:
     from molecli.files.recipe import BaseConfig
 
     return BaseConfig.model_validate(yaml.safe_load(recipes[0])["base"]) if recipes else BaseConfig()
+
+
+def _adapter_numbers(adapter: AdapterConfig, shapes: Sequence[Shape]) -> tuple[int, int]:
+    """(numbers that an adapter needs beside the base, numbers of it that train).
+
+    Of shifts there is one for each singular value (fewer where one repeats), and the singular vectors stay.
+    """
+    if adapter.method == "lora":
+        return 0, sum(_factor_numbers(shape, adapter.rank) for shape in shapes)
+    widths = [min(shape[0], prod(shape[1:])) for shape in shapes]
+    return sum(_factor_numbers(shape, width) for shape, width in zip(shapes, widths, strict=True)), sum(widths)
 
 
 def _factor_numbers(shape: Shape, rank: int) -> int:

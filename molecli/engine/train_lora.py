@@ -1,8 +1,9 @@
 """`mole train-lora`: one LoRA trained on a frozen base with the task loss, in a folder that PEFT loads.
 
 run_train_lora    the whole command; on a diffusion base it is `engine.images.train_lora` that runs
-adapted           a backbone with a fresh LoRA in it, taken out again at the end
-write_adapter     the folder
+adapted           a backbone with a fresh adapter in it, taken out again at the end: a LoRA, or shifts (SVDiff)
+write_adapter     the folder of a LoRA
+write_shifts      that of shifts
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +26,15 @@ from transformers.pytorch_utils import Conv1D
 
 from molecli import __version__
 from molecli.backbones.loading import load_backbone
+from molecli.backbones.shifted import Shifted
 from molecli.backbones.sources import find_base
+from molecli.backbones.weights import BaseWeights
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, finished_report, recipe_digest
 from molecli.engine.data import Tasks, flatten, split_tasks
 from molecli.engine.loop import LossFunction, Progress, Record, StepLoss, train
 from molecli.engine.ranks import StepContext, accelerator_for, share_from_main
 from molecli.errors import UsageError
+from molecli.files.adapters import Origin, write_svdiff
 from molecli.files.atomic import write_bytes, write_text
 from molecli.files.near import suggestion
 from molecli.protocols import Backbone, Example
@@ -68,7 +73,7 @@ def run_train_lora(
     tasks, held_out = split_tasks(recipe.data)
     backbone = load_backbone(recipe.base, accelerator.device)
     start_s = time.monotonic()
-    with adapted(backbone, recipe.adapter, seed=recipe.seed) as model:
+    with adapted(backbone, recipe.adapter, seed=recipe.seed, progress=progress) as model:
         history = train(
             parameters=trained_parameters(model),
             loss_fn=task_loss(backbone),
@@ -86,7 +91,8 @@ def run_train_lora(
         report["held_out"] = held_out_losses(backbone, model, held_out, recipe.train.batch_size, accelerator)
         report["seconds"] = round(time.monotonic() - start_s, 1)
         if accelerator.is_main_process:
-            write_adapter(model, folder, recipe.base)
+            write = write_shifts if isinstance(model, Shifted) else write_adapter
+            write(model, folder, recipe.base)
             write_text(folder / REPORT_FILE, json.dumps(report, indent=2) + "\n")
             discard_checkpoints(folder)
     accelerator.wait_for_everyone()
@@ -95,16 +101,34 @@ def run_train_lora(
 
 @contextmanager
 def adapted(
-    backbone: Backbone, adapter: AdapterConfig, *, seed: int, targets: Sequence[str] | None = None
-) -> Iterator[PeftModel]:
-    """The backbone's model with a fresh LoRA in it; when the block ends, the backbone is as it was.
+    backbone: Backbone,
+    adapter: AdapterConfig,
+    *,
+    seed: int,
+    targets: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[PeftModel | Shifted]:
+    """The backbone's model with a fresh adapter in it, of the adapter's method; when the block ends, the backbone is as
+    it was.
 
-    Only the LoRA trains, in float32 whatever the base's dtype. The base stays in eval mode: of all dropouts only the
+    Only the adapter trains, in float32 whatever the base's dtype. The base stays in eval mode: of all dropouts only the
     adapter's own is active. `targets` are full names, by default those that the adapter's mean.
     Raises: UsageError for targets that name no adaptable matrix.
     """
     if targets is None:
         targets = target_matrices(adapter.targets, backbone.matrices())
+    if adapter.method == "svdiff":
+        told = None if progress is None else partial(progress, "singular values")
+        with Shifted(BaseWeights(backbone.model), targets, told=told) as shifted:
+            yield shifted
+        return
+    with _lora(backbone, adapter, seed, targets) as model:
+        yield model
+
+
+@contextmanager
+def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequence[str]) -> Iterator[PeftModel]:
+    """The backbone's model with a fresh LoRA in it."""
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
@@ -149,7 +173,7 @@ def target_matrices(targets: str | Sequence[str], matrices: Collection[str]) -> 
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train: the LoRA's."""
+    """The parameters that train: the adapter's."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -165,9 +189,9 @@ def task_loss(backbone: Backbone) -> LossFunction:
 
 @torch.no_grad()
 def held_out_losses(
-    backbone: Backbone, model: PeftModel, tasks: Tasks, batch_size: int, accelerator: Accelerator
+    backbone: Backbone, model: PeftModel | Shifted, tasks: Tasks, batch_size: int, accelerator: Accelerator
 ) -> dict[str, dict[str, float]]:
-    """{task: {"base": mean token loss, "lora": the same with the LoRA}} on held-out examples. Collective."""
+    """{task: {"base": mean token loss, "lora": the same with the adapter}} on held-out examples. Collective."""
     losses: dict[str, dict[str, float]] = {}
     context, model_is = StepContext(0, accelerator), {"base": model.disable_adapter, "lora": nullcontext}
     training = model.training
@@ -202,6 +226,15 @@ def write_adapter(model: PeftModel, folder: Path, base: BaseConfig) -> None:
     write_text(folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
+def write_shifts(model: Shifted, folder: Path, base: BaseConfig) -> None:
+    """Writes svdiff.safetensors, which says in its metadata which base it belongs to."""
+    weights, names = model.weights, model.targeted_module_names
+    digests = {name: weights.digest(name) for name in names}
+    shapes = {name: weights.shape(name) for name in names}
+    origin = Origin(base.id, weights.dtype(names[0]), weights.fingerprint(), digests)
+    write_svdiff(folder, model.shifts(), shapes, origin)
+
+
 def _matching(regex: str, matrices: Collection[str]) -> list[str]:
     try:
         found = [name for name in matrices if re.fullmatch(regex, name)]
@@ -218,7 +251,10 @@ def _endings(matrices: Collection[str]) -> list[str]:
 
 
 def _report(
-    recipe: TrainLoraRecipe, model: PeftModel, tasks: Mapping[str, Sequence[Example]], history: Sequence[Record]
+    recipe: TrainLoraRecipe,
+    model: PeftModel | Shifted,
+    tasks: Mapping[str, Sequence[Example]],
+    history: Sequence[Record],
 ) -> dict[str, Any]:
     tail = history[-max(1, len(history) // 10) :]
     return {
@@ -226,6 +262,7 @@ def _report(
         "molecli_version": __version__,
         "recipe_digest": recipe_digest(recipe),
         "base": recipe.base.id,
+        "method": recipe.adapter.method,
         "matrices": len(model.targeted_module_names),
         "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),
         "examples": {task: len(examples) for task, examples in tasks.items()},

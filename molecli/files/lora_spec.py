@@ -15,6 +15,7 @@ from molecli.errors import UsageError
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+SHIFTS_FILE = "svdiff.safetensors"  # an SVDiff adapter
 
 # Any of these makes a folder a LoRA: PEFT's file, diffusers', another trainer's, or PEFT's by component (unet/…).
 _MARKERS = (CONFIG_FILE, "*.safetensors", f"*/{WEIGHTS_FILE}")

@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from molecli import __version__
 from molecli.backbones.diffusion import Diffusion
 from molecli.backbones.loading import load_backbone
+from molecli.backbones.shifted import Shifted
 from molecli.catalog import BUILTIN_PREFIX, builtin_base
 from molecli.engine.checkpoints import REPORT_FILE, discard_checkpoints, recipe_digest
 from molecli.engine.images.checkpointing import checkpointed
@@ -33,7 +34,7 @@ from molecli.engine.images.drawing import warnings_as_notes
 from molecli.engine.images.pictures import Album, instance_pictures, lessons
 from molecli.engine.images.targets import by_component, picture_targets
 from molecli.engine.loop import Record, train
-from molecli.engine.train_lora import adapted, trained_parameters
+from molecli.engine.train_lora import adapted, trained_parameters, write_shifts
 from molecli.errors import UsageError
 from molecli.experts import LowRank
 from molecli.files.adapters import write_diffusers
@@ -88,7 +89,7 @@ def _train_on_pictures(
     rows: list[Any] = lessons(instances, priors)
     loss = PictureLoss(backbone, album, prior_weight=config.prior_weight, text_encoder=config.text_encoder)
     dtype = backbone.pipe.unet.dtype
-    with adapted(backbone, recipe.adapter, seed=recipe.seed, targets=targets) as model:
+    with adapted(backbone, recipe.adapter, seed=recipe.seed, targets=targets, progress=progress) as model:
         parameters = trained_parameters(model)
         with checkpointed(backbone, config.gradient_checkpointing), scaled_gradients(parameters.values(), dtype):
             history = train(
@@ -104,11 +105,14 @@ def _train_on_pictures(
                 # B starts at zero, so that A has no gradient yet.
                 gradient_check="any",
             )
-        report = _report(recipe, model, instances, priors, side, history)
+        report = _report(recipe, model, targets, instances, priors, side, history)
         report["denoising"] = _probe(loss, model, range(len(instances)), recipe.seed)
         report["seconds"] = round(time.monotonic() - start_s, 1)
         if accelerator.is_main_process:
-            write_lora(model, folder, recipe.base.id)
+            if isinstance(model, Shifted):
+                write_shifts(model, folder, recipe.base)
+            else:
+                write_lora(model, folder, recipe.base.id)
             write_concept(folder, concept_of(config, instances))
             write_text(folder / REPORT_FILE, json.dumps(report, indent=2) + "\n")
             discard_checkpoints(folder)
@@ -182,8 +186,8 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> None:
     write_bytes(folder / DIFFUSERS_FILE, in_fixed_order(data))
 
 
-def _probe(loss: PictureLoss, model: PeftModel, places: Sequence[int], seed: int) -> dict[str, float]:
-    """{"base": mean error without the LoRA, "lora": with it} on the subject's pictures, under the same noise."""
+def _probe(loss: PictureLoss, model: PeftModel | Shifted, places: Sequence[int], seed: int) -> dict[str, float]:
+    """{"base": mean error without the adapter, "lora": with it} on the subject's pictures, under the same noise."""
     training = model.training
     model.eval()
     with_lora = loss.probe(places, seed)
@@ -195,19 +199,20 @@ def _probe(loss: PictureLoss, model: PeftModel, places: Sequence[int], seed: int
 
 def _report(
     recipe: TrainLoraRecipe,
-    model: PeftModel,
+    model: PeftModel | Shifted,
+    names: Sequence[str],
     instances: Sequence[Picture],
     priors: Sequence[Picture],
     side: int,
     history: Sequence[Record],
 ) -> dict[str, Any]:
     tail = history[-max(1, len(history) // 10) :]
-    names = list(lora_factors(model))
     return {
         "command": recipe.command,
         "molecli_version": __version__,
         "recipe_digest": recipe_digest(recipe),
         "base": recipe.base.id,
+        "method": recipe.adapter.method,
         "matrices": len(names),
         "components": by_component(names),
         "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),

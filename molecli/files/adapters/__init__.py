@@ -1,9 +1,9 @@
-"""Trained LoRAs in files: PEFT's, diffusers' and kohya's layouts, read into experts and written back.
+"""Trained LoRAs in files: PEFT's, diffusers' and kohya's layouts, read into experts and written back; SVDiff's shifts.
 
 `lora_spec` names them and `source` finds them. `keys` knows the layouts' tensor names, `settings` and `metadata` what
 scales them; `info` describes a LoRA without its factors. `place` gives it a base's names (`blocks`: the names of the
 original Stable Diffusion code), `coverage` and `architecture` compare it with the base. `read` and the three `write`
-modules move the factors.
+modules move the factors; `svdiff` and `shifted` do the same for shifts of the base's singular values.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from molecli.files.adapters.info import AdapterInfo, read_info
 from molecli.files.adapters.place import place
 from molecli.files.adapters.read import read_expert
 from molecli.files.adapters.source import resolve_source
+from molecli.files.adapters.svdiff import Origin, write_svdiff
 from molecli.files.adapters.weights import Shape
 from molecli.files.adapters.write import write_peft
 from molecli.files.adapters.write_diffusers import write_diffusers
@@ -24,6 +25,7 @@ __all__ = [
     "Coverage",
     "LoraLike",
     "LoraSpec",
+    "Origin",
     "Shape",
     "check_coverage",
     "check_distinct",
@@ -38,4 +40,5 @@ __all__ = [
     "write_diffusers",
     "write_kohya",
     "write_peft",
+    "write_svdiff",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from molecli.files.adapters.keys import Keys, factor_keys, is_bare
 from molecli.files.adapters.metadata import Configured, configured
 from molecli.files.adapters.settings import LoraSettings
 from molecli.files.adapters.source import canonical_source, resolve_source, weights_files
+from molecli.files.adapters.svdiff import Origin, described, is_svdiff
 from molecli.files.adapters.weights import Shape, alpha_in, factor_shape, metadata_of, opened_lora, sha256_of
 from molecli.files.lora_spec import CONFIG_FILE, DIFFUSERS_FILE, LoraLike
 
@@ -34,7 +36,8 @@ class AdapterInfo:
 
     `rank` and `alpha` are the configured ones, else the commonest. The names are the file's own (kohya's keep their
     underscores, bare ones their missing component) until `place` gives them those of a base. `path` is the file, or
-    the folder whose subfolders hold one per component.
+    the folder whose subfolders hold one per component. `origin` is an SVDiff adapter's, which holds shifts and no
+    factors.
     """
 
     name: str
@@ -45,6 +48,7 @@ class AdapterInfo:
     alpha: float
     adapted: dict[str, Adapted]
     base_model: str | None
+    origin: Origin | None = None
 
     @property
     def where(self) -> str:
@@ -78,11 +82,12 @@ def read_info(spec: LoraLike) -> AdapterInfo:
     adapted: dict[str, Adapted] = {}
     settings: list[LoraSettings] = []
     bases: list[str | None] = []
+    origin = None
     for component, path in files.items():
-        found, said, base_model = _read_file(f"{spec.name} ({path})", path)
+        found, said, origin = _read_file(f"{spec.name} ({path})", path)
         adapted |= {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
         settings += said.by_component.values()
-        bases.append(base_model)
+        bases.append(said.base_model)
     paths = list(files.values())
     return AdapterInfo(
         name=spec.name,
@@ -93,13 +98,23 @@ def read_info(spec: LoraLike) -> AdapterInfo:
         alpha=settings[0].alpha if settings else _commonest(m.alpha for m in adapted.values()),
         adapted=adapted,
         base_model=next(filter(None, bases), None),
+        origin=origin,
     )
 
 
-def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, str | None]:
-    """(matrices by the file's names, the configuration found, the base it names) of one file."""
+def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, Origin | None]:
+    """(matrices by the file's names, the configuration found, the origin of shifts) of one file."""
     with opened_lora(path) as file:
         names, metadata = list(file.keys()), metadata_of(file)
+        if is_svdiff(metadata):
+            origin, shifted = described(where, file, metadata)
+            ranks = {name: min(shape[0], prod(shape[1:])) for name, (_, shape) in shifted.items()}
+            # The factors that they will be: of every rank, with the scaling in them.
+            matrices = {
+                name: Adapted(shape, ranks[name], float(ranks[name]), 1.0, Keys(path, key, key))
+                for name, (key, shape) in shifted.items()
+            }
+            return matrices, Configured(base_model=origin.base), origin
         # The configuration first: it names an unsupported kind better than the tensors' keys do. An adapter_config.json
         # is PEFT's: it says nothing of another layout's file that happens to lie beside it.
         said = configured(where, path, metadata, beside=all(map(is_bare, names)))
@@ -119,7 +134,7 @@ def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, 
         alpha = stored.get(module, settings.alpha_of(local) if settings else float(rank))
         scaling = settings.scaling(alpha, rank) if settings else alpha / rank
         adapted[module] = Adapted(shape, rank, alpha, scaling, keys[module])
-    return adapted, said, said.base_model
+    return adapted, said, None
 
 
 def _check_alphas(

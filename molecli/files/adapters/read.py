@@ -13,26 +13,35 @@ from molecli.experts import Expert, LowRank
 from molecli.files.adapters.coverage import check_coverage
 from molecli.files.adapters.info import Adapted, AdapterInfo, read_info
 from molecli.files.adapters.settings import unsupported
+from molecli.files.adapters.shifted import shifted_factors
+from molecli.files.adapters.svdiff import Base
 from molecli.files.adapters.weights import Shape, opened_lora
 from molecli.files.lora_spec import LoraLike
 
 
-def read_expert(spec: LoraLike, matrices: Mapping[str, Shape], *, allow_partial: bool = False) -> Expert:
+def read_expert(
+    spec: LoraLike, matrices: Mapping[str, Shape], *, allow_partial: bool = False, base: Base | None = None
+) -> Expert:
     """The expert that `spec` names, on the base whose matrices are `matrices`: name -> shape.
 
-    Factors keep the type they are stored in, on the CPU, in the order of the base's matrices.
+    Factors keep the type they are stored in, on the CPU, in the order of the base's matrices; those of an SVDiff
+    adapter are made of `base`, in float32.
     Raises: UsageError, MismatchError as `read_info` and `check_coverage` do, and for weights that are not finite.
     """
     found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
     info, matched = found.info, set(found.matched)
     stored = _factors(info, [name for name in matrices if name in matched])
     _check_finite(info, stored)
-    factors = {name: _low_rank(info.adapted[name], *pair) for name, pair in stored.items()}
+    if info.origin is not None:
+        shifts = {name: shift for name, (shift, _) in stored.items()}
+        factors = shifted_factors(info, info.origin, shifts, base)
+    else:
+        factors = {name: _low_rank(info.adapted[name], *pair) for name, pair in stored.items()}
     return Expert(info.name, factors, source=info.source, sha256=info.sha256, rank=info.rank, alpha=info.alpha)
 
 
 def _factors(info: AdapterInfo, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (A, B) as stored, in the order of `names`; every file is opened once."""
+    """name -> (A, B) as stored, or an SVDiff adapter's shifts twice, in the order of `names`; files are opened once."""
     found = {}
     for path in dict.fromkeys(info.adapted[name].keys.path for name in names):
         with opened_lora(path) as file:

@@ -1,6 +1,7 @@
-"""Defaults that a diffusion base replaces: they lie below a preset and above the fields' own.
+"""Defaults that a diffusion base, or an adapter of another kind, replaces: they lie below a preset and above the
+fields' own.
 
-Contents: IMAGE_DEFAULTS, image_defaults, image_base, is_pipeline.
+Contents: IMAGE_DEFAULTS, image_defaults, adapter_defaults, image_base, is_pipeline.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from molecli.catalog import BUILTIN_IMAGE_BASE, BUILTIN_PREFIX, PIPELINE_FILE, builtin_base, is_image_lora
+from molecli.catalog import BUILTIN_BASE, BUILTIN_IMAGE_BASE, BUILTIN_PREFIX, PIPELINE_FILE, builtin_base, is_image_lora
 from molecli.errors import UsageError
 
 # Sections that only a diffusion base reads; a recipe that has one is for such a base.
@@ -37,6 +38,10 @@ _BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluate": {"eval": {"data": {"suite": "emoji"}}, "image": _DRAWN},
     "export": {"image": _DRAWN},
 }
+# Source: Han et al., SVDiff, arXiv 2303.11305: the rate, and that every weight of the UNet moves.
+_SHIFT_RATE = 1e-3
+# Of the embedded bases, chosen by their training losses: they take few steps, and that rate would not get far in them.
+_BUILTIN_SHIFT_RATES = {BUILTIN_BASE: 5e-2, BUILTIN_IMAGE_BASE: 5e-2}
 
 
 def image_defaults(command: str, base: str) -> dict[str, Any]:
@@ -45,6 +50,17 @@ def image_defaults(command: str, base: str) -> dict[str, Any]:
 
     small = _BUILTIN_DEFAULTS.get(command, {}) if base == BUILTIN_IMAGE_BASE else {}
     return merged(IMAGE_DEFAULTS.get(command, {}), small)
+
+
+def adapter_defaults(tree: Mapping[str, Any], image: str | None) -> dict[str, Any]:
+    """The defaults of the adapter that a recipe's tree trains, on the diffusion base `image` or on a language model."""
+    adapter, base = tree.get("adapter"), tree.get("base")
+    if not isinstance(adapter, Mapping) or adapter.get("method") != "svdiff":
+        return {}
+    named = base.get("id") if isinstance(base, Mapping) else base
+    rate = _BUILTIN_SHIFT_RATES.get(image or str(named or BUILTIN_BASE), _SHIFT_RATE)
+    targets = {"adapter": {"targets": "all-linear,conv"}} if image is not None else {}
+    return {"train": {"lr": rate}, **targets}
 
 
 def image_base(tree: Mapping[str, Any]) -> str | None:

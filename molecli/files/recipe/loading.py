@@ -1,4 +1,4 @@
-"""Recipes in and out of YAML: defaults < the domain's defaults < preset < file < flags < --set.
+"""Recipes in and out of YAML: defaults < the domain's and the adapter's < preset < file < flags < --set.
 
 Contents: load_recipe, dump_recipe, find_recipe.
 """
@@ -16,7 +16,7 @@ from molecli import catalog
 from molecli.errors import UsageError
 from molecli.files.near import suggestion
 from molecli.files.recipe.commands import RECIPES, Recipe
-from molecli.files.recipe.domains import image_base, image_defaults
+from molecli.files.recipe.domains import adapter_defaults, image_base, image_defaults
 from molecli.files.recipe.explain import explain
 from molecli.files.recipe.presets import IMAGE_PRESETS, PRESETS
 from molecli.files.recipe.shorthand import expanded
@@ -46,9 +46,10 @@ def load_recipe(
     presets = IMAGE_PRESETS if image is not None else PRESETS
     preset = presets.get(command, {}).get(str(explicit.get("preset")), {})
     domain = {"base": {"id": image}, **image_defaults(command, image)} if image is not None else {}
+    adapter = adapter_defaults(explicit, image)
     model = RECIPES[command]
     try:
-        return model.model_validate(merged(domain, preset, explicit))
+        return model.model_validate(merged(domain, adapter, preset, explicit))
     except ValidationError as error:
         raise explain(error, model, spelled) from None
 

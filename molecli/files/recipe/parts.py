@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from molecli.catalog import BUILTIN_BASE
+from molecli.errors import UsageError
 from molecli.files.near import suggestion
 from molecli.files.recipe.shorthand import as_base, as_names, as_paths
 
@@ -160,8 +161,12 @@ class LoraTrainConfig(TrainConfig):
 
 
 class AdapterConfig(Section):
-    """The LoRA that `train-lora` trains."""
+    """What `train-lora` trains: a LoRA, or shifts of the singular values."""
 
+    method: Literal["lora", "svdiff"] = Field(
+        default="lora",
+        description="a LoRA, or shifts of the base's singular values (SVDiff), which have neither rank nor alpha",
+    )
     rank: int = Field(default=8, ge=1, description="rank r")
     alpha: float = Field(default=16, gt=0.0, allow_inf_nan=False, description="alpha; the update is scaled by alpha/r")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
@@ -170,6 +175,14 @@ class AdapterConfig(Section):
         description="all-linear, a list of module names, or a regex; of a diffusion base also attention, conv",
     )
     rslora: bool = Field(default=False, description="scale by alpha/sqrt(r) (rsLoRA)")
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterConfig:
+        for key in ("dropout", "rslora"):
+            if self.method != "lora" and getattr(self, key):
+                what = f"it is a setting of LoRAs, and the method is {self.method}"
+                raise UsageError(f"adapter.{key}", what, "Leave it out.")
+        return self
 
 
 class ClipConfig(Section):
