@@ -31,6 +31,10 @@ COMMANDS = {
     "sample": ("molecli.cli.sample:app", "Complete or draw prompts with a composition, single LoRAs or the bare base."),
     "evaluate": ("molecli.cli.evaluate:app", "Score compositions on a suite of tasks, on one load of the base."),
     "inspect-gates": ("molecli.cli.inspect_gates:app", "Show what the gates of a composition do."),
+    "study": (
+        "molecli.cli.study:app",
+        "Compare methods: train LoRAs, compose them by every method, score all side by side.",
+    ),
     "export": (
         "molecli.cli.export:app",
         "Write a composition as one plain adapter that PEFT, diffusers or A1111/ComfyUI loads.",

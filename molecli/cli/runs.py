@@ -18,12 +18,13 @@ from molecli.files.recipe import (
     ExportRecipe,
     Recipe,
     SampleRecipe,
+    StudyRecipe,
     TrainLoraRecipe,
     dump_recipe,
 )
 
 RECIPE_FILE = "recipe.yaml"
-R = TypeVar("R", TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, ExportRecipe)
+R = TypeVar("R", TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, ExportRecipe, StudyRecipe)
 
 
 def recipe_file(request: Request) -> str | None:

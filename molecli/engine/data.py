@@ -48,6 +48,8 @@ def split_tasks(data: DataConfig, suite: Suite | None = None) -> tuple[Tasks, Ta
     """
     whole = load_tasks(data.model_copy(update={"limit": None}), suite)
     kept, held = hold_out(whole, data.holdout, seed=0)
+    if data.part is not None:
+        kept = {task: part_of(rows, data.part, task) for task, rows in kept.items()}
     limited = [{task: sample(rows, data.limit, task) for task, rows in part.items()} for part in (kept, held)]
     return limited[0], limited[1]
 
@@ -61,6 +63,21 @@ def sample(examples: Sequence[T], limit: int | None, task: str) -> list[T]:
         return list(examples)
     chosen = sorted(random.Random(f"limit/{task}").sample(range(len(examples)), limit))
     return [examples[i] for i in chosen]
+
+
+def part_of(examples: Sequence[T], part: str, task: str) -> list[T]:
+    """The part `k/n` of the examples: every n-th of them from the k-th on.
+
+    Raises: UsageError for a part beyond the last, and for one without examples.
+    """
+    place, count = (int(number) for number in part.split("/"))
+    if place > count:
+        raise UsageError("data.part", f"there is no part {place} of {count}", f"Write 1/{count} to {count}/{count}.")
+    chosen = list(examples[place - 1 :: count])
+    if not chosen:
+        what = f"the task {task!r} has {len(examples)} examples, too few for {count} parts"
+        raise UsageError("data.part", what, "Write fewer parts.")
+    return chosen
 
 
 def hold_out(tasks: Mapping[str, Sequence[Example]], fraction: float, seed: int) -> tuple[Tasks, Tasks]:

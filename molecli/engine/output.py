@@ -39,6 +39,10 @@ PRODUCTS = (
     "gates.png",
     "entropy.png",
     "preview",
+    "study.md",
+    "study.json",
+    "study.png",
+    "study-steps",
 )
 
 

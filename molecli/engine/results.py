@@ -27,6 +27,7 @@ from molecli.metrics import metric_row
 
 Methods = Mapping[str, Sequence[Result]]
 AVERAGE = "average"
+RESULTS_FILE = "results.json"
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "datasets", "sacrebleu", "rouge-score")
 _UNSAFE = re.compile(r"[^\w.-]+")
 
@@ -185,7 +186,7 @@ def write(folder: str | Path, content: Mapping[str, Any], methods: Methods) -> P
         write_text(path, "".join(_sample_lines(methods, task)))
     # Last: a reader that finds results.json finds its samples too.
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    return write_text(Path(folder) / "results.json", text + "\n")
+    return write_text(Path(folder) / RESULTS_FILE, text + "\n")
 
 
 def samples_paths(folder: str | Path, tasks: Iterable[str]) -> dict[str, Path]:

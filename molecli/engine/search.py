@@ -70,7 +70,8 @@ def search(
             mixture.reweigh(weights)
             with seeded(seed, backbone.device):  # a task that draws noise draws the same for every candidate
                 loss = _loss(backbone, mixture, rows, settings.micro_batch_size or settings.batch_size, task)
-            loss = loss if accelerator is None else share_from_main(loss, accelerator)
+            if accelerator is not None:
+                loss = float(share_from_main(loss, accelerator))  # type: ignore[arg-type]
             record = _record(step, loss, weights, mixture.names, config.l1)
             records.append(record)
             if accelerator is None or accelerator.is_main_process:

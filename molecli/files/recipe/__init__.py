@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from molecli.files.near import near
 from molecli.files.recipe.commands import (
-    RECIPES,
     ComposeRecipe,
     EvaluateRecipe,
     ExportRecipe,
     Mode,
-    Recipe,
     SampleRecipe,
     TrainLoraRecipe,
 )
@@ -33,6 +31,8 @@ from molecli.files.recipe.parts import (
     TrainConfig,
 )
 from molecli.files.recipe.presets import PRESETS
+from molecli.files.recipe.study import StudyMethod, StudyRecipe
+from molecli.files.recipe.table import RECIPES, Recipe
 
 __all__ = [
     "PRESETS",
@@ -60,6 +60,8 @@ __all__ = [
     "Recipe",
     "SampleRecipe",
     "SceneConfig",
+    "StudyMethod",
+    "StudyRecipe",
     "TrainConfig",
     "TrainLoraRecipe",
     "dump_recipe",

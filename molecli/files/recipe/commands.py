@@ -1,6 +1,6 @@
 """One recipe model per command: what its YAML may hold.
 
-Contents: TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, ExportRecipe, RECIPES.
+Contents: TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, ExportRecipe.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ _DEVICE = "where the model runs"
 _METHOD = "what the fixed methods are told"
 _MASK = "experts switched off, by name"
 _ONLY = "experts kept, by name; the others are switched off"
+# X-LoRA's classifier reads hidden states as they are, Σ|h| about the base's width, where gates read features of norm 1:
+# under Adam, which moves a logit by up to lr · Σ|h| a step, the gates' rate would decide every token at once.
+_XLORA_LR = 1e-3
 
 
 class TrainLoraRecipe(Section):
@@ -103,7 +106,7 @@ class ComposeRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, tree: Any) -> Any:
-        return _with_evaluation(_with_loras(tree)) if isinstance(tree, Mapping) else tree
+        return _with_rate(_with_evaluation(_with_loras(tree))) if isinstance(tree, Mapping) else tree
 
     @model_validator(mode="after")
     def _check(self) -> ComposeRecipe:
@@ -227,16 +230,6 @@ class ExportRecipe(Section):
         return self
 
 
-Recipe = TrainLoraRecipe | ComposeRecipe | SampleRecipe | EvaluateRecipe | ExportRecipe
-RECIPES: dict[str, type[Recipe]] = {
-    "train-lora": TrainLoraRecipe,
-    "compose": ComposeRecipe,
-    "sample": SampleRecipe,
-    "evaluate": EvaluateRecipe,
-    "export": ExportRecipe,
-}
-
-
 def _check_loras(loras: tuple[LoraConfig, ...]) -> None:
     check_distinct([lora.name for lora in loras])
     for lora in loras:
@@ -251,6 +244,14 @@ def _with_loras(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return tree
     image = base_id == BUILTIN_IMAGE_BASE
     return {**tree, "loras": list(builtin_loras(BUILTIN_IMAGE_BASE) if image else builtin_loras())}
+
+
+def _with_rate(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tree with a learning rate that suits mode xlora, where it names that mode and no rate."""
+    train = tree.get("train", {})
+    if tree.get("mode") != "xlora" or not isinstance(train, Mapping) or "lr" in train:
+        return tree
+    return {**tree, "train": {**train, "lr": _XLORA_LR}}
 
 
 def _with_evaluation(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -269,5 +270,5 @@ def _with_evaluation(tree: Mapping[str, Any]) -> Mapping[str, Any]:
             return {**tree, "evaluate": None}
         what = "suite jsonl has no test split, and no file to score is named"
         raise UsageError("evaluate.data.files", what, "Name one, or write evaluate: null.")
-    inherited = {key: value for key, value in data.items() if key not in ("split", "holdout", "limit")}
+    inherited = {key: value for key, value in data.items() if key not in ("split", "holdout", "limit", "part")}
     return {**tree, "evaluate": {**evaluation, "data": {**inherited, **scored}}}

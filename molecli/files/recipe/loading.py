@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from molecli import catalog
 from molecli.errors import UsageError
 from molecli.files.near import suggestion
-from molecli.files.recipe.commands import RECIPES, Recipe
 from molecli.files.recipe.domains import adapter_defaults, image_base, image_defaults
 from molecli.files.recipe.explain import explain
 from molecli.files.recipe.presets import IMAGE_PRESETS, PRESETS
 from molecli.files.recipe.shorthand import expanded
+from molecli.files.recipe.table import RECIPES, Recipe
 from molecli.files.recipe.tree import from_overrides, from_sets, merged, read_yaml
 
 

@@ -86,6 +86,11 @@ class DataConfig(Section):
     limit: int | None = Field(default=None, ge=1, description="at most so many examples per task")
     split: Literal["train", "test"] = Field(default="train", description="split to read")
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="fraction of the split kept out of training")
+    part: str | None = Field(
+        default=None,
+        pattern=r"^[1-9][0-9]*/[1-9][0-9]*$",
+        description="only a part of what is left, as 2/4: the second of four that share no example",
+    )
 
 
 class SceneConfig(Section):
@@ -141,7 +146,9 @@ class TrainConfig(Section):
     steps: int = Field(default=300, ge=1, description="optimiser steps")
     batch_size: int = Field(default=16, ge=1, description="examples per step, over all processes")
     micro_batch_size: int | None = Field(default=None, ge=1, description="examples at once; fewer need less memory")
-    lr: float = Field(default=2e-2, gt=0.0, allow_inf_nan=False, description="peak learning rate")
+    lr: float = Field(
+        default=2e-2, gt=0.0, allow_inf_nan=False, description="peak learning rate; mode xlora: 1e-3 when not given"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="of the learning rate")
     warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="AdamW's")

@@ -1,0 +1,69 @@
+"""`mole study`."""
+
+from __future__ import annotations
+
+from molecli.cli.options import (
+    BASE,
+    DRY_RUN,
+    OUTPUT,
+    RECIPE,
+    RESUME,
+    SEED_AND_DEVICE,
+    Flag,
+    Request,
+    Switch,
+    recipe_command,
+)
+from molecli.cli.runs import output_folder, recipe_file, started
+from molecli.cli.single import single
+from molecli.errors import UsageError
+from molecli.files.recipe import StudyRecipe
+
+FLAGS = (
+    *BASE,
+    Flag("--data-dir", "data_dir", metavar="DIR"),
+    Flag("--limit", "test.data.limit"),
+    Switch("--jobs", "commands side by side; by default four a GPU, one without any", kind=int, metavar="N"),
+    *SEED_AND_DEVICE,
+    *OUTPUT,
+    RESUME,
+    DRY_RUN,
+)
+
+
+@recipe_command("study", target=RECIPE, flags=FLAGS)
+def study(request: Request) -> None:
+    """Compare methods: train LoRAs, compose them by every method, score all side by side.
+
+    Each step is a mole command of its own, with its recipe and log in study-steps/ of the output folder; --resume does
+    what is not done yet. Writes study.md, study.json and, where the number of LoRAs varies, study.png.
+    """
+    file = recipe_file(request)
+    if file is None:
+        raise UsageError("study", "no recipe is named", "Name one; `mole recipe ls` lists those that ship.")
+    recipe = request.recipe(file)
+    assert isinstance(recipe, StudyRecipe)
+    from molecli.engine.study import PHASES, jobs_of, run_study
+
+    if request.switches["dry_run"]:
+        placed = recipe.model_copy(update={"output": output_folder(recipe, request, file)})
+        jobs = jobs_of(placed)
+        document = [{"phase": job.phase, "name": job.name, "recipe": job.tree} for job in jobs]
+        counts = ", ".join(f"{sum(job.phase == phase for job in jobs)} {phase}" for phase in PHASES)
+        lines = [f"{len(jobs)} commands: {counts}", *(f"mole {job.tree['command']:10} {job.name}" for job in jobs)]
+        request.console.result(document, lambda: print("\n".join(lines)))
+        return
+    with started(recipe, request, file=file) as ready:
+        console = request.console
+        at_once = request.switches["jobs"] or _at_once()
+        report = run_study(ready, at_once=at_once, progress=console.progress, note=console.note)
+    request.console.result(report.document(), report.show)
+
+
+def _at_once() -> int:
+    import torch
+
+    return max(1, 4 * torch.cuda.device_count())
+
+
+app = single(study)

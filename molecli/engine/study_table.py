@@ -1,0 +1,158 @@
+"""What a study found: every method's scores side by side, who wins, the curve over the number of LoRAs, and beside
+them the published figures.
+
+Contents: StudyReport, study_report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molecli.engine.compare import CompareReport, judged, line_up
+from molecli.engine.runs import Run, read_run
+from molecli.engine.tables import AVERAGE, Row, ScoreTable, Table, draw, to_markdown
+from molecli.files.atomic import write_text, write_with
+
+if TYPE_CHECKING:
+    from molecli.files.recipe import StudyRecipe
+
+EVERY = "all"  # the only number of a study that names none
+SHARED = ("base", "own")  # scored once, beside every number
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """A comparison for each number of LoRAs, and what the recipe says of it."""
+
+    title: str
+    comparisons: Mapping[str, CompareReport]
+    published: Mapping[str, Mapping[str, float]]
+    source: str
+
+    def document(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        return {
+            "title": self.title,
+            "comparisons": {number: report.document() for number, report in self.comparisons.items()},
+            "published": {"source": self.source, "figures": {r: dict(c) for r, c in self.published.items()}},
+        }
+
+    def sections(self) -> list[tuple[str, list[Table], list[str]]]:
+        """(heading, tables, lines) of every part."""
+        parts = []
+        for number, report in self.comparisons.items():
+            parts.append(("" if number == EVERY else number.replace("-", " "), report.tables(), report.lines()))
+        if len(self.comparisons) > 1:
+            parts.append(("Average by the number of LoRAs", [self.curve()], []))
+        if self.published:
+            parts.append((f"Published, not measured here: {self.source}", [self._published()], []))
+        return parts
+
+    def curve(self) -> ScoreTable:
+        """The methods' averages, a row for each number of LoRAs."""
+        averages = {n: _averages(report) for n, report in self.comparisons.items()}
+        methods = list(dict.fromkeys(name for by in averages.values() for name in by))
+        rows = [Row(n.removesuffix("-loras"), tuple(by.get(m) for m in methods)) for n, by in averages.items()]
+        return ScoreTable("LoRAs", tuple(methods), tuple(rows))
+
+    def _published(self) -> ScoreTable:
+        columns = list(dict.fromkeys(column for row in self.published.values() for column in row))
+        rows = [Row(name, tuple(row.get(column) for column in columns)) for name, row in self.published.items()]
+        return ScoreTable("published", tuple(columns), tuple(rows))
+
+    def show(self) -> None:
+        """Draws the tables on stdout."""
+        for heading, tables, lines in self.sections():
+            draw(tables, lines if not heading else [*lines, f"({heading})"])
+
+    def markdown(self) -> str:
+        """The whole report."""
+        blocks = [f"# {self.title}"] if self.title else []
+        for heading, tables, lines in self.sections():
+            blocks += [f"## {heading}"] if heading else []
+            blocks += [to_markdown(table).strip() for table in tables]
+            blocks += ["\n".join(f"- {line}" for line in lines)] if lines else []
+        return "\n\n".join(blocks) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """study.md and study.json; study.png where there are several numbers."""
+        write_text(folder / "study.md", self.markdown())
+        text = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_text(folder / "study.json", text + "\n")
+        if len(self.comparisons) > 1:
+            write_with(folder / "study.png", lambda part: _draw_curve(self.curve(), part))
+
+
+def study_report(recipe: StudyRecipe, scored: Sequence[Path]) -> StudyReport:
+    """The report on the evaluations in `scored`: .../scores/<number>/..., scores/base or scores/own/<task>.
+
+    Raises: UsageError, MismatchError where they cannot be compared.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for path in scored:
+        number, *rest = path.parts[path.parts.index("scores") + 1 :]
+        # Runs over one task each belong together: those of one seed, or of each LoRA on its own task.
+        part = "/".join(rest) if (rest and rest[0] == "fixed") or not recipe.per_task else (rest[0] if rest else "")
+        groups.setdefault((number, "own" if number == "own" else part), []).append(read_run(str(path)))
+    runs = {key: _joined(some) for key, some in groups.items()}
+    base = [run for (number, _), run in runs.items() if number == "base"]
+    own = [run for (number, _), run in runs.items() if number == "own"]
+    found = {}
+    for number in dict.fromkeys(number for number, _ in runs if number not in SHARED):
+        found[number] = _compared(recipe, base, own, [run for (n, _), run in runs.items() if n == number])
+    return StudyReport(recipe.title, found, recipe.published, recipe.source)
+
+
+def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs: Sequence[Run]) -> CompareReport:
+    """All methods on all tasks; where some tasks have no LoRA, also those that have one, beside these LoRAs."""
+    tasks = list(runs[0].content["results"])
+    covered = [task for task in tasks if all(task in run.content["results"] for run in own)]
+    samples, seed = recipe.test.bootstrap, recipe.seed
+    parts = [([*base, *own, *runs], covered)] if own and covered == tasks else [([*base, *runs], tasks)]
+    if own and covered and covered != tasks:
+        parts.append(([*base, *own, *runs], covered))
+    contests = [line_up(some, {task: runs[0].scores(task)[0] for task in chosen}) for some, chosen in parts]
+    judgements = [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests]
+    return CompareReport(parts[0][0], judgements, samples, seed)
+
+
+def _joined(runs: Sequence[Run]) -> Run:
+    """Runs of the same methods over different tasks as one."""
+    first = runs[0]
+    results = {task: scores for run in runs for task, scores in run.content["results"].items()}
+    samples = {task: by for run in runs for task, by in run.samples.items()}
+    merged = {
+        key: {k: v for run in runs for k, v in run.content[key].items()} for key in _BY_TASK if key in first.content
+    }
+    return Run(first.place, {**first.content, **merged, "results": results}, samples, first.methods)
+
+
+# Parts of results.json that have an entry for each task.
+_BY_TASK = ("n-shot", "versions", "n-samples", "configs", "higher_is_better", "metrics")
+
+
+def _averages(report: CompareReport) -> dict[str, float]:
+    contest = report.contests[0][0]
+    rows = contest.rows()
+    return dict(rows.get(AVERAGE) or next(iter(rows.values())))
+
+
+def _draw_curve(curve: ScoreTable, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(curve.rows))
+    for i, name in enumerate(curve.columns):
+        values = [value for row in curve.rows if (value := row.scores[i]) is not None]
+        if len(values) == len(curve.rows):
+            axes.plot(places, values, marker="o", label=name)
+    axes.set_xticks(list(places), [row.label for row in curve.rows])
+    axes.set_xlabel("LoRAs composed")
+    axes.set_ylabel("average (%)")
+    axes.legend(fontsize="small")
+    figure.savefig(path, format="png", dpi=150)

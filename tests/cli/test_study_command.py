@@ -1,0 +1,60 @@
+"""`mole study`: the plan, what is refused, and that the shipped studies are recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STUDY = """\
+command: study
+experts: {loras: [reverse, plural]}
+methods:
+  linear:
+  gated: {train: {steps: 2}}
+fit: {suite: builtin}
+test: {data: {suite: builtin, tasks: [reverse, plural], limit: 2}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_a_dry_run_lists_the_commands(mole: Any, file: Path) -> None:
+    result = mole("study", str(file), "--dry-run", "--output", str(file.parent / "out"))
+    assert result.code == 0
+    first, *lines = result.out.splitlines()
+    assert first == "8 commands: 0 loras, 4 compositions, 4 scores"
+    assert lines[1] == "mole compose    compositions/all/seed-0/gated"
+    assert not (file.parent / "out").exists()
+    document = json.loads(mole("study", str(file), "--dry-run", "--json").out)
+    assert document[1]["recipe"]["mode"] == "gated"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "study: no recipe is named"),
+        (("nowhere.yaml",), "nowhere.yaml: no such recipe"),
+        (("{file}", "--set", "methods.gated.mode=gatd"), "methods.gated.mode"),
+        (("{file}", "--set", "numbers=[7]", "--dry-run"), "numbers: 7 LoRAs are to be composed, and there are 2."),
+        (("{file}", "--set", "experts.copies=0"), "experts.copies"),
+        (("{file}", "--set", "test.data.tasks=[revers]", "--dry-run"), "revers"),
+    ],
+)
+def test_what_is_wrong_is_said(mole: Any, file: Path, args: tuple[str, ...], message: str) -> None:
+    result = mole("study", *(arg.format(file=file) for arg in args))
+    assert result.code == 2
+    assert message in result.err
+
+
+@pytest.mark.parametrize("path", sorted(Path("benchmarks/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_benchmarks_are_recipes(mole: Any, path: Path) -> None:
+    result = mole("recipe", "validate", str(path))
+    assert result.code == 0, result.err
