@@ -53,7 +53,7 @@ class BaseWeights:
         return shape[::-1] if isinstance(self.model.get_submodule(matrix), Conv1D) else shape
 
     def dense(self, matrix: str) -> Tensor:
-        """[d_out, d_in] in float32, of a convolution [c_out, c_in·k_h·k_w]. Raises: UsageError for quantised weights."""
+        """[d_out, d_in], or [c_out, c_in·k_h·k_w], in float32. Raises: UsageError for quantised weights."""
         layer, weight = self.model.get_submodule(matrix), self._weight(matrix)
         if not weight.is_floating_point():
             kind = str(weight.dtype).removeprefix("torch.")

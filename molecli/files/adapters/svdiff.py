@@ -9,7 +9,7 @@ every matrix. Contents: Origin, Base, is_svdiff, described, write_svdiff.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -68,11 +68,13 @@ def described(where: str, file: Any, metadata: Mapping[str, str]) -> tuple[Origi
         raise UsageError(where, what, "Upgrade it.")
     try:
         known = json.loads(metadata["matrices"])
-        found = {name: (_key(name), tuple(map(int, entry["shape"]))) for name, entry in known.items()}
+        found = {name: (_key(name), _shape(entry["shape"])) for name, entry in known.items()}
         digests = {_key(name): str(entry["sha256"]) for name, entry in known.items()}
         origin = Origin(metadata[BASE_KEYS[0]], metadata["base_dtype"], metadata["base_fingerprint"], digests)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise MismatchError(where, "its metadata do not say which base it shifts", AGAIN) from None
+    if not known:
+        raise MismatchError(where, "holds no shifts", "Name an adapter that was trained and saved.")
     for key in sorted(set(digests) ^ set(file.keys())):
         what = "is missing" if key in digests else "is none of its shifts"
         raise MismatchError(where, f"{key!r} {what}", AGAIN)
@@ -96,6 +98,12 @@ def write_svdiff(folder: str | Path, shifts: Mapping[str, Tensor], shapes: Mappi
     }
     tensors = {_key(name): shift.detach().float().cpu().contiguous() for name, shift in shifts.items()}
     return write_bytes(Path(folder) / SHIFTS_FILE, in_fixed_order(save(tensors, metadata)))
+
+
+def _shape(sizes: Sequence[int]) -> Shape:
+    if len(sizes) not in (2, 4):
+        raise ValueError
+    return tuple(map(int, sizes))
 
 
 def _key(matrix: str) -> str:
