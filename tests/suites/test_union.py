@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from molecli.errors import UsageError
-from molecli.protocols import Example, Split
+from molecli.protocols import Example, Source, Split
 from molecli.suites import load_suite
 from molecli.suites.union import UnionSuite
 
@@ -20,6 +20,12 @@ class Stub:
     def tasks(self, data_dir: str | None) -> list[str]:
         self.folders.append(data_dir)
         return list(self._tasks)
+
+    def known(self, data_dir: str | None) -> list[str]:
+        return [*self._tasks, f"{self.name} elsewhere"]
+
+    def source(self, task: str, split: Split, data_dir: str | None) -> Source:
+        return Source(f"{data_dir}/{split}/{task}")
 
     def load(self, task: str, split: Split, data_dir: str | None) -> list[Example]:
         return [Example(task, f"{self.name} {split} {data_dir}", "y")]
@@ -46,6 +52,13 @@ def test_each_task_is_read_by_its_own_suite_from_its_own_folder() -> None:
     assert suite.load("c", "test", "data") == [Example("c", "two test data/two", "y")]
     assert suite.load("a", "train", "data") == [Example("a", "one train data/one", "y")]
     assert suite.suites[0].folders == ["data/one"]  # type: ignore[attr-defined]
+
+
+def test_tasks_that_are_not_there_are_known_and_each_has_the_place_of_its_own_suite() -> None:
+    suite = joined()
+    assert suite.known("data") == ["b", "a", "one elsewhere", "c", "two elsewhere"]
+    assert suite.source("c", "test", "data") == Source("data/two/test/c")
+    assert suite.source("one elsewhere", "train", "data") == Source("data/one/train/one elsewhere")
 
 
 def test_without_a_folder_no_suite_is_given_one() -> None:
