@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -18,6 +18,7 @@ from molecli import __version__
 from molecli.cli import app, console
 from molecli.errors import MismatchError, RunError, UsageError
 from molecli.files.recipe import TrainConfig
+from molecli.files.recipe.commands import Mode
 
 STEPS = TrainConfig.model_fields["steps"].default
 
@@ -84,8 +85,7 @@ def test_version(mole: Callable[..., Any]) -> None:
         ),
         (
             ("compose", "--mode", "gatd"),
-            "mole: command line: mode is 'gatd', not one of gated, single, linear, merge, nla, switch, composite, "
-            "w_switch, w_composite, loratorio. Did you mean 'gated'?\n",
+            f"mole: command line: mode is 'gatd', not one of {', '.join(get_args(Mode))}. Did you mean 'gated'?\n",
         ),
         (("compose", "no.yaml"), "mole: no.yaml: no such recipe. Known: none. `mole recipe ls` lists them.\n"),
     ],

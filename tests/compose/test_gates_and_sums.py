@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from molecli.compose.heads import FeatureHead, OutputHead, PerExpertHead
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, LowRank
 from molecli.files.recipe import GateConfig
+from molecli.files.recipe.commands import Mode
 from molecli.protocols import Group, Reading, Site
 
 RANKS, D_IN, WIDTHS = (2, 1, 3), 5, (4, 6)
@@ -66,13 +67,13 @@ def gate_of(bank: ExpertBank, **config: Any) -> Any:
 
 def test_every_row_names_what_can_be_imported() -> None:
     images = ["switch", "composite", "w_switch", "w_composite", "loratorio"]
-    assert list(METHODS) == ["gated", "linear", "nla", "single", *images]
+    assert set(METHODS) == set(get_args(Mode)) - {"merge"}
     assert [name for name, method in METHODS.items() if method.level == "output"] == images
     for method in METHODS.values():
         module, attribute = method.target.split(":")
         assert callable(getattr(import_module(module), attribute))
         assert method.level in ("weights", "site", "output")
-    assert [name for name, method in METHODS.items() if method.trained] == ["gated"]
+    assert {name for name, method in METHODS.items() if method.trained} == {"gated", "soup", "lorahub", "xlora"}
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from molecli import catalog
 from molecli.files.near import near, suggestion
 from molecli.files.recipe import RECIPES, load_recipe
+from molecli.files.recipe.commands import Mode
 
 LORAS = {"loras": "x=org/a,y=org/b"}
 GATE_KEYS = "granularity, input, pool, head, head_rank, normalize, temperature, learn_temperature, top_k, absent"
@@ -46,8 +47,7 @@ SETS = [
     ("train=3", "train is 3, not a section of keys. Write its keys indented below it."),
     (
         "mode=gatd",
-        "mode is 'gatd', not one of gated, single, linear, merge, nla, switch, composite, w_switch, w_composite, "
-        "loratorio. Did you mean 'gated'?",
+        f"mode is 'gatd', not one of {', '.join(get_args(Mode))}. Did you mean 'gated'?",
     ),
     ("preset=papr", "preset is 'papr', not one of paper. Did you mean 'paper'?"),
     (
