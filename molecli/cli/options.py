@@ -117,6 +117,9 @@ METHOD = (
     Flag("--scale", "method.scale"),
     Flag("--tau", "method.tau"),
     Flag("--order", "method.order", metavar="NAMES"),
+    Flag("--density", "method.density"),
+    Flag("--rank", "method.rank"),
+    Flag("--expression", "method.expression"),
 )
 SEED_AND_DEVICE = (Flag("--seed", "seed"), Flag("--device", "device"))
 OVERWRITE = Switch("--overwrite", "replace what an earlier run left in the output folder")

@@ -18,7 +18,7 @@ from molecli.engine.inspect import Progress, collect, entropy_course, summarise,
 from molecli.engine.learn import learner
 from molecli.engine.loop import Record
 from molecli.engine.methods import Method, check_language, distinct, static_methods
-from molecli.engine.sample import TEXT_BASE, check_fields
+from molecli.engine.sample import TEXT_BASE, check_fields, check_method
 from molecli.experts import Expert
 from molecli.protocols import Backbone, Example
 from molecli.suites.builtin import BuiltinSuite
@@ -38,6 +38,7 @@ class TextDomain:
     def __init__(self, recipe: ComposeRecipe) -> None:
         check_language(recipe.mode, "--mode")
         check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
+        check_method(recipe.method)
         if get_method(recipe.mode).through_peft:
             whose = f"gates are made by, and in mode {recipe.mode} PEFT routes as `method` says"
             check_fields(recipe, ("gate",), whose)

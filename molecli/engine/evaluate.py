@@ -20,7 +20,7 @@ from molecli.engine.attach import read_experts
 from molecli.engine.data import Tasks, load_tasks, split_tasks
 from molecli.engine.methods import STATIC, Method, composition_methods, distinct, folder_names, static_methods
 from molecli.engine.results import compare, document, write
-from molecli.engine.sample import TEXT_BASE, base_of, check_fields, draws_pictures
+from molecli.engine.sample import TEXT_BASE, base_of, check_fields, check_method, draws_pictures
 from molecli.engine.scoring import Progress, TaskResult, evaluate, own_lora
 from molecli.engine.tables import ScoreTable, draw, score_table
 from molecli.files.adapters import LoraLike, LoraSpec
@@ -166,6 +166,7 @@ def run_evaluate(
 
         return run_evaluate_pictures(recipe, progress=progress, note=note)
     check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
+    check_method(recipe.method)
     bench = make_bench(recipe.eval)
     compositions = {name: load_composition(path) for name, path in folder_names(recipe.compositions).items()}
     base = base_of(recipe.base, next(iter(compositions.values()), None))

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from molecli.engine.evaluate import OWN_LORA
-from molecli.engine.results import samples_paths
+from molecli.engine.results import RESULTS_FILE, samples_paths
 from molecli.errors import MismatchError, UsageError
 
-RESULTS_FILE = "results.json"
 # What a method's scores depend on, of the recipe: one name with two settings is not one method.
 SETTINGS = ("base", "loras", "mask", "only", "method", "image")
 AGAIN = "Evaluate again."

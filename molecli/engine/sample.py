@@ -22,7 +22,7 @@ from molecli.engine.attach import attach
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
 from molecli.files.composition import Composition, load_composition
-from molecli.files.recipe import BaseConfig, Recipe, SampleRecipe
+from molecli.files.recipe import BaseConfig, MethodConfig, Recipe, SampleRecipe
 from molecli.protocols import Backbone
 
 # label, done, total
@@ -78,6 +78,13 @@ def check_fields(recipe: Recipe, fields: Sequence[str], whose: str) -> None:
         default = type(recipe).model_fields[name].get_default(call_default_factory=True)
         if getattr(recipe, name) != default:
             raise UsageError(name, f"it is what {whose}", "Leave it out.")
+
+
+def check_method(method: MethodConfig) -> None:
+    """Nothing, where a language model reads these settings. Raises: UsageError for one of the denoising steps."""
+    for name in ("tau", "order", "base_share"):
+        if getattr(method, name) != MethodConfig.model_fields[name].default:
+            raise UsageError(f"method.{name}", f"it is what {TEXT_BASE}", "Leave it out.")
 
 
 def base_of(base: BaseConfig | None, composition: Composition | None) -> BaseConfig:

@@ -7,6 +7,8 @@ Contents: StudyReport, study_report.
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +31,19 @@ class StudyReport:
     """A comparison for each number of LoRAs, and what the recipe says of it."""
 
     title: str
+    base: str
     comparisons: Mapping[str, CompareReport]
     published: Mapping[str, Mapping[str, float]]
     source: str
+    device: str
 
     def document(self) -> dict[str, Any]:
         """The report as JSON holds it."""
         return {
             "title": self.title,
+            "base": self.base,
+            "device": self.device,
+            "versions": dict(next(iter(self.comparisons.values())).runs[0].content.get("libraries", {})),
             "comparisons": {number: report.document() for number, report in self.comparisons.items()},
             "published": {"source": self.source, "figures": {r: dict(c) for r, c in self.published.items()}},
         }
@@ -104,7 +111,7 @@ def study_report(recipe: StudyRecipe, scored: Sequence[Path]) -> StudyReport:
     found = {}
     for number in dict.fromkeys(number for number, _ in runs if number not in SHARED):
         found[number] = _compared(recipe, base, own, [run for (n, _), run in runs.items() if n == number])
-    return StudyReport(recipe.title, found, recipe.published, recipe.source)
+    return StudyReport(recipe.title, recipe.base.id, found, recipe.published, recipe.source, device_name(recipe.device))
 
 
 def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs: Sequence[Run]) -> CompareReport:
@@ -118,6 +125,15 @@ def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs
     contests = [line_up(some, {task: runs[0].scores(task)[0] for task in chosen}) for some, chosen in parts]
     judgements = [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests]
     return CompareReport(parts[0][0], judgements, samples, seed)
+
+
+def device_name(device: str) -> str:
+    """The accelerator's name, or the processor's kind."""
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def _joined(runs: Sequence[Run]) -> Run:

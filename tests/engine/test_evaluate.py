@@ -199,4 +199,5 @@ def test_what_only_a_diffusion_base_reads_is_refused(
     with pytest.raises(UsageError) as caught:
         run_evaluate(recipe(world, tmp_path, **{field: value}))
     what = "it is what a diffusion base draws by, and the base is a language model"
-    assert str(caught.value) == f"{field}: {what}. Leave it out."
+    named = "method.tau" if field == "method" else field
+    assert str(caught.value) == f"{named}: {what}. Leave it out."
