@@ -146,7 +146,7 @@ def test_flags_that_are_wrong(mole: Mole, job: tuple[str, ...], tmp_path: Path, 
          "Write gated, linear, ties or another that is not for images alone."),
         (("--collage", "0.5"), "objective: it is what a diffusion base draws by, and the base is a language model. "
          "Leave it out."),
-        (("--tau", "3"), "method: it is what a diffusion base draws by, and the base is a language model. "
+        (("--tau", "3"), "method.tau: it is what a diffusion base draws by, and the base is a language model. "
          "Leave it out."),
     ],
 )  # fmt: skip
