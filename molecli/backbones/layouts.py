@@ -1,6 +1,6 @@
 """What the engine asks of any hosting model, a language model or a diffusion pipeline: one seam for both.
 
-Contents: Layout, layout_of, host_of, adaptable_matrices.
+Contents: Layout, layout_of, blocks_of, host_of, adaptable_matrices.
 """
 
 from __future__ import annotations
@@ -104,6 +104,17 @@ class PipelineLayout:
 def layout_of(model: nn.Module) -> Layout:
     """The layout of a language model, or of the modules of a diffusion pipeline."""
     return PipelineLayout(model) if isinstance(model, PipelineModules) else TextLayout(model)
+
+
+def blocks_of(layout: Layout) -> list[tuple[str, ...]]:
+    """The adaptable matrices by block, in the order of a forward pass: an encoder's blocks before the decoder's.
+
+    A block is a site of granularity `block`, with those of its matrices that run along other tokens.
+    """
+    blocks: dict[str, list[str]] = {}
+    for site in layout.sites(layout.in_order(layout.matrices()), "block", per_token=False):
+        blocks.setdefault(site.name.removesuffix(".memory").removesuffix(".time"), []).extend(site.matrices)
+    return [tuple(matrices) for matrices in blocks.values()]
 
 
 def host_of(model: Any) -> nn.Module:

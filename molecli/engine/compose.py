@@ -115,7 +115,7 @@ def run_compose(
         if share > MOSTLY:
             note(f"{name}: {share:.1%} of its update is no shift of the base's singular values, and is left out")
     if accelerator.is_main_process:
-        made = _composition(recipe, backbone, mixture)
+        made = _composition(recipe, backbone, experts, mixture)
         save_composition(folder, replace(made, settings=_settings(recipe, domain)))
         report.evaluation = domain.finish(backbone, experts, mixture, progress)
         if report.evaluation is not None:
@@ -176,13 +176,13 @@ def _fitted(
         )
 
 
-def _composition(recipe: ComposeRecipe, backbone: Backbone, mixture: Mixture) -> Composition:
+def _composition(recipe: ComposeRecipe, backbone: Backbone, experts: Sequence[Expert], mixture: Mixture) -> Composition:
     return Composition(
         mode=recipe.mode,
         level=get_method(recipe.mode).level,
         base=recipe.base.id,
         base_fingerprint=backbone.fingerprint(),
-        experts=tuple(record_of(expert) for expert in mixture.bank.experts),
+        experts=tuple(record_of(expert) for expert in experts),
         gate=recipe.gate.model_dump(mode="json") if get_method(recipe.mode).gated else None,
         settings={},
         recipe=dump_recipe(recipe),
@@ -198,7 +198,9 @@ def _settings(recipe: ComposeRecipe, domain: Domain) -> dict[str, Any]:
     if get_method(recipe.mode).level == "output":
         method = recipe.method.model_dump(mode="json")
         return {"method": method, "triggers": dict(domain.triggers), "kinds": dict(domain.kinds)}
-    return {"only": next(iter(recipe.only), None)} if recipe.mode == "single" else {}
+    only = {"only": next(iter(recipe.only), None)} if recipe.mode == "single" else {}
+    layers = {} if recipe.method.layers is None else {"method": {"layers": recipe.method.layers}}
+    return {**only, **layers}
 
 
 def _truncation(mixture: Mixture) -> dict[str, Any]:

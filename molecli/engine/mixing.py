@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from molecli.backbones.branching import Branching
 from molecli.backbones.hosting import Mixture
-from molecli.backbones.layouts import Layout, layout_of
+from molecli.backbones.layouts import Layout, blocks_of, layout_of
 from molecli.backbones.merged import MergedMixture
 from molecli.backbones.pipeline import PipelineModules
 from molecli.backbones.streams import Streams
@@ -20,6 +21,7 @@ from molecli.engine.merging import Told, merge_experts
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, Merged
 from molecli.files.recipe import GateConfig, MethodConfig
+from molecli.files.recipe.method import share_of
 from molecli.protocols import Site
 
 
@@ -40,11 +42,12 @@ def build_mixture(
     """The experts on `model`, composed by `mode`, not attached yet; fresh gates are uniform.
 
     `weights` are the users' coefficients by expert name, 1 where not given; `method`, `triggers` and `kinds` (by expert
-    name) are for the modes that act on the denoising steps. Methods that merge do so when they are first needed, and
-    `told` hears how far they are. Raises: UsageError, MismatchError.
+    name) are for the modes that act on the denoising steps; `method.layers` holds for all. Methods that merge do so
+    when they are first needed, and `told` hears how far they are. Raises: UsageError, MismatchError.
     """
     chosen, config = get_method(mode), method or MethodConfig()
-    bank, layout = ExpertBank(experts), layout_of(model)
+    layout = layout_of(model)
+    bank = ExpertBank(experts if config.layers is None else _within(experts, layout, config.layers))
     matrices = layout.in_order(bank.matrices)
     if chosen.through_peft:
         return _through_peft(chosen, model, bank, layout, _values(bank, weights or {}) * config.scale, config)
@@ -64,6 +67,21 @@ def build_mixture(
         return Branching(model, bank, sites, acting, streams=layout.streams(), branches_at_once=branches_at_once)
     fixed = _fixed_gate(chosen.name, bank, values, only)
     return Mixture(model, bank, sites, {site.name: fixed for site in sites}, streams=layout.streams())
+
+
+def _within(experts: Sequence[Expert], layout: Layout, share: str) -> list[Expert]:
+    """The experts with their factors in that share of the model's blocks alone: those whose middle lies in it.
+
+    So shares that follow one another divide the blocks among them. Raises: UsageError where no factor is left.
+    """
+    (low, high), blocks = share_of(share), blocks_of(layout)
+    inside = {m for i, block in enumerate(blocks) if low <= (i + 0.5) / len(blocks) < high for m in block}
+    kept = [replace(one, factors={m: f for m, f in one.factors.items() if m in inside}) for one in experts]
+    if not any(one.factors for one in kept):
+        part = f"from {100 * low:g} to {100 * high:g}% of the depth"
+        what = f"no LoRA adapts anything {part}, and the base has {len(blocks)} blocks"
+        raise UsageError("method.layers", what, "Write a wider share, such as 0-50.")
+    return kept
 
 
 def _values(bank: ExpertBank, weights: Mapping[str, float]) -> Tensor:

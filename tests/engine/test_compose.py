@@ -60,10 +60,10 @@ def in_the_run(recipe: ComposeRecipe, monkeypatch: pytest.MonkeyPatch) -> Tensor
     held: list[Tensor] = []
     write = compose._composition
 
-    def watched(recipe: Any, backbone: Any, mixture: Any) -> Any:
+    def watched(recipe: Any, backbone: Any, experts: Any, mixture: Any) -> Any:
         with mixture:
             held.append(logits(backbone.model, backbone.collate(examples())))
-        return write(recipe, backbone, mixture)
+        return write(recipe, backbone, experts, mixture)
 
     monkeypatch.setattr(compose, "_composition", watched)
     run_compose(recipe)

@@ -1,19 +1,46 @@
-"""The section of a recipe with what composition methods other than the gates are told."""
+"""The section of a recipe with what composition methods other than the gates are told.
+
+Contents: MethodConfig, share_of.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from molecli.files.recipe.parts import Section
 from molecli.files.recipe.shorthand import as_names
+
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%?\s*-\s*(\d+(?:\.\d+)?)\s*%?")
+
+
+def share_of(text: str) -> tuple[float, float]:
+    """`20-40` as (0.2, 0.4). Raises: an error that says how to write it."""
+    found = _SHARE.fullmatch(text.strip())
+    low, high = (float(part) / 100 for part in found.groups()) if found else (0.0, 0.0)
+    if not low < high <= 1:
+        remedy = "Write two percentages, such as 0-20 or 80-100."
+        raise PydanticCustomError("unknown_name", "is no part of the depth", {"remedy": remedy})
+    return low, high
+
+
+def _checked_share(text: str) -> str:
+    share_of(text)
+    return text
 
 
 class MethodConfig(Section):
     """Settings of the fixed methods: each reads those that it has a use for."""
 
     scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="factor on every LoRA's weight")
+    layers: Annotated[str, AfterValidator(_checked_share)] | None = Field(
+        default=None,
+        description="any mode: only the LoRAs' part in this share of the depth acts, in percent, such as 0-20; all of "
+        "it when not given",
+    )
     tau: int = Field(default=5, ge=1, description="switch: denoising steps between changes of the LoRA")
     order: Annotated[tuple[str, ...], BeforeValidator(as_names)] = Field(
         default=(), description="switch: LoRAs in turn; their own order when not given"
