@@ -6,6 +6,8 @@ PeftMixture     what both share: inside its context the model has PEFT's layers,
 
 PEFT changes the model in place; whatever it may leave there is put back by `as_it_was`, which trusts none of it. The
 names that PEFT needs ("task_0"; "0", "1", ...) are its own, a user's LoRAs keep theirs.
+
+It puts adapters in one by one and walks over all that are there each time: entering the context grows with N².
 """
 
 from __future__ import annotations
