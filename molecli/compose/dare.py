@@ -15,7 +15,7 @@ DENSITY = 0.5
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
     """Of each update a random share `config.density` stays; `config.seed` says which."""
-    return factored(updates.scaled(dropped(updates, config)).sum(0), config.rank or updates.full_rank)
+    return factored(updates.scaled(dropped(updates, config)).sum(0), config.rank or updates.width)
 
 
 def dropped(updates: Updates, config: MethodConfig) -> Tensor:

@@ -12,4 +12,4 @@ from molecli.functional.merging import elected_mean
 def merge(updates: Updates, config: MethodConfig) -> Result:
     """Of each update a random share `config.density` stands for election."""
     kept = updates.scaled(dropped(updates, config))
-    return factored(elected_mean(kept), config.rank or updates.full_rank)
+    return factored(elected_mean(kept), config.rank or updates.width)

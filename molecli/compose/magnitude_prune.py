@@ -13,4 +13,4 @@ DENSITY = 0.2
 def merge(updates: Updates, config: MethodConfig) -> Result:
     """Of each update the share `config.density` stays."""
     kept = trim(updates.dense(), config.density or DENSITY)
-    return factored(updates.scaled(kept).sum(0), config.rank or updates.full_rank)
+    return factored(updates.scaled(kept).sum(0), config.rank or updates.width)

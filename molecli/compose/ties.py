@@ -16,4 +16,4 @@ DENSITY = 0.2
 def merge(updates: Updates, config: MethodConfig) -> Result:
     """Of each update the share `config.density` stands for election."""
     kept = updates.scaled(trim(updates.dense(), config.density or DENSITY))
-    return factored(elected_mean(kept), config.rank or updates.full_rank)
+    return factored(elected_mean(kept), config.rank or updates.width)

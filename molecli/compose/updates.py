@@ -39,14 +39,9 @@ class Updates:
 
     @property
     def width(self) -> int:
-        """min(d_out, d_in): no update has a larger rank."""
+        """min(d_out, d_in), the rank that a merge entry by entry may have."""
         A, B = self.factors[0]
         return min(A.shape[1], B.shape[0])
-
-    @property
-    def full_rank(self) -> int:
-        """The rank that their sum may have."""
-        return min(sum(self.ranks), self.width)
 
     def dense(self) -> Tensor:
         """[N, d_out, d_in], without weights."""

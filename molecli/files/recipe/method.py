@@ -49,7 +49,7 @@ class MethodConfig(Section):
     rank: int | None = Field(
         default=None,
         ge=1,
-        description="merges: rank of the result; by default all ranks together, in svd the largest of them",
+        description="merges: rank of the result; by default so many that nothing is lost, in svd the LoRAs' largest",
     )
     density: float | None = Field(
         default=None,
