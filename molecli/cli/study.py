@@ -36,21 +36,23 @@ def study(request: Request) -> None:
     """Compare methods: train LoRAs, compose them by every method, score all side by side.
 
     Each step is a mole command of its own, with its recipe and log in study-steps/ of the output folder; --resume does
-    what is not done yet. Writes study.md, study.json and, where the number of LoRAs varies, study.png.
+    what is not done yet. Writes study.md, study.json, where the number of LoRAs varies study.png, and where gates are
+    looked at entropy.png.
     """
     file = recipe_file(request)
     if file is None:
         raise UsageError("study", "no recipe is named", "Name one; `mole recipe ls` lists those that ship.")
     recipe = request.recipe(file)
     assert isinstance(recipe, StudyRecipe)
-    from molecli.engine.study import PHASES, jobs_of, run_study
+    from molecli.engine.study import jobs_of, run_study
+    from molecli.engine.study_jobs import PHASES
 
     if request.switches["dry_run"]:
         placed = recipe.model_copy(update={"output": output_folder(recipe, request, file)})
         jobs = jobs_of(placed)
         document = [{"phase": job.phase, "name": job.name, "recipe": job.tree} for job in jobs]
         counts = ", ".join(f"{sum(job.phase == phase for job in jobs)} {phase}" for phase in PHASES)
-        lines = [f"{len(jobs)} commands: {counts}", *(f"mole {job.tree['command']:10} {job.name}" for job in jobs)]
+        lines = [f"{len(jobs)} commands: {counts}", *(f"mole {job.command:13} {job.name}" for job in jobs)]
         request.console.result(document, lambda: print("\n".join(lines)))
         return
     with started(recipe, request, file=file) as ready:

@@ -324,14 +324,14 @@ def run_compare(
         if task not in known:
             raise UsageError("--tasks", f"no task is called {task!r}", suggestion(task, known))
     wanted = list(dict.fromkeys(tasks or known))
-    contests = [line_up(runs, chosen) for chosen in _chosen(runs, wanted, metrics)]
+    contests = [line_up(runs, chosen) for chosen in chosen_metrics(runs, wanted, metrics)]
     return CompareReport(
         runs, [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests], samples, seed
     )
 
 
-def _chosen(runs: Sequence[Run], tasks: Sequence[str], metrics: Sequence[str] | None) -> list[dict[str, str]]:
-    """For each table, task -> metric."""
+def chosen_metrics(runs: Sequence[Run], tasks: Sequence[str], metrics: Sequence[str] | None) -> list[dict[str, str]]:
+    """For each table, task -> metric: one by each of `metrics`, of pictures by every one, else by main ones."""
     holders = {task: next(run for run in runs if task in run.content["results"]) for task in tasks}
     if metrics is None and not runs[0].pictures:
         return [{task: run.scores(task)[0] for task, run in holders.items()}]

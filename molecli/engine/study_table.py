@@ -1,5 +1,5 @@
-"""What a study found: every method's scores side by side, who wins, the curve over the number of LoRAs, and beside
-them the published figures.
+"""What a study found: every method's scores side by side, who wins, the curve over the number of LoRAs, what the gates
+did, and beside the scores the published figures.
 
 Contents: StudyReport, study_report.
 """
@@ -10,12 +10,14 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molecli.engine.compare import CompareReport, judged, line_up
+from molecli.engine.compare import CompareReport, chosen_metrics, judged, line_up
 from molecli.engine.runs import Run, read_run
+from molecli.engine.study_gates import Look, entropy_course_png, look_tables, read_looks
+from molecli.engine.study_published import beside
 from molecli.engine.tables import AVERAGE, Row, ScoreTable, Table, draw, to_markdown
 from molecli.files.atomic import write_text, write_with
 
@@ -36,6 +38,7 @@ class StudyReport:
     published: Mapping[str, Mapping[str, float]]
     source: str
     device: str
+    looks: Sequence[Look] = ()
 
     def document(self) -> dict[str, Any]:
         """The report as JSON holds it."""
@@ -46,6 +49,7 @@ class StudyReport:
             "versions": dict(next(iter(self.comparisons.values())).runs[0].content.get("libraries", {})),
             "comparisons": {number: report.document() for number, report in self.comparisons.items()},
             "published": {"source": self.source, "figures": {r: dict(c) for r, c in self.published.items()}},
+            "gates": [asdict(look) for look in self.looks],
         }
 
     def sections(self) -> list[tuple[str, list[Table], list[str]]]:
@@ -55,8 +59,13 @@ class StudyReport:
             parts.append(("" if number == EVERY else number.replace("-", " "), report.tables(), report.lines()))
         if len(self.comparisons) > 1:
             parts.append(("Average by the number of LoRAs", [self.curve()], []))
+        if self.looks:
+            parts.append(("Gates", list(look_tables(self.looks)), [f"Over {_compositions(self.looks)} each."]))
         if self.published:
-            parts.append((f"Published, not measured here: {self.source}", [self._published()], []))
+            lines = [f"published: not measured here, but {self.source or 'of another work'}", f"here: {self.base}"]
+            curve = self.curve() if len(self.comparisons) > 1 else None
+            table = beside(self.published, self.comparisons, curve, self.looks)
+            parts.append(("Beside the published figures", [table], lines))
         return parts
 
     def curve(self) -> ScoreTable:
@@ -65,11 +74,6 @@ class StudyReport:
         methods = list(dict.fromkeys(name for by in averages.values() for name in by))
         rows = [Row(n.removesuffix("-loras"), tuple(by.get(m) for m in methods)) for n, by in averages.items()]
         return ScoreTable("LoRAs", tuple(methods), tuple(rows))
-
-    def _published(self) -> ScoreTable:
-        columns = list(dict.fromkeys(column for row in self.published.values() for column in row))
-        rows = [Row(name, tuple(row.get(column) for column in columns)) for name, row in self.published.items()]
-        return ScoreTable("published", tuple(columns), tuple(rows))
 
     def show(self) -> None:
         """Draws the tables on stdout."""
@@ -86,43 +90,77 @@ class StudyReport:
         return "\n\n".join(blocks) + "\n"
 
     def write(self, folder: Path) -> None:
-        """study.md and study.json; study.png where there are several numbers."""
+        """study.md and study.json; study.png with several numbers, entropy.png where gates were looked at."""
         write_text(folder / "study.md", self.markdown())
         text = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False)
         write_text(folder / "study.json", text + "\n")
         if len(self.comparisons) > 1:
             write_with(folder / "study.png", lambda part: _draw_curve(self.curve(), part))
+        if self.looks:
+            entropy_course_png(self.looks, folder / "entropy.png")
 
 
-def study_report(recipe: StudyRecipe, scored: Sequence[Path]) -> StudyReport:
-    """The report on the evaluations in `scored`: .../scores/<number>/..., scores/base or scores/own/<task>.
+def study_report(recipe: StudyRecipe, folder: Path, scored: Sequence[str], looked: Sequence[str] = ()) -> StudyReport:
+    """The report on the evaluations `scored` in `folder`: scores/<number>/..., scores/base or scores/own/<task>; and on
+    the gates that were `looked` at there.
 
     Raises: UsageError, MismatchError where they cannot be compared.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
-    for path in scored:
-        number, *rest = path.parts[path.parts.index("scores") + 1 :]
-        # Runs over one task each belong together: those of one seed, or of each LoRA on its own task.
-        part = "/".join(rest) if (rest and rest[0] == "fixed") or not recipe.per_task else (rest[0] if rest else "")
-        groups.setdefault((number, "own" if number == "own" else part), []).append(read_run(str(path)))
+    for name in scored:
+        _, number, *rest = name.split("/")
+        groups.setdefault((number, _group(recipe, number, rest)), []).append(_read(recipe, folder / name, rest))
     runs = {key: _joined(some) for key, some in groups.items()}
     base = [run for (number, _), run in runs.items() if number == "base"]
     own = [run for (number, _), run in runs.items() if number == "own"]
     found = {}
     for number in dict.fromkeys(number for number, _ in runs if number not in SHARED):
         found[number] = _compared(recipe, base, own, [run for (n, _), run in runs.items() if n == number])
-    return StudyReport(recipe.title, recipe.base.id, found, recipe.published, recipe.source, device_name(recipe.device))
+    return StudyReport(
+        recipe.title,
+        recipe.base.id,
+        found,
+        recipe.published,
+        recipe.source,
+        device_name(recipe.device),
+        read_looks(folder, looked),
+    )
+
+
+def _group(recipe: StudyRecipe, number: str, rest: Sequence[str]) -> str:
+    """What runs over a task each have in common that belong together: the seed, each LoRA on its own task, or the seed
+    and the method that scenes are drawn by."""
+    if number == "own":
+        return number
+    if recipe.draws:
+        return "/".join(rest[:2])
+    return "/".join(rest) if (rest and rest[0] == "fixed") or not recipe.per_task else (rest[0] if rest else "")
+
+
+def _read(recipe: StudyRecipe, path: Path, rest: Sequence[str]) -> Run:
+    """The run in a folder. A run of pictures calls its one method after the mode or a folder: here it has the column's
+    name, so that runs over other scenes can be joined to it."""
+    if not recipe.draws:
+        return read_run(str(path))
+    column = rest[1]
+    run = read_run(f"{column}={path}")
+    samples = {task: {column: by.get(run.methods[column], ())} for task, by in run.samples.items()}
+    return Run(run.place, run.content, samples, {column: column})
 
 
 def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs: Sequence[Run]) -> CompareReport:
-    """All methods on all tasks; where some tasks have no LoRA, also those that have one, beside these LoRAs."""
+    """All methods on all tasks; where some tasks have no LoRA, also those that have one, beside these LoRAs.
+
+    A contest for each metric that the recipe names, of pictures for every one; else by the main metric of each task.
+    """
     tasks = list(runs[0].content["results"])
     covered = [task for task in tasks if all(task in run.content["results"] for run in own)]
     samples, seed = recipe.test.bootstrap, recipe.seed
     parts = [([*base, *own, *runs], covered)] if own and covered == tasks else [([*base, *runs], tasks)]
     if own and covered and covered != tasks:
         parts.append(([*base, *own, *runs], covered))
-    contests = [line_up(some, {task: runs[0].scores(task)[0] for task in chosen}) for some, chosen in parts]
+    metrics = recipe.test.metrics
+    contests = [line_up(some, one) for some, chosen in parts for one in chosen_metrics(runs, chosen, metrics)]
     judgements = [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests]
     return CompareReport(parts[0][0], judgements, samples, seed)
 
@@ -149,6 +187,12 @@ def _joined(runs: Sequence[Run]) -> Run:
 
 # Parts of results.json that have an entry for each task.
 _BY_TASK = ("n-shot", "versions", "n-samples", "configs", "higher_is_better", "metrics")
+
+
+def _compositions(looks: Sequence[Look]) -> str:
+    counts = sorted({look.compositions for look in looks})
+    number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"{number} composition{'s' * (number != '1')}"
 
 
 def _averages(report: CompareReport) -> dict[str, float]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from pair import Pair, make_pair
+from studies import run_here
 
-from molecli.engine import study
 from molecli.engine.data import part_of
-from molecli.engine.study import Job, jobs_of, run_study
+from molecli.engine.study import jobs_of, run_study
+from molecli.engine.study_jobs import Job
 from molecli.errors import RunError, UsageError
-from molecli.files.recipe import RECIPES, StudyRecipe
+from molecli.files.recipe import RECIPES, StudyRecipe, dump_recipe, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,73 @@ def test_one_lora_of_several_tasks(pair: Pair, tmp_path: Path) -> None:
     assert job.tree["data"]["tasks"] == ["up", "down"]
 
 
+def test_pem_adds_all_loras_alike_where_it_is_not_told(pair: Pair, tmp_path: Path) -> None:
+    methods = {"pem": None, "own words": {"mode": "pem", "method": {"expression": "up - down"}}}
+    told = {job.name: job.tree for job in jobs_of(recipe(pair, tmp_path, methods=methods, numbers=[1, 2]))}
+    assert told["compositions/1-loras/fixed/pem"]["method"]["expression"] == "1.0 * 'up'"
+    assert told["compositions/2-loras/fixed/pem"]["method"]["expression"] == "0.5 * 'up' + 0.5 * 'down'"
+    assert told["compositions/2-loras/fixed/own words"]["method"]["expression"] == "up - down"
+
+
+def test_a_method_may_have_adapters_of_its_own(pair: Pair, tmp_path: Path) -> None:
+    experts = {"data": {"suite": "jsonl", "files": pair.files}, "adapter": {"rank": 3}, "train": {"steps": 5}}
+    methods = {"linear": None, "svdiff": {"experts": {"adapter": {"method": "svdiff"}}}}
+    jobs = {job.name: job for job in jobs_of(recipe(pair, tmp_path, experts=experts, methods=methods))}
+    assert [job.name for job in jobs.values() if job.phase == "loras"] == [
+        "loras/up",
+        "loras/down",
+        "own-loras/svdiff/up",
+        "own-loras/svdiff/down",
+    ]
+    assert jobs["loras/up"].tree["adapter"] == {"rank": 3}
+    assert jobs["own-loras/svdiff/up"].tree["adapter"] == {"method": "svdiff"}
+    assert jobs["own-loras/svdiff/up"].tree["train"] == {"steps": 5}
+    sources = [lora["source"] for lora in jobs["compositions/all/fixed/svdiff"].tree["loras"]]
+    assert sources == [str(tmp_path / "study-steps" / "own-loras" / "svdiff" / name) for name in ("up", "down")]
+
+
+def test_looking_at_gates_is_a_command_that_saves(pair: Pair, tmp_path: Path) -> None:
+    looks = [job for job in jobs_of(recipe(pair, tmp_path, gates=True, per_task=True)) if job.phase == "gates"]
+    assert [job.name for job in looks] == ["gates/all/seed-0/up/gated", "gates/all/seed-0/down/gated"]
+    assert looks[0].command == "inspect-gates"
+    assert looks[0].arguments == ["--output", str(tmp_path / "study-steps" / looks[0].name)]
+    assert looks[0].tree["eval"]["data"]["tasks"] == ["up"]
+    assert looks[0].tree["eval"]["data"]["limit"] == 64
+    assert looks[0].tree["compositions"] == [str(tmp_path / "study-steps" / "compositions/all/seed-0/up/gated")]
+
+
+@pytest.mark.parametrize(
+    ("sections", "folders"),
+    [
+        (("nli", "nli", "nli"), ("D", "D", "D")),
+        (("nli", "nli", "bbh"), ("D/nli", "D/nli", "D/bbh")),
+        (("nli+cbqa", "bbh", "bbh"), ("D", "D/bbh", "D/bbh")),
+        (("nli+cbqa", "nli+cbqa", "nli+cbqa"), ("D", "D", "D")),
+    ],
+)
+def test_one_folder_holds_the_files_of_all_suites(sections: tuple[str, ...], folders: tuple[str, ...]) -> None:
+    trained, fit, test = sections
+    tree = {
+        "data_dir": "D",
+        "methods": {"linear": None},
+        "experts": {"data": {"suite": trained}},
+        "fit": {"suite": fit},
+        "test": {"data": {"suite": test}},
+    }
+    chosen = StudyRecipe.model_validate(tree)
+    assert (chosen.experts.data.data_dir, chosen.fit.data_dir, chosen.test.data.data_dir) == folders
+    tree["fit"] = {"suite": fit, "data_dir": "elsewhere"}
+    assert StudyRecipe.model_validate(tree).fit.data_dir == "elsewhere"
+
+
+def test_a_study_repeated_from_its_record_asks_for_the_same(pair: Pair, tmp_path: Path) -> None:
+    chosen = recipe(pair, tmp_path, seeds=[0, 2])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(chosen))
+    again = load_recipe(tmp_path, "study")
+    assert isinstance(again, StudyRecipe)
+    assert [job.digest for job in jobs_of(again)] == [job.digest for job in jobs_of(chosen)]
+
+
 def test_parts_share_nothing_and_leave_nothing_out() -> None:
     rows = list(range(11))
     parts = [part_of(rows, f"{k}/3", "t") for k in (1, 2, 3)]
@@ -110,6 +178,11 @@ def test_parts_share_nothing_and_leave_nothing_out() -> None:
         ({"methods": {"g": {"mode": "gated", "gate": {"granularty": "block"}}}}, r"methods\.g\.gate\.granularty"),
         ({"numbers": [9]}, "9 LoRAs are to be composed, and there are 2"),
         ({"methods": {"single": None}}, "single is one LoRA alone"),
+        (
+            {"methods": {"svdiff": {"experts": {"adapter": {"method": "svdiff"}}}}},
+            r"methods\.svdiff\.experts: the LoRAs",
+        ),
+        ({"methods": {"g": {"mode": "gated", "experts": {"adaptor": {}}}}}, "adaptor|ready ones"),
     ],
 )
 def test_what_cannot_be_a_study(pair: Pair, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -122,31 +195,12 @@ def test_what_cannot_be_a_study(pair: Pair, tmp_path: Path, changes: dict[str, A
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Jobs run here, not as processes of their own, which cost seconds each; their names in order."""
-    from molecli.engine.compose import run_compose
-    from molecli.engine.evaluate import run_evaluate
-    from molecli.engine.train_lora import run_train_lora
-
-    made: list[str] = []
-    runs: dict[str, Any] = {"train-lora": run_train_lora, "compose": run_compose, "evaluate": run_evaluate}
-
-    def called(job: Job, folder: Path, environment: dict[str, str]) -> str:
-        made.append(job.name)
-        try:
-            runs[job.tree["command"]](RECIPES[job.tree["command"]].model_validate(job.tree))
-        except UsageError as error:
-            return str(error)
-        study._mark(folder, job).parent.mkdir(parents=True, exist_ok=True)
-        study._mark(folder, job).write_text(job.digest + "\n")
-        return ""
-
-    monkeypatch.setattr(study, "_called", called)
-    return made
+    return run_here(monkeypatch)
 
 
 def test_a_study_ends_in_tables_and_goes_on_where_it_was(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
     told: list[tuple[str, int, int]] = []
-    chosen = recipe(pair, tmp_path, title="Two of them", published={"up": {"paper": 47.0}}, source="Table 9")
+    chosen = recipe(pair, tmp_path, title="Two of them")
     report = run_study(chosen, at_once=1, progress=lambda *args: told.append(args))
     assert told[-1] == ("scores", len(in_process), len(in_process))
     contest = report.comparisons["all"].contests[0][0]
@@ -154,9 +208,7 @@ def test_a_study_ends_in_tables_and_goes_on_where_it_was(pair: Pair, tmp_path: P
     assert contest.rows()["average"]["own LoRA"] == 100.0
     text = (tmp_path / "study.md").read_text()
     assert text.startswith("# Two of them\n")
-    assert "Published, not measured here: Table 9" in text
-    document = json.loads((tmp_path / "study.json").read_text())
-    assert document["published"]["figures"] == {"up": {"paper": 47.0}}
+    assert "published" not in text
 
     first = list(in_process)
     run_study(chosen, at_once=1)
@@ -165,9 +217,72 @@ def test_a_study_ends_in_tables_and_goes_on_where_it_was(pair: Pair, tmp_path: P
     assert in_process[len(first) :] == ["compositions/all/seed-1/gated", "scores/all/seed-1/gated"]
 
 
-def test_a_study_of_numbers_has_a_curve(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
-    chosen = recipe(pair, tmp_path, numbers=[1, 2], methods={"linear": None, "nla": None}, own=False)
+def test_published_figures_stand_beside_those_of_here(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    published = {"up": {"linear": 47.0, "theirs": 12.25}, "average": {"linear": 48}, "elsewhere": {"own LoRA": 1.5}}
+    chosen = recipe(pair, tmp_path, methods={"linear": None}, published=published, source="Table 9")
+    run_study(chosen, at_once=1)
+    text = (tmp_path / "study.md").read_text()
+    assert "- published: not measured here, but Table 9" in text
+    assert f"- here: {pair.base}" in text
+    lines = text[text.index("## Beside the published figures") :].splitlines()
+    heads = ("linear, here", "linear, published", "theirs, published", "own LoRA, here", "own LoRA, published")
+    assert lines[2] == f"| here and published | {' | '.join(heads)} |"
+    rows = run_study(chosen, at_once=1).comparisons["all"].contests[0][0].rows()
+    assert lines[4] == f"| up | {rows['up']['linear']:.1f} | 47 | 12.25 | 100.0 | – |"
+    assert lines[5] == f"| average | {rows['average']['linear']:.1f} | 48 | – | 100.0 | – |"
+    assert lines[6] == "| elsewhere | – | – | – | – | 1.5 |"
+    document = json.loads((tmp_path / "study.json").read_text())
+    assert document["published"] == {"source": "Table 9", "figures": published}
+
+
+def test_every_metric_that_is_named_has_its_table(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    base = recipe(pair, tmp_path).test
+    published = {"up rouge1": {"linear": 1}, "up": {"linear": 2}, "average of all": {"linear": 3}}
+    test = base.model_copy(update={"metrics": ("f1", "rouge1")})
+    chosen = recipe(pair, tmp_path, methods={"linear": None}, own=False, test=test, published=published)
     report = run_study(chosen, at_once=1)
+    f1, rouge = (contest for contest, _ in report.comparisons["all"].contests)
+    assert (f1.label, rouge.label) == ("f1", "rouge1")
+    row = (tmp_path / "study.md").read_text().splitlines()
+    both = (f1.rows()["average"]["linear"] + rouge.rows()["average"]["linear"]) / 2
+    assert f"| up rouge1 | {rouge.rows()['up']['linear']:.1f} | 1 |" in row
+    assert f"| up | {f1.rows()['up']['linear']:.1f} | 2 |" in row
+    assert f"| average of all | {both:.1f} | 3 |" in row
+
+
+def test_what_the_gates_do_is_told_where_it_is_asked_for(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    methods = {
+        "linear": None,
+        "balanced": {"mode": "gated", "train": {**TRAIN, "balance": 5.0}},
+        "free": {"mode": "gated", "train": {**TRAIN, "steps": 12, "lr": 0.5, "balance": 0.0}},
+    }
+    published = {"largest mean weight": {"free": 68}}
+    chosen = recipe(pair, tmp_path, methods=methods, own=False, seeds=[0, 1], gates=True, published=published)
+    report = run_study(chosen, at_once=1)
+    assert in_process[-1] == "gates/all/seed-1/free"
+    balanced, free = report.looks
+    assert (balanced.name, free.name, free.compositions) == ("balanced", "free", 2)
+    assert set(free.weights) == {"up", "down"}
+    assert sum(free.weights.values()) == pytest.approx(1)
+    assert list(free.course) == list(range(1, 13))
+    assert free.course[1] == pytest.approx(free.uniform)  # a fresh gate is uniform
+    assert free.course[12] < balanced.course[3]
+    text = (tmp_path / "study.md").read_text()
+    assert "| gate entropy (nats) | balanced | free |" in text
+    assert f"| largest mean weight | {100 * free.largest:.1f} | 68 |" in text
+    assert (tmp_path / "entropy.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "study.json").read_text())["gates"][1]["entropy"] == free.entropy
+
+
+def test_a_study_of_numbers_has_a_curve(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    published = {"1": {"nla": 1}, "average": {"nla": 9}}
+    changes: dict[str, Any] = {"methods": {"linear": None, "nla": None}, "own": False, "published": published}
+    chosen = recipe(pair, tmp_path, numbers=[1, 2], **changes)
+    report = run_study(chosen, at_once=1)
+    nla = [row.scores[1] for row in report.curve().rows]
+    text = (tmp_path / "study.md").read_text()
+    assert f"| 1 | {nla[0]:.1f} | 1 |" in text
+    assert f"| average | {sum(nla) / 2:.1f} | 9 |" in text  # type: ignore[arg-type]
     curve = report.curve()
     assert [row.label for row in curve.rows] == ["1", "2"]
     assert curve.columns == ("linear", "nla")

@@ -164,6 +164,7 @@ RECIPE_VALUES: dict[str, dict[str, Any]] = {
     "sample": {"composition": "runs/ab", "prompts": ["héllo: 1", "- x\n# y"], "mask": ["a"]},
     "evaluate": {"compositions": ["runs/ab"], **LORAS, "modes": ["base", "linear"]},
     "export": {"composition": "runs/ab", "rank": 8, "calibration": {"examples": "x.jsonl,y.jsonl", "limit": 3}},
+    "study": {"methods": {"nla": {}, "ours": {"mode": "gated", "gate": {"top_k": 2}}}, "seeds": [0, 1]},
 }
 
 

@@ -19,6 +19,7 @@ from molecli.files.recipe.domains import adapter_defaults, image_base, image_def
 from molecli.files.recipe.explain import explain
 from molecli.files.recipe.presets import IMAGE_PRESETS, PRESETS
 from molecli.files.recipe.shorthand import expanded
+from molecli.files.recipe.study import StudyRecipe
 from molecli.files.recipe.table import RECIPES, Recipe
 from molecli.files.recipe.tree import from_overrides, from_sets, merged, read_yaml
 
@@ -55,8 +56,12 @@ def load_recipe(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every value written out; `load_recipe` of it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """The recipe as YAML with every value written out; `load_recipe` of it gives the same recipe.
+
+    Of a study only what it was told: the defaults are those of its commands, whose own recipes hold every value.
+    """
+    told = recipe.model_dump(mode="json", exclude_unset=isinstance(recipe, StudyRecipe))
+    return yaml.safe_dump({"command": recipe.command, **told}, sort_keys=False, allow_unicode=True, width=120)
 
 
 def find_recipe(path: str | Path) -> Path:

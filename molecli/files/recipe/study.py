@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -11,8 +12,10 @@ from molecli.errors import UsageError
 from molecli.files.lora_spec import check_distinct
 from molecli.files.near import suggestion
 from molecli.files.recipe.commands import Loras, Mode
+from molecli.files.recipe.images import ConceptConfig, ImageConfig, ObjectiveConfig, PicturesConfig
 from molecli.files.recipe.method import MethodConfig
 from molecli.files.recipe.parts import (
+    IMAGE_SUITES,
     AdapterConfig,
     BaseConfig,
     DataConfig,
@@ -38,6 +41,9 @@ class ExpertsConfig(Section):
     together: dict[str, Names] = Field(
         default_factory=dict, description="LoRAs of several tasks: name -> tasks; instead of one for each"
     )
+    pictures: dict[str, PicturesConfig] = Field(
+        default_factory=dict, description="a diffusion base: name -> the pictures to learn it from"
+    )
     copies: int = Field(default=1, ge=1, description="LoRAs of each task, from disjoint parts of its training data")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="their shape")
     train: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="their training")
@@ -51,11 +57,32 @@ class StudyMethod(Section):
     gate: dict[str, Any] = Field(default_factory=dict, description="as in mole compose")
     method: dict[str, Any] = Field(default_factory=dict, description="as in mole compose")
     train: dict[str, Any] = Field(default_factory=dict, description="as in mole compose")
+    objective: dict[str, Any] = Field(default_factory=dict, description="a diffusion base: as in mole compose")
+    experts: dict[str, Any] = Field(
+        default_factory=dict,
+        description="adapter and train, in place of those of `experts`: the method composes adapters of its own",
+    )
 
     @property
     def fixed(self) -> bool:
         """Whether nothing of it depends on the seed or the data."""
         return self.mode not in _LEARNED
+
+
+class _OwnExperts(Section):
+    """What a method's own adapters may differ in."""
+
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    train: LoraTrainConfig = Field(default_factory=LoraTrainConfig)
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "gate": GateConfig,
+    "method": MethodConfig,
+    "train": TrainConfig,
+    "objective": ObjectiveConfig,
+    "experts": _OwnExperts,
+}
 
 
 class StudyRecipe(Section):
@@ -71,16 +98,31 @@ class StudyRecipe(Section):
     methods: dict[str, StudyMethod] = Field(
         default_factory=dict, description="columns: name -> mode, gate, method and train, as in mole compose"
     )
-    data_dir: str | None = Field(default=None, description="folder of the suites' files, where a section names none")
+    data_dir: str | None = Field(
+        default=None,
+        description="folder of the suite's files, where a section names none; where the sections name several suites, "
+        "the folder that holds one for each",
+    )
     fit: DataConfig = Field(default_factory=DataConfig, description="what the learned methods learn from")
     per_task: bool = Field(
         default=False, description="learn on each task of `test` by itself, as LoRAHub does, instead of on all together"
     )
     test: EvalConfig = Field(default_factory=EvalConfig, description="what is scored")
+    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
+    concepts: dict[str, ConceptConfig] = Field(
+        default_factory=dict, description="a diffusion base: what ready LoRAs add; read beside them if not given"
+    )
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="of the learned methods")
-    own: bool = Field(default=True, description="score each LoRA on its own task too")
+    own: bool = Field(
+        default=True, description="score each LoRA on its own task too; of pictures there is no such task"
+    )
+    gates: bool = Field(
+        default=False, description="look at the gates too: weights by site and LoRA, and entropy over the training"
+    )
     published: dict[str, dict[str, float]] = Field(
-        default_factory=dict, description="figures of a paper, shown beside: row -> column -> value"
+        default_factory=dict,
+        description="figures of a paper, shown beside: row -> column -> value; a row is a task, average or a number of "
+        "LoRAs, with the metric behind it where several are scored",
     )
     source: str = Field(default="", description="where they are from")
     output: str = Field(default="runs/study", min_length=1, description="folder to write")
@@ -97,12 +139,13 @@ class StudyRecipe(Section):
         if isinstance(tree.get("methods"), dict):
             tree["methods"] = {name: _with_mode(name, method) for name, method in tree["methods"].items()}
         if tree.get("data_dir"):
-            tree["fit"] = _with_folder(tree.get("fit", {}), tree["data_dir"])
-            for key in ("experts", "test"):
-                section = tree.get(key, {})
-                if isinstance(section, dict):
-                    tree[key] = {**section, "data": _with_folder(section.get("data", {}), tree["data_dir"])}
+            tree |= _with_folders(tree, str(tree["data_dir"]))
         return tree
+
+    @property
+    def draws(self) -> bool:
+        """Whether the base is a diffusion pipeline, by what is to be learned or scored."""
+        return bool(self.experts.pictures or self.test.data.scenes) or self.test.data.suite in IMAGE_SUITES
 
     @model_validator(mode="after")
     def _check(self) -> StudyRecipe:
@@ -112,6 +155,13 @@ class StudyRecipe(Section):
             if not _NAME.fullmatch(name):
                 raise UsageError("methods", f"{name!r} is no name for a column", "Leave slashes and points out.")
         check_distinct([lora.name for lora in self.experts.loras])
+        texts = {"numbers": self.numbers, "per_task": self.per_task, "fit": "suite" in self.fit.model_fields_set}
+        for key, given in texts.items():
+            if self.draws and given:
+                what = "it is for language models, and this study is of pictures"
+                raise UsageError(
+                    key, what, "Leave it out: scenes say which LoRAs are composed, and gates learn of these."
+                )
         for name, method in self.methods.items():
             if method.mode != "base":
                 self._check_method(name, method)
@@ -119,7 +169,10 @@ class StudyRecipe(Section):
 
     def _check_method(self, name: str, method: StudyMethod) -> None:
         """Nothing, where `mole compose` would take it. Raises: UsageError that says which column is wrong."""
-        for section, model in (("gate", GateConfig), ("method", MethodConfig), ("train", TrainConfig)):
+        if method.experts and self.experts.loras:
+            what = "the LoRAs of this study are ready ones, and it trains none"
+            raise UsageError(f"methods.{name}.experts", what, "Leave it out, or leave experts.loras out.")
+        for section, model in _SECTIONS.items():
             try:
                 model.model_validate(getattr(method, section))
             except ValidationError as error:
@@ -134,5 +187,20 @@ def _with_mode(name: str, method: Any) -> Any:
     return {"mode": name, **(method or {})} if method is None or isinstance(method, dict) else method
 
 
-def _with_folder(data: Any, folder: str) -> Any:
-    return {"data_dir": folder, **data} if isinstance(data, dict) else data
+def _with_folders(tree: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """fit, experts and test with the folder of their suites' files, where they name none."""
+    holders = {name: tree.get(name, {}) for name in ("experts", "test")}
+    data = {name: holder.get("data", {}) for name, holder in holders.items() if isinstance(holder, Mapping)}
+    data["fit"] = tree.get("fit", {})
+    named = [str(one.get("suite", "")) for one in data.values() if isinstance(one, Mapping)]
+    several = len({part for suite in named for part in suite.split("+") if part}) > 1
+    placed = {name: _with_folder(one, folder, several) for name, one in data.items()}
+    return {name: one if name == "fit" else {**holders[name], "data": one} for name, one in placed.items()}
+
+
+def _with_folder(data: Any, folder: str, several: bool) -> Any:
+    """`data` with its folder: inside `folder` that of its suite, where several suites are in use."""
+    if not isinstance(data, Mapping):
+        return data
+    suite = str(data.get("suite") or "+")
+    return {"data_dir": folder if "+" in suite or not several else f"{folder}/{suite}", **data}

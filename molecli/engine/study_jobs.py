@@ -1,0 +1,307 @@
+"""The commands that a study of texts is made of, each a recipe of its own; and what every kind of study shares.
+
+Job         one command           lora_jobs   the LoRAs, and the jobs that train them
+Named       one LoRA              text_jobs   all of a study on a language model
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from molecli.errors import UsageError
+from molecli.suites import load_suite, select_tasks
+
+if TYPE_CHECKING:
+    from molecli.files.recipe.study import ExpertsConfig, StudyMethod, StudyRecipe
+
+STEPS = "study-steps"
+PHASES = ("loras", "compositions", "scores", "gates")
+OWN = "own LoRA"  # the column of each LoRA on its own task
+LOOKED_AT = 64  # examples of a task that the gates are looked at on
+_WITH_GATES = ("gated", "soup")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `mole` command: its place below the study's folder, and its recipe."""
+
+    phase: str
+    name: str
+    tree: dict[str, Any]
+
+    @property
+    def command(self) -> str:
+        """What it is called; looking at gates has no recipe of its own kind."""
+        return "inspect-gates" if self.phase == "gates" else str(self.tree["command"])
+
+    @property
+    def arguments(self) -> list[str]:
+        """What else is written behind the recipe: inspect-gates saves nothing that it is not told to."""
+        return ["--output", self.tree["output"]] if self.phase == "gates" else []
+
+    @property
+    def text(self) -> str:
+        return yaml.safe_dump(self.tree, sort_keys=False, allow_unicode=True, width=120)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A LoRA of the study: its name, its folder, and the tasks that it is for."""
+
+    name: str
+    source: str
+    tasks: tuple[str, ...]
+
+
+# method -> the LoRAs that it composes
+Cast = Mapping[str, Sequence[Named]]
+
+
+def text_jobs(recipe: StudyRecipe) -> list[Job]:
+    """The study's commands in order. Raises: UserError for tasks that are not there."""
+    loras, cast, training = lora_jobs(recipe)
+    made = _compositions(recipe, loras, cast)
+    return [*training, *made, *_scores(recipe, loras), *gate_jobs(recipe, made)]
+
+
+# -- LoRAs -------------------------------------------------------------------------------------------------------------
+
+
+def lora_jobs(recipe: StudyRecipe) -> tuple[list[Named], Cast, list[Job]]:
+    """(the LoRAs, those of every method, the jobs that train them)."""
+    shared, jobs = _trained(recipe, recipe.experts, "loras")
+    cast: dict[str, Sequence[Named]] = {}
+    for name, method in recipe.methods.items():
+        cast[name] = shared
+        if method.experts:
+            own = type(recipe.experts).model_validate({**plain(recipe.experts), **method.experts})
+            cast[name], more = _trained(recipe, own, f"own-loras/{name}")
+            jobs += more
+    return shared, cast, jobs
+
+
+def _trained(recipe: StudyRecipe, experts: ExpertsConfig, folder: str) -> tuple[list[Named], list[Job]]:
+    """The LoRAs, first one of every task, then the second of every task, and so on; and the jobs that train them."""
+    if experts.loras:
+        return _needed(recipe, [Named(lora.name, lora.source, (lora.name,)) for lora in experts.loras]), []
+    named, trees = [], {}
+    for name, tasks, what in _lessons(experts):
+        place = f"{folder}/{name}"
+        trees[name] = {
+            "command": "train-lora",
+            "base": plain(recipe.base),
+            "adapter": plain(experts.adapter),
+            **what,
+            "train": plain(experts.train),
+            **common(recipe, place, recipe.seed),
+        }
+        named.append(Named(name, inside(recipe, place), tasks))
+    named = _needed(recipe, named)
+    return named, [Job("loras", f"{folder}/{lora.name}", trees[lora.name]) for lora in named]
+
+
+def _lessons(experts: ExpertsConfig) -> Iterable[tuple[str, tuple[str, ...], dict[str, Any]]]:
+    """(name, its tasks, what it learns from) of every LoRA to train."""
+    if experts.pictures:
+        yield from ((name, (name,), {"pictures": plain(pictures)}) for name, pictures in experts.pictures.items())
+        return
+    groups = experts.together or {task: (task,) for task in tasks_of(experts.data)}
+    for copy, (name, tasks) in product(range(1, experts.copies + 1), groups.items()):
+        data: dict[str, Any] = {**plain(experts.data), "tasks": list(tasks)}
+        if experts.copies > 1:
+            data["part"] = f"{copy}/{experts.copies}"
+        yield name if copy == 1 else f"{name}-{copy}", tuple(tasks), {"data": data}
+
+
+def _needed(recipe: StudyRecipe, loras: list[Named]) -> list[Named]:
+    """No more than are composed at once. Raises: UsageError where there are fewer."""
+    most = max(recipe.numbers, default=len(loras))
+    if most > len(loras):
+        what = f"{most} LoRAs are to be composed, and there are {len(loras)}"
+        raise UsageError("numbers", what, "Raise experts.copies, or write smaller numbers.")
+    return loras[:most]
+
+
+# -- compositions ------------------------------------------------------------------------------------------------------
+
+
+def _compositions(recipe: StudyRecipe, loras: Sequence[Named], cast: Cast) -> list[Job]:
+    jobs = []
+    for number, (name, method) in product(recipe.numbers or (None,), recipe.methods.items()):
+        for seed, task in _runs(recipe, method):
+            if method.mode == "single":
+                raise UsageError(f"methods.{name}", "single is one LoRA alone", "Write own: true for that column.")
+            if method.mode != "base":
+                place = placed("compositions", number, seed, task, name)
+                data = {"data": plain(recipe.fit) | ({"tasks": [task]} if task else {})}
+                tree = composed(recipe, method, cast[name][:number], place, seed)
+                jobs.append(Job("compositions", place, tree | ({} if method.fixed else data)))
+    if recipe.own:
+        for lora in _first(loras):
+            place = f"compositions/own/{lora.name}/{OWN}"
+            tree = {"mode": "single", "only": [lora.name], **_shared(recipe, [lora], place, recipe.seed)}
+            jobs.append(Job("compositions", place, {"command": "compose", **tree}))
+    return jobs
+
+
+def composed(
+    recipe: StudyRecipe, method: StudyMethod, loras: Sequence[Named], place: str, seed: int | None
+) -> dict[str, Any]:
+    """The recipe of one composition, but for what it learns from."""
+    keys = ("preset", "gate", "method", "train", "objective")
+    given = {key: value for key in keys if (value := getattr(method, key))}
+    if method.mode == "pem" and "expression" not in method.method:
+        given["method"] = {**method.method, "expression": _equal_sum(loras)}
+    return {"command": "compose", "mode": method.mode, **given, **_shared(recipe, loras, place, seed)}
+
+
+def _equal_sum(loras: Sequence[Named]) -> str:
+    """What pem adds where it is not told: all LoRAs, with weights that are equal and add up to 1."""
+    return " + ".join(f"{1 / len(loras)!r} * {lora.name!r}" for lora in loras)
+
+
+def _shared(recipe: StudyRecipe, loras: Sequence[Named], place: str, seed: int | None) -> dict[str, Any]:
+    return {
+        "base": plain(recipe.base),
+        "loras": [{"name": lora.name, "source": lora.source} for lora in loras],
+        "evaluate": None,
+        **common(recipe, place, seed),
+    }
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def _scores(recipe: StudyRecipe, loras: Sequence[Named]) -> list[Job]:
+    jobs, base = [], [name for name, method in recipe.methods.items() if method.mode == "base"]
+    for number in recipe.numbers or (None,):
+        by_task: dict[tuple[int | None, str | None], list[str]] = {}
+        for name, method in recipe.methods.items():
+            for seed, task in _runs(recipe, method):
+                if method.mode == "base":
+                    continue
+                composition = inside(recipe, placed("compositions", number, seed, task, name))
+                if task is None:
+                    place = placed("scores", number, seed, None, name)
+                    jobs.append(_scored(recipe, place, [composition], None))
+                else:
+                    by_task.setdefault((seed, task), []).append(composition)
+        for (seed, task), compositions in by_task.items():  # one load of the base for all methods of a task
+            jobs.append(_scored(recipe, placed("scores", number, seed, None, str(task)), compositions, task))
+    if base:
+        jobs.append(_scored(recipe, "scores/base", [], None, modes=["base"]))
+    if recipe.own:
+        for lora in _first(loras):
+            there = [task for task in tasks_of(recipe.test.data) if task in lora.tasks]
+            composition = inside(recipe, f"compositions/own/{lora.name}/{OWN}")
+            jobs += [_scored(recipe, f"scores/own/{task}", [composition], task) for task in there]
+    return jobs
+
+
+def _scored(
+    recipe: StudyRecipe, place: str, compositions: Sequence[str], task: str | None, *, modes: Sequence[str] = ()
+) -> Job:
+    test = plain(recipe.test)
+    test["baselines"], test["bootstrap"] = False, 0
+    if task is not None:
+        test["data"] = {**test.get("data", {}), "tasks": [task]}
+    tree = {
+        "command": "evaluate",
+        "base": plain(recipe.base),
+        "compositions": list(compositions),
+        **({"modes": list(modes)} if modes else {}),
+        "eval": test,
+        **common(recipe, place, recipe.seed),
+    }
+    return Job("scores", place, tree)
+
+
+# -- gates -------------------------------------------------------------------------------------------------------------
+
+
+def gate_jobs(recipe: StudyRecipe, compositions: Sequence[Job]) -> list[Job]:
+    """A look at the gates of every composition that has some, where the study asks for it."""
+    wanted = [job for job in compositions if recipe.gates and job.tree["mode"] in _WITH_GATES]
+    return [Job("gates", job.name.replace("compositions", "gates", 1), _look(recipe, job)) for job in wanted]
+
+
+def _look(recipe: StudyRecipe, job: Job) -> dict[str, Any]:
+    if recipe.draws:
+        what: dict[str, Any] = {"image": plain(recipe.image), "eval": {"images": 1}}
+        if recipe.concepts:
+            what["concepts"] = {name: plain(concept) for name, concept in recipe.concepts.items()}
+    else:
+        tested = plain(recipe.test.data)
+        own = {"tasks": job.tree["data"]["tasks"]} if recipe.per_task else {}
+        what = {"eval": {"data": {**tested, "limit": tested.get("limit", LOOKED_AT), **own}}}
+    place = job.name.replace("compositions", "gates", 1)
+    return {
+        "command": "evaluate",
+        "base": plain(recipe.base),
+        "compositions": [inside(recipe, job.name)],
+        **what,
+        **common(recipe, place, recipe.seed),
+    }
+
+
+# -- what all are made of ----------------------------------------------------------------------------------------------
+
+
+def _runs(recipe: StudyRecipe, method: StudyMethod) -> list[tuple[int | None, str | None]]:
+    """(seed, task) of every composition by the method: one where nothing is learned."""
+    if method.fixed:
+        return [(None, None)]
+    tasks = tasks_of(recipe.test.data) if recipe.per_task else [None]
+    return list(product(recipe.seeds, tasks))
+
+
+def placed(phase: str, number: int | None, seed: int | None, *names: str | None) -> str:
+    """Where a job is: phase, number of LoRAs, seed, and what else tells it from others."""
+    parts = [phase, number_folder(number), "fixed" if seed is None else f"seed-{seed}", *names]
+    return "/".join(part for part in parts if part)
+
+
+def number_folder(number: int | None) -> str:
+    """The part of a path that tells how many LoRAs were composed."""
+    return "all" if number is None else f"{number}-loras"
+
+
+def _first(loras: Sequence[Named]) -> list[Named]:
+    """One LoRA of each task."""
+    seen: dict[tuple[str, ...], Named] = {}
+    for lora in loras:
+        seen.setdefault(lora.tasks, lora)
+    return list(seen.values())
+
+
+def tasks_of(data: Any) -> list[str]:
+    """The tasks that a section of data names, or all that are there."""
+    return select_tasks(load_suite(data.suite, files=data.files), data.tasks, data.data_dir)
+
+
+def inside(recipe: StudyRecipe, place: str) -> str:
+    """The path of a place in the study's folder."""
+    return str(Path(recipe.output) / STEPS / place)
+
+
+def common(recipe: StudyRecipe, place: str, seed: int | None) -> dict[str, Any]:
+    """What every job is told."""
+    own = recipe.seed if seed is None else seed
+    return {"output": inside(recipe, place), "seed": own, "device": recipe.device}
+
+
+def plain(section: Any) -> dict[str, Any]:
+    """What was written of a section, as YAML holds it: defaults stay those of the command."""
+    found: dict[str, Any] = section.model_dump(mode="json", exclude_unset=True)
+    return found

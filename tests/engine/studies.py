@@ -1,0 +1,44 @@
+"""A study's jobs run in the test's own process: as processes of their own they cost seconds each."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molecli.engine import study
+from molecli.engine.compose import run_compose
+from molecli.engine.evaluate import run_evaluate
+from molecli.engine.inspect import run_inspect
+from molecli.engine.study_jobs import Job
+from molecli.engine.train_lora import run_train_lora
+from molecli.errors import UsageError
+from molecli.files.atomic import write_text
+from molecli.files.recipe import load_recipe
+
+_RUNS: dict[str, Any] = {
+    "train-lora": run_train_lora,
+    "compose": run_compose,
+    "evaluate": run_evaluate,
+    "inspect-gates": partial(run_inspect, save=True),
+}
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From here on jobs run in this process; the names of those that ran, in order."""
+    made: list[str] = []
+
+    def called(job: Job, folder: Path, environment: dict[str, str]) -> str:
+        made.append(job.name)
+        record = write_text(folder / f"{job.name}.yaml", job.text)
+        try:
+            _RUNS[job.command](load_recipe(record))
+        except UsageError as error:
+            return str(error)
+        write_text(study._mark(folder, job), job.digest + "\n")
+        return ""
+
+    monkeypatch.setattr(study, "_called", called)
+    return made
