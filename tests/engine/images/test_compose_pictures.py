@@ -163,12 +163,12 @@ def test_a_composition_of_each_mode_draws_the_same_bits_again(
     held: list[Tensor] = []
     write = compose._composition
 
-    def watched(recipe: Any, backbone: Any, mixture: Any) -> Any:
+    def watched(recipe: Any, backbone: Any, experts: Any, mixture: Any) -> Any:
         with mixture:
             if getattr(mixture, "reads_prompt", False):
                 mixture.prepare(PROMPT)
             held.append(latents(backbone))
-        return write(recipe, backbone, mixture)
+        return write(recipe, backbone, experts, mixture)
 
     monkeypatch.setattr(compose, "_composition", watched)
     run_compose(recipe)
