@@ -12,14 +12,15 @@ other two stands alone. Every answer that the set lists is right, TriviaQA's ali
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from molecli.errors import UsageError
-from molecli.protocols import Example, Source, Split
+from molecli.protocols import Example
 from molecli.suites.lines import Row
-from molecli.suites.local import local_file, local_rows, local_tasks
 from molecli.suites.online import HubSet
+from molecli.suites.tabled import TabledSuite
 
 METRICS = ("exact_match", "exact_match_lm_eval", "exact_match_lorahub")
 
@@ -96,33 +97,21 @@ def spellings(options: Sequence[str], right: int) -> tuple[str, ...]:
     return (text, *((letter, f"({letter})") if letter not in others else ()), f"({letter}) {text}")
 
 
-class CbqaSuite:
+class CbqaSuite(TabledSuite):
     """The questions from `data_dir` or the hub, with the sets' own fields; {"input", "target"} lines are read too."""
 
     name = "cbqa"
     version = "1"
 
-    def tasks(self, data_dir: str | None = None) -> list[str]:
-        """The tasks whose files are in `data_dir`; all four on the hub."""
-        return list(TASKS) if data_dir is None else local_tasks(list(TASKS), data_dir)
+    hubs: ClassVar[Mapping[str, HubSet]] = {task: row.hub for task, row in TASKS.items()}
 
-    def known(self, data_dir: str | None = None) -> list[str]:
-        """All four."""
-        return list(TASKS)
+    def question(self, task: str, row: Row) -> str:
+        """The question."""
+        return _question(task, row).text
 
-    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
-        """The split's file or the lone one; else the hub's table."""
-        if data_dir is None:
-            return TASKS[task].hub.source(split)
-        return Source(str(local_file(task, split, data_dir)))
-
-    def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
-        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
-        if data_dir is None:
-            rows = TASKS[task].hub.rows(split)
-        else:
-            rows = local_rows(task, split, data_dir, lambda row: _question(task, row).text)
-        return [_example(task, _question(task, row)) for row in rows]
+    def example(self, task: str, row: Row) -> Example:
+        """The question with its options, and every right answer."""
+        return _example(task, _question(task, row))
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """Exact match under each normaliser."""

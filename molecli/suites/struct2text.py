@@ -19,14 +19,15 @@ The prompt around it is FLAN's in form (an instruction, the data, what is wanted
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from molecli.errors import UsageError
-from molecli.protocols import Example, Source, Split
+from molecli.protocols import Example, Split
 from molecli.suites.lines import Row
-from molecli.suites.local import local_file, local_rows, local_tasks
 from molecli.suites.online import HubSet
+from molecli.suites.tabled import TabledSuite
 
 MAX_NEW_TOKENS = 128
 _CELL = re.compile(r"\[[^\]]*\]")
@@ -96,33 +97,25 @@ def prompt(task: str, data: str) -> str:
     return f"{row.instruction}\n{row.names[0]}: {data}\n{row.names[1]}:"
 
 
-class Struct2TextSuite:
+class Struct2TextSuite(TabledSuite):
     """The tasks from `data_dir` or the hub, with GEM's fields; a line {"input", "target"} of plain text is read too."""
 
     name = "struct2text"
     version = "1"
 
-    def tasks(self, data_dir: str | None = None) -> list[str]:
-        """The tasks whose files are in `data_dir`; all four on the hub."""
-        return list(TASKS) if data_dir is None else local_tasks(list(TASKS), data_dir)
+    hubs: ClassVar[Mapping[str, HubSet]] = {task: row.hub for task, row in TASKS.items()}
 
-    def known(self, data_dir: str | None = None) -> list[str]:
-        """All four."""
-        return list(TASKS)
+    def question(self, task: str, row: Row) -> str:
+        """The data, written out."""
+        return data_of(task, row)
 
-    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
-        """The split's file or the lone one; else the hub's table."""
-        if data_dir is None:
-            return TASKS[task].hub.source(split)
-        return Source(str(local_file(task, split, data_dir)))
+    def example(self, task: str, row: Row) -> Example:
+        """The data and one description."""
+        return _example(task, row)
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
-        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
-        if data_dir is None:
-            rows = TASKS[task].hub.rows(split)
-        else:
-            rows = local_rows(task, split, data_dir, lambda row: data_of(task, row))
-        examples = [_example(task, row) for row in rows]
+        """The examples of one task; to score, one for the same data with all their descriptions."""
+        examples = super().load(task, split, data_dir)
         return examples if split == "train" else merged(examples)
 
     def metrics(self, task: str) -> tuple[str, ...]:

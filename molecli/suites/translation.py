@@ -7,13 +7,15 @@ The prompt is FLAN's in form (what to translate from and to, the sentence), in o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from molecli.errors import UsageError
-from molecli.protocols import Example, Source, Split
+from molecli.protocols import Example
 from molecli.suites.lines import Row
-from molecli.suites.local import local_file, local_rows, local_tasks
 from molecli.suites.online import HubSet
+from molecli.suites.tabled import TabledSuite
 
 LANGUAGES = {"en": "English", "fr": "French", "de": "German", "ro": "Romanian"}
 TRAIN_ROWS = 30_000
@@ -50,7 +52,7 @@ def prompt(task: str, text: str) -> str:
     return f"Translate {source} to {target}.\n{source}: {text}\n{target}:"
 
 
-class TranslationSuite:
+class TranslationSuite(TabledSuite):
     """The pairs from `data_dir` or the hub; a line is {"translation": {"en": ..., "fr": ...}}, or that object itself.
 
     A line {"input", "target"} is read too, and `references` adds further right translations.
@@ -59,27 +61,15 @@ class TranslationSuite:
     name = "translation"
     version = "1"
 
-    def tasks(self, data_dir: str | None = None) -> list[str]:
-        """The tasks whose files are in `data_dir`; all six on the hub."""
-        return list(TASKS) if data_dir is None else local_tasks(list(TASKS), data_dir)
+    hubs: ClassVar[Mapping[str, HubSet]] = {task: row.hub for task, row in TASKS.items()}
 
-    def known(self, data_dir: str | None = None) -> list[str]:
-        """All six."""
-        return list(TASKS)
+    def question(self, task: str, row: Row) -> str:
+        """The English side, so that both directions divide alike."""
+        return _english(task, row)
 
-    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
-        """The split's file or the lone one; else the hub's table."""
-        if data_dir is None:
-            return TASKS[task].hub.source(split)
-        return Source(str(local_file(task, split, data_dir)))
-
-    def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
-        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
-        if data_dir is None:
-            rows = TASKS[task].hub.rows(split)
-        else:
-            rows = local_rows(task, split, data_dir, lambda row: _english(task, row))
-        return [_example(task, row) for row in rows]
+    def example(self, task: str, row: Row) -> Example:
+        """The sentence and its translations."""
+        return _example(task, row)
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """BLEU of the whole set."""
