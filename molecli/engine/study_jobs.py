@@ -96,7 +96,7 @@ def _trained(recipe: StudyRecipe, experts: ExpertsConfig, folder: str) -> tuple[
     if experts.loras:
         return _needed(recipe, [Named(lora.name, lora.source, (lora.name,)) for lora in experts.loras]), []
     named, trees = [], {}
-    for name, tasks, what in _lessons(experts):
+    for name, tasks, what in _lessons(experts, recipe.data_dir):
         place = f"{folder}/{name}"
         trees[name] = {
             "command": "train-lora",
@@ -111,10 +111,13 @@ def _trained(recipe: StudyRecipe, experts: ExpertsConfig, folder: str) -> tuple[
     return named, [Job("loras", f"{folder}/{lora.name}", trees[lora.name]) for lora in named]
 
 
-def _lessons(experts: ExpertsConfig) -> Iterable[tuple[str, tuple[str, ...], dict[str, Any]]]:
+def _lessons(experts: ExpertsConfig, data_dir: str | None) -> Iterable[tuple[str, tuple[str, ...], dict[str, Any]]]:
     """(name, its tasks, what it learns from) of every LoRA to train."""
+    for name, pictures in experts.pictures.items():
+        # An absolute folder stays what it is.
+        folder = str(Path(data_dir or "", pictures.instance_dir))
+        yield name, (name,), {"pictures": {**plain(pictures), "instance_dir": folder}}
     if experts.pictures:
-        yield from ((name, (name,), {"pictures": plain(pictures)}) for name, pictures in experts.pictures.items())
         return
     groups = experts.together or {task: (task,) for task in tasks_of(experts.data)}
     for copy, (name, tasks) in product(range(1, experts.copies + 1), groups.items()):

@@ -36,8 +36,8 @@ def beside(
     for column in columns:
         heads += [f"{column}, here"] * (column in measured) + [f"{column}, published"]
         for row, texts in cells.items():
-            texts += [_text(here.get((row, column)), ".1f")] * (column in measured)
-            texts.append(_text(published[row].get(column), "g"))
+            texts += [_text(here.get((row, column)), 1)] * (column in measured)
+            texts.append(_text(published[row].get(column)))
     return TextTable("here and published", tuple(heads), tuple(TextRow(row, tuple(t)) for row, t in cells.items()))
 
 
@@ -70,5 +70,8 @@ def _by_number(curve: ScoreTable) -> Figures:
     return found
 
 
-def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def _text(value: float | None, digits: int | None = None) -> str:
+    """The value with so many digits; without a number of them as it was written."""
+    if value is None:
+        return "–"
+    return str(value) if digits is None else f"{value:.{digits}f}"

@@ -25,6 +25,9 @@ def scene_jobs(recipe: StudyRecipe) -> list[Job]:
     """The study's commands in order. Raises: UsageError for a scene of a LoRA that there is not."""
     loras, cast, training = lora_jobs(recipe)
     sets = _sets(recipe, [lora.name for lora in loras])
+    needed = {name for some in sets.values() for chosen in some for name in chosen}
+    cast = {method: [lora for lora in some if lora.name in needed] for method, some in cast.items()}
+    training = [job for job in training if job.name.rpartition("/")[2] in needed]
     made: list[Job] = []
     scores: list[Job] = []
     for name, method in recipe.methods.items():

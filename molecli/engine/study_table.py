@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +63,10 @@ class StudyReport:
         if self.looks:
             parts.append(("Gates", list(look_tables(self.looks)), [f"Over {_compositions(self.looks)} each."]))
         if self.published:
-            lines = [f"published: not measured here, but {self.source or 'of another work'}", f"here: {self.base}"]
+            lines = [
+                f"published: not measured here, but {self.source or 'of another work'}",
+                f"here: this study, on {self.base}",
+            ]
             curve = self.curve() if len(self.comparisons) > 1 else None
             table = beside(self.published, self.comparisons, curve, self.looks)
             parts.append(("Beside the published figures", [table], lines))
@@ -77,8 +81,10 @@ class StudyReport:
 
     def show(self) -> None:
         """Draws the tables on stdout."""
-        for heading, tables, lines in self.sections():
-            draw(tables, lines if not heading else [*lines, f"({heading})"])
+        for number, (heading, tables, lines) in enumerate(self.sections()):
+            sys.stdout.write("\n" * (number > 0) + (f"## {heading}\n\n" if heading else ""))
+            draw(tables)
+            sys.stdout.write("".join(["\n", *(f"{line}\n" for line in lines)] if lines else []))
 
     def markdown(self) -> str:
         """The whole report."""

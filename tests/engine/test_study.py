@@ -217,20 +217,24 @@ def test_a_study_ends_in_tables_and_goes_on_where_it_was(pair: Pair, tmp_path: P
     assert in_process[len(first) :] == ["compositions/all/seed-1/gated", "scores/all/seed-1/gated"]
 
 
-def test_published_figures_stand_beside_those_of_here(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+def test_published_figures_stand_beside_those_of_here(
+    pair: Pair, tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     published = {"up": {"linear": 47.0, "theirs": 12.25}, "average": {"linear": 48}, "elsewhere": {"own LoRA": 1.5}}
     chosen = recipe(pair, tmp_path, methods={"linear": None}, published=published, source="Table 9")
     run_study(chosen, at_once=1)
     text = (tmp_path / "study.md").read_text()
     assert "- published: not measured here, but Table 9" in text
-    assert f"- here: {pair.base}" in text
+    assert f"- here: this study, on {pair.base}" in text
     lines = text[text.index("## Beside the published figures") :].splitlines()
     heads = ("linear, here", "linear, published", "theirs, published", "own LoRA, here", "own LoRA, published")
     assert lines[2] == f"| here and published | {' | '.join(heads)} |"
     rows = run_study(chosen, at_once=1).comparisons["all"].contests[0][0].rows()
-    assert lines[4] == f"| up | {rows['up']['linear']:.1f} | 47 | 12.25 | 100.0 | – |"
-    assert lines[5] == f"| average | {rows['average']['linear']:.1f} | 48 | – | 100.0 | – |"
+    assert lines[4] == f"| up | {rows['up']['linear']:.1f} | 47.0 | 12.25 | 100.0 | – |"
+    assert lines[5] == f"| average | {rows['average']['linear']:.1f} | 48.0 | – | 100.0 | – |"
     assert lines[6] == "| elsewhere | – | – | – | – | 1.5 |"
+    run_study(chosen, at_once=1).show()
+    assert "\n\n## Beside the published figures\n\n| here and" in capsys.readouterr().out
     document = json.loads((tmp_path / "study.json").read_text())
     assert document["published"] == {"source": "Table 9", "figures": published}
 
@@ -245,9 +249,9 @@ def test_every_metric_that_is_named_has_its_table(pair: Pair, tmp_path: Path, in
     assert (f1.label, rouge.label) == ("f1", "rouge1")
     row = (tmp_path / "study.md").read_text().splitlines()
     both = (f1.rows()["average"]["linear"] + rouge.rows()["average"]["linear"]) / 2
-    assert f"| up rouge1 | {rouge.rows()['up']['linear']:.1f} | 1 |" in row
-    assert f"| up | {f1.rows()['up']['linear']:.1f} | 2 |" in row
-    assert f"| average of all | {both:.1f} | 3 |" in row
+    assert f"| up rouge1 | {rouge.rows()['up']['linear']:.1f} | 1.0 |" in row
+    assert f"| up | {f1.rows()['up']['linear']:.1f} | 2.0 |" in row
+    assert f"| average of all | {both:.1f} | 3.0 |" in row
 
 
 def test_what_the_gates_do_is_told_where_it_is_asked_for(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
@@ -269,7 +273,7 @@ def test_what_the_gates_do_is_told_where_it_is_asked_for(pair: Pair, tmp_path: P
     assert free.course[12] < balanced.course[3]
     text = (tmp_path / "study.md").read_text()
     assert "| gate entropy (nats) | balanced | free |" in text
-    assert f"| largest mean weight | {100 * free.largest:.1f} | 68 |" in text
+    assert f"| largest mean weight | {100 * free.largest:.1f} | 68.0 |" in text
     assert (tmp_path / "entropy.png").stat().st_size > 1000
     assert json.loads((tmp_path / "study.json").read_text())["gates"][1]["entropy"] == free.entropy
 
@@ -281,8 +285,8 @@ def test_a_study_of_numbers_has_a_curve(pair: Pair, tmp_path: Path, in_process: 
     report = run_study(chosen, at_once=1)
     nla = [row.scores[1] for row in report.curve().rows]
     text = (tmp_path / "study.md").read_text()
-    assert f"| 1 | {nla[0]:.1f} | 1 |" in text
-    assert f"| average | {sum(nla) / 2:.1f} | 9 |" in text  # type: ignore[arg-type]
+    assert f"| 1 | {nla[0]:.1f} | 1.0 |" in text
+    assert f"| average | {sum(nla) / 2:.1f} | 9.0 |" in text  # type: ignore[arg-type]
     curve = report.curve()
     assert [row.label for row in curve.rows] == ["1", "2"]
     assert curve.columns == ("linear", "nla")

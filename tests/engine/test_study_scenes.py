@@ -108,9 +108,21 @@ def test_loras_of_pictures_are_trained_first_and_shifts_beside_them(make: Any, s
     trained = {job.name: job.tree for job in jobs if job.phase == "loras"}
     assert list(trained)[2:4] == ["loras/sea", "own-loras/svdiff/cat"]
     assert trained["loras/cat"]["pictures"] == pictures["cat"]
+    inside = {"cat": {"instance_dir": "cat", "instance_prompt": "a cat"}}
+    alone = {"suite": "dreambooth", "scenes": [["cat"]]}
+    (first, *_) = jobs_of(make(experts={"pictures": inside}, data_dir="D", test={"data": alone}))
+    assert first.tree["pictures"]["instance_dir"] == "D/cat"
     assert trained["loras/cat"]["adapter"] == {"rank": 2}
     assert trained["own-loras/svdiff/cat"]["adapter"] == {"method": "svdiff"}
     assert "data" not in trained["loras/cat"]
+    fewer = {"suite": "dreambooth", "data_dir": str(subjects), "scenes": [["cat", "sea"]]}
+    some = jobs_of(make(experts={"pictures": pictures}, methods={"svdiff": svdiff}, test={"data": fewer}))
+    assert [job.name for job in some if job.phase == "loras"] == [
+        "loras/cat",
+        "loras/sea",
+        "own-loras/svdiff/cat",
+        "own-loras/svdiff/sea",
+    ]
     (scored,) = [job for job in jobs if job.phase == "scores"]
     assert all("own-loras" in lora["source"] for lora in scored.tree["loras"])
 

@@ -42,7 +42,8 @@ class ExpertsConfig(Section):
         default_factory=dict, description="LoRAs of several tasks: name -> tasks; instead of one for each"
     )
     pictures: dict[str, PicturesConfig] = Field(
-        default_factory=dict, description="a diffusion base: name -> the pictures to learn it from"
+        default_factory=dict,
+        description="a diffusion base: name -> the pictures to learn it from; folders are those in data_dir",
     )
     copies: int = Field(default=1, ge=1, description="LoRAs of each task, from disjoint parts of its training data")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="their shape")
@@ -101,7 +102,7 @@ class StudyRecipe(Section):
     data_dir: str | None = Field(
         default=None,
         description="folder of the suite's files, where a section names none; where the sections name several suites, "
-        "the folder that holds one for each",
+        "the folder that holds one for each; of pictures the folder of experts.pictures",
     )
     fit: DataConfig = Field(default_factory=DataConfig, description="what the learned methods learn from")
     per_task: bool = Field(
