@@ -26,10 +26,13 @@ def beside(
 ) -> TextTable:
     """The published rows and columns, before each column what was measured here, where it was.
 
-    `curve`: the averages by the number of LoRAs, where there are several numbers.
+    `curve`: the averages by the number of LoRAs, where there are several numbers. An average over other tasks than the
+    published one is not shown.
     """
     here: Figures = {(LARGEST, look.name): 100 * look.largest for look in looks}
     here |= _by_row(next(iter(comparisons.values()))) if curve is None else _by_number(curve)
+    tasks = [] if curve is not None else list(next(iter(comparisons.values())).contests[0][0].metrics)
+    here = {key: value for key, value in here.items() if not _average(key[0]) or _alike(published, here, key[1], tasks)}
     columns = list(dict.fromkeys(column for row in published.values() for column in row))
     measured = [column for column in columns if any((row, column) in here for row in published)]
     heads, cells = [], {row: list[str]() for row in published}
@@ -39,6 +42,18 @@ def beside(
             texts += [_text(here.get((row, column)), 1)] * (column in measured)
             texts.append(_text(published[row].get(column)))
     return TextTable("here and published", tuple(heads), tuple(TextRow(row, tuple(t)) for row, t in cells.items()))
+
+
+def _average(row: str) -> bool:
+    return row == AVERAGE or row.startswith(f"{AVERAGE} ")
+
+
+def _alike(published: Mapping[str, Mapping[str, float]], here: Figures, column: str, tasks: Sequence[str]) -> bool:
+    """Whether the column's averages are over the same here and there: every row that was published was measured, and of
+    the `tasks` measured none is beyond them. Where averages alone were published nobody can tell."""
+    rows = [row for row in published if not _average(row) and row != LARGEST]
+    known = all(any(row == task or row.startswith(f"{task} ") for row in rows) for task in tasks)
+    return not rows or (known and all((row, column) in here for row in rows))
 
 
 def _by_row(report: CompareReport) -> Figures:

@@ -220,28 +220,40 @@ def test_a_study_ends_in_tables_and_goes_on_where_it_was(pair: Pair, tmp_path: P
 def test_published_figures_stand_beside_those_of_here(
     pair: Pair, tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    published = {"up": {"linear": 47.0, "theirs": 12.25}, "average": {"linear": 48}, "elsewhere": {"own LoRA": 1.5}}
+    published = {"up": {"linear": 47.0, "theirs": 12.25}, "down": {"own LoRA": 1.5}, "average": {"linear": 48}}
     chosen = recipe(pair, tmp_path, methods={"linear": None}, published=published, source="Table 9")
-    run_study(chosen, at_once=1)
+    rows = run_study(chosen, at_once=1).comparisons["all"].contests[0][0].rows()
     text = (tmp_path / "study.md").read_text()
     assert "- published: not measured here, but Table 9" in text
     assert f"- here: this study, on {pair.base}" in text
     lines = text[text.index("## Beside the published figures") :].splitlines()
     heads = ("linear, here", "linear, published", "theirs, published", "own LoRA, here", "own LoRA, published")
     assert lines[2] == f"| here and published | {' | '.join(heads)} |"
-    rows = run_study(chosen, at_once=1).comparisons["all"].contests[0][0].rows()
     assert lines[4] == f"| up | {rows['up']['linear']:.1f} | 47.0 | 12.25 | 100.0 | – |"
-    assert lines[5] == f"| average | {rows['average']['linear']:.1f} | 48.0 | – | 100.0 | – |"
-    assert lines[6] == "| elsewhere | – | – | – | – | 1.5 |"
+    assert lines[5] == f"| down | {rows['down']['linear']:.1f} | – | – | 100.0 | 1.5 |"
+    assert lines[6] == f"| average | {rows['average']['linear']:.1f} | 48.0 | – | 100.0 | – |"
     run_study(chosen, at_once=1).show()
     assert "\n\n## Beside the published figures\n\n| here and" in capsys.readouterr().out
     document = json.loads((tmp_path / "study.json").read_text())
     assert document["published"] == {"source": "Table 9", "figures": published}
 
 
+@pytest.mark.parametrize("row", ["elsewhere", None])
+def test_an_average_over_other_tasks_is_not_shown(
+    pair: Pair, tmp_path: Path, in_process: list[str], row: str | None
+) -> None:
+    more = {row: {"linear": 3}} if row else {}
+    published = {"up": {"linear": 1}, **({"down": {"linear": 2}} if row else {}), **more, "average": {"linear": 4}}
+    run_study(recipe(pair, tmp_path, methods={"linear": None}, own=False, published=published), at_once=1)
+    lines = (tmp_path / "study.md").read_text().splitlines()
+    assert "| average | – | 4.0 |" in lines
+    assert any(line.startswith("| up | ") and line.endswith(" | 1.0 |") and "–" not in line for line in lines)
+
+
 def test_every_metric_that_is_named_has_its_table(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
     base = recipe(pair, tmp_path).test
-    published = {"up rouge1": {"linear": 1}, "up": {"linear": 2}, "average of all": {"linear": 3}}
+    rows = {"up": 2, "up rouge1": 1, "down": 5, "average of all": 3}
+    published = {row: {"linear": value} for row, value in rows.items()}
     test = base.model_copy(update={"metrics": ("f1", "rouge1")})
     chosen = recipe(pair, tmp_path, methods={"linear": None}, own=False, test=test, published=published)
     report = run_study(chosen, at_once=1)
@@ -279,7 +291,7 @@ def test_what_the_gates_do_is_told_where_it_is_asked_for(pair: Pair, tmp_path: P
 
 
 def test_a_study_of_numbers_has_a_curve(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
-    published = {"1": {"nla": 1}, "average": {"nla": 9}}
+    published = {"1": {"nla": 1}, "2": {"nla": 2}, "average": {"nla": 9}}
     changes: dict[str, Any] = {"methods": {"linear": None, "nla": None}, "own": False, "published": published}
     chosen = recipe(pair, tmp_path, numbers=[1, 2], **changes)
     report = run_study(chosen, at_once=1)
