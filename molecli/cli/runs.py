@@ -100,10 +100,20 @@ def _claim(recipe: Recipe, request: Request, folder: str) -> None:
 
     permissions = _permissions(request)
     if permissions["overwrite"] and Path(folder).is_dir() and not isinstance(recipe, SampleRecipe):
+        _check_runs(recipe)  # A recipe that cannot run must not cost the results that are there.
+    output.claim(folder, **permissions)
+
+
+def _check_runs(recipe: Recipe) -> None:
+    """Nothing. Raises: UserError as the run would, for what can be known before it."""
+    if isinstance(recipe, StudyRecipe):
+        from molecli.engine.study import jobs_of
+
+        jobs_of(recipe)
+    else:
         from molecli.engine.plan import make_plan
 
-        make_plan(recipe, fetch=True)  # A recipe that cannot run must not cost the results that are there.
-    output.claim(folder, **permissions)
+        make_plan(recipe, fetch=True)
 
 
 def _permissions(request: Request) -> dict[str, bool]:

@@ -54,6 +54,24 @@ def test_what_is_wrong_is_said(mole: Any, file: Path, args: tuple[str, ...], mes
     assert message in result.err
 
 
+def test_overwrite_costs_nothing_where_the_study_cannot_run(
+    mole: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = file.parent / "out" / "study.md"
+    done.parent.mkdir()
+    done.write_text("# found")
+    broken = mole("study", file, "--output", done.parent, "--overwrite", "--set", "numbers=[7]")
+    assert (broken.code, done.read_text()) == (2, "# found")
+    assert broken.err.startswith("mole: numbers: 7 LoRAs are to be composed")
+
+    def stop(recipe: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("molecli.engine.study.run_study", stop)
+    assert mole("study", file, "--output", done.parent, "--overwrite").code == 130
+    assert not done.exists()  # it was about to begin
+
+
 @pytest.mark.parametrize("path", sorted(Path("benchmarks/studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_of_the_benchmarks_are_recipes(mole: Any, path: Path) -> None:
     result = mole("recipe", "validate", str(path))
