@@ -52,7 +52,9 @@ class Job:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        """Of all but the place, so that a folder of LoRAs can be taken along to another study."""
+        what = yaml.safe_dump({key: value for key, value in self.tree.items() if key != "output"})
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,10 @@ def _compositions(recipe: StudyRecipe, loras: Sequence[Named], cast: Cast) -> li
                 raise UsageError(f"methods.{name}", "single is one LoRA alone", "Write own: true for that column.")
             if method.mode != "base":
                 place = placed("compositions", number, seed, task, name)
-                data = {"data": plain(recipe.fit) | ({"tasks": [task]} if task else {})}
-                tree = composed(recipe, method, cast[name][:number], place, seed)
-                jobs.append(Job("compositions", place, tree | ({} if method.fixed else data)))
+                data = plain(recipe.fit) | ({"tasks": [task]} if task else {})
+                learned = {} if method.fixed else {"data": data}
+                tree = composed(recipe, method, cast[name][:number], learned, place, seed)
+                jobs.append(Job("compositions", place, tree))
     if recipe.own:
         for lora in _first(loras):
             place = f"compositions/own/{lora.name}/{OWN}"
@@ -159,14 +162,19 @@ def _compositions(recipe: StudyRecipe, loras: Sequence[Named], cast: Cast) -> li
 
 
 def composed(
-    recipe: StudyRecipe, method: StudyMethod, loras: Sequence[Named], place: str, seed: int | None
+    recipe: StudyRecipe,
+    method: StudyMethod,
+    loras: Sequence[Named],
+    more: Mapping[str, Any],
+    place: str,
+    seed: int | None,
 ) -> dict[str, Any]:
-    """The recipe of one composition, but for what it learns from."""
+    """The recipe of one composition; `more`: what it learns from, or how it is drawn."""
     keys = ("preset", "gate", "method", "train", "objective")
     given = {key: value for key in keys if (value := getattr(method, key))}
     if method.mode == "pem" and "expression" not in method.method:
         given["method"] = {**method.method, "expression": _equal_sum(loras)}
-    return {"command": "compose", "mode": method.mode, **given, **_shared(recipe, loras, place, seed)}
+    return {"command": "compose", "mode": method.mode, **given, **more, **_shared(recipe, loras, place, seed)}
 
 
 def _equal_sum(loras: Sequence[Named]) -> str:

@@ -64,9 +64,9 @@ def _learned(
     for chosen in dict.fromkeys(some for sets_of_task in sets.values() for some in sets_of_task):
         place = placed("compositions", None, seed, "+".join(chosen), name)
         members = [lora for wanted in chosen for lora in loras if lora.name == wanted]
-        tree = composed(recipe, method, members, place, seed) | _pictured(recipe, chosen)
         # Pictures are scored apart, and the sheet of each composition would show what the scores' sheet does.
-        jobs[chosen] = Job("compositions", place, {**tree, "preview": []})
+        drawn = {**_pictured(recipe, chosen), "preview": []}
+        jobs[chosen] = Job("compositions", place, composed(recipe, method, members, drawn, place, seed))
     return jobs
 
 

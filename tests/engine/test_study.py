@@ -160,6 +160,15 @@ def test_a_study_repeated_from_its_record_asks_for_the_same(pair: Pair, tmp_path
     assert [job.digest for job in jobs_of(again)] == [job.digest for job in jobs_of(chosen)]
 
 
+def test_a_steps_digest_is_of_what_it_does_not_of_where(pair: Pair, tmp_path: Path) -> None:
+    experts = {"data": {"suite": "jsonl", "files": pair.files}}
+    here, there = (jobs_of(recipe(pair, tmp_path / n, experts=experts))[0] for n in ("a", "b"))
+    assert here.digest == there.digest
+    assert here.tree["output"] != there.tree["output"]
+    other = jobs_of(recipe(pair, tmp_path / "a", experts={**experts, "adapter": {"rank": 2}}))[0]
+    assert other.digest != here.digest
+
+
 def test_parts_share_nothing_and_leave_nothing_out() -> None:
     rows = list(range(11))
     parts = [part_of(rows, f"{k}/3", "t") for k in (1, 2, 3)]
