@@ -72,4 +72,4 @@ def validate(
 def _summary(path: Path) -> str:
     """The first comment line of a recipe."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
+    return first.lstrip("# ").strip().rstrip(":") if first.startswith("#") else ""
