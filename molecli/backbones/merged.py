@@ -111,7 +111,7 @@ class MergedMixture(Mixture):
         A, B = tensors[f"{_PREFIX}{matrix}/A"], tensors[f"{_PREFIX}{matrix}/B"]
         if A.shape[1:] != like.A.shape[1:] or B.shape != (len(like.B), len(A)):
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-            raise MismatchError(f"{_PREFIX}{matrix}", f"its factors have shapes {shapes}, which do not fit", "")
+            raise MismatchError(f"{_PREFIX}{matrix}", f"its factors have shapes {shapes}, which do not fit")
 
     def _rehost(self) -> None:
         """Put what is merged now in the place of what was."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -42,7 +43,7 @@ from molecli.protocols import Site
 _ROUTER = "arrow_router"
 
 
-class PeftMixture(Mixture):
+class PeftMixture(Mixture, ABC):
     """Experts on a language model through PEFT; to its users a mixture like every other.
 
     sites: where it weighs the experts. Raises: MismatchError as every mixture, and on entering for a model that has
@@ -87,9 +88,9 @@ class PeftMixture(Mixture):
         """Nothing, where PEFT keeps no weights."""
         return {}
 
+    @abstractmethod
     def _host(self, stack: ExitStack) -> None:
         """Put PEFT's layers in; what must be undone goes on the stack."""
-        raise NotImplementedError
 
     @property
     def _kept(self) -> list[int]:

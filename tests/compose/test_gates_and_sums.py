@@ -16,7 +16,7 @@ from molecli.compose.heads import FeatureHead, OutputHead, PerExpertHead
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, LowRank
 from molecli.files.recipe import GateConfig
-from molecli.files.recipe.commands import Mode
+from molecli.files.recipe.commands import LearnedMode, Mode
 from molecli.protocols import Group, Reading, Site
 
 RANKS, D_IN, WIDTHS = (2, 1, 3), 5, (4, 6)
@@ -68,6 +68,7 @@ def gate_of(bank: ExpertBank, **config: Any) -> Any:
 def test_every_row_names_what_can_be_imported() -> None:
     images = ["switch", "composite", "w_switch", "w_composite", "loratorio"]
     assert set(METHODS) == set(get_args(Mode)) - {"merge"}
+    assert {name for name, row in METHODS.items() if row.trained} == set(get_args(LearnedMode))
     assert [name for name, method in METHODS.items() if method.level == "output"] == images
     for method in METHODS.values():
         module, attribute = method.target.split(":")

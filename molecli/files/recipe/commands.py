@@ -37,7 +37,8 @@ MergeMode = Literal[
 ]
 OutputMode = Literal["switch", "composite", "w_switch", "w_composite", "loratorio"]
 StaticMode = Literal["linear", "merge", "nla", MergeMode, "arrow", OutputMode]
-Mode = Literal["gated", "soup", "lorahub", "xlora", "single", StaticMode]
+LearnedMode = Literal["gated", "soup", "lorahub", "xlora"]
+Mode = Literal[LearnedMode, "single", StaticMode]
 Loras = Annotated[tuple[LoraConfig, ...], BeforeValidator(as_loras)]
 
 _SEED = "every random choice follows from it"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from molecli.errors import UsageError
 from molecli.files.lora_spec import check_distinct
 from molecli.files.near import suggestion
-from molecli.files.recipe.commands import Loras, Mode
+from molecli.files.recipe.commands import LearnedMode, Loras, Mode
 from molecli.files.recipe.images import ConceptConfig, ImageConfig, ObjectiveConfig, PicturesConfig
 from molecli.files.recipe.method import MethodConfig
 from molecli.files.recipe.parts import (
@@ -30,7 +30,6 @@ from molecli.files.recipe.parts import (
 from molecli.files.recipe.shorthand import as_loras
 
 _NAME = re.compile(r"[^/\\.\x00]+")
-_LEARNED = ("gated", "soup", "lorahub", "xlora")
 
 
 class ExpertsConfig(Section):
@@ -67,7 +66,7 @@ class StudyMethod(Section):
     @property
     def fixed(self) -> bool:
         """Whether nothing of it depends on the seed or the data."""
-        return self.mode not in _LEARNED
+        return self.mode not in get_args(LearnedMode)
 
 
 class _OwnExperts(Section):
