@@ -125,6 +125,11 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+def options(image: ImageConfig) -> dict[str, Any]:
+    """How pictures are denoised, as `Diffusion.generate` takes it."""
+    return image.model_dump(exclude={"branches_at_once"})
+
+
 def _attempt(
     backbone: Any, batch: Sequence[Job], image: ImageConfig, keep: Callable[[Job, Image.Image], object]
 ) -> Exception | None:
@@ -133,12 +138,7 @@ def _attempt(
         pictures = backbone.generate(
             [job.prompt for job in batch],
             seeds=[job.seed for job in batch],
-            steps=image.steps,
-            guidance=image.guidance,
-            negative_prompt=image.negative_prompt,
-            height=image.height,
-            width=image.width,
-            scheduler=image.scheduler,
+            **options(image),
         )
     except UserError:
         raise

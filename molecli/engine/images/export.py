@@ -28,7 +28,7 @@ from molecli.engine.fixed import read_gates
 from molecli.engine.images.columns import read_concepts
 from molecli.engine.images.concept_pictures import concept_pictures
 from molecli.engine.images.denoising import Prompts, all_latents, draw_noise, prediction_errors
-from molecli.engine.images.drawing import warnings_as_notes
+from molecli.engine.images.drawing import options, warnings_as_notes
 from molecli.engine.images.gates import Trace
 from molecli.engine.images.joint import prompts_of
 from molecli.engine.images.pictures import Album
@@ -173,12 +173,7 @@ class PictureExport:
                 drawn += backbone.generate(
                     batch,
                     seeds=[self.recipe.seed + start + i for i in range(len(batch))],
-                    steps=image.steps,
-                    guidance=image.guidance,
-                    negative_prompt=image.negative_prompt,
-                    height=image.height,
-                    width=image.width,
-                    scheduler=image.scheduler,
+                    **options(image),
                     on_step=recorder,
                     latent=True,
                 )

@@ -11,7 +11,7 @@ from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
 from molecli.engine.attach import attach_composition
 from molecli.engine.images.columns import read_concepts
-from molecli.engine.images.drawing import warnings_as_notes
+from molecli.engine.images.drawing import options, warnings_as_notes
 from molecli.engine.images.gates import Trace, step_report
 from molecli.engine.images.joint import prompts_of
 from molecli.engine.images.record import GateRecorder
@@ -88,12 +88,7 @@ def _trace(
             backbone.generate(
                 [prompt] * len(batch),
                 seeds=batch,
-                steps=image.steps,
-                guidance=image.guidance,
-                negative_prompt=image.negative_prompt,
-                height=image.height,
-                width=image.width,
-                scheduler=image.scheduler,
+                **options(image),
                 on_step=recorder,
             )
     return recorder.trace()
