@@ -51,7 +51,8 @@ def study(request: Request) -> None:
         placed = recipe.model_copy(update={"output": output_folder(recipe, request, file)})
         jobs = jobs_of(placed)
         document = [{"phase": job.phase, "name": job.name, "recipe": job.tree} for job in jobs]
-        counts = ", ".join(f"{sum(job.phase == phase for job in jobs)} {phase}" for phase in PHASES)
+        by_phase = {phase: sum(job.phase == phase for job in jobs) for phase in PHASES}
+        counts = ", ".join(f"{count} {phase}" for phase, count in by_phase.items() if count)
         lines = [f"{len(jobs)} commands: {counts}", *(f"mole {job.command:13} {job.name}" for job in jobs)]
         request.console.result(document, lambda: print("\n".join(lines)))
         return

@@ -1,6 +1,7 @@
 """`mole study`: LoRAs trained on tasks, composed by every method, scored side by side, as `mole` commands in order.
 
-    jobs_of      recipe -> the commands, in phases that need one another: LoRAs, compositions, scores, gates
+    jobs_of      recipe -> the commands, in phases that need one another: LoRAs, candidates and their trials where
+                 settings are to be chosen, compositions, scores, gates
     run_study    recipe -> StudyReport: runs those that are not done yet, some side by side, and tells the scores
 
 Every job is a recipe of its own in study-steps/, with its log, that anybody can run again by hand. A job is done once
@@ -22,6 +23,7 @@ from molecli.engine.results import RESULTS_FILE
 from molecli.engine.study_jobs import PHASES, STEPS, Job, text_jobs
 from molecli.engine.study_scenes import scene_jobs
 from molecli.engine.study_table import StudyReport, study_report
+from molecli.engine.study_trials import Choice, chosen, settled, trial_jobs
 from molecli.errors import RunError
 from molecli.files.atomic import write_text
 
@@ -32,9 +34,14 @@ Progress = Callable[[str, int, int], None]
 Note = Callable[[str], object]
 
 
-def jobs_of(recipe: StudyRecipe) -> list[Job]:
-    """The study's commands in order. Raises: UserError for tasks that are not there."""
-    return scene_jobs(recipe) if recipe.draws else text_jobs(recipe)
+def jobs_of(recipe: StudyRecipe, choices: Sequence[Choice] = ()) -> list[Job]:
+    """The study's commands in order; methods to be tuned are composed as `choices` say, where these are known.
+
+    Raises: UserError for tasks that are not there.
+    """
+    if recipe.draws:
+        return scene_jobs(recipe)
+    return [*trial_jobs(recipe), *text_jobs(recipe, settled(recipe, choices))]
 
 
 def run_study(
@@ -44,20 +51,25 @@ def run_study(
 
     A job that fails is told by `note`, and what needs it is left out. Raises: RunError where nothing was scored.
     """
-    jobs, folder = jobs_of(recipe), Path(recipe.output) / STEPS
-    left = [job for job in jobs if not _done(folder, job)]
-    finished = len(jobs) - len(left)
+    folder, finished = Path(recipe.output) / STEPS, 0
+    jobs, choices, done = jobs_of(recipe), list[Choice](), dict[str, list[str]]()
     for phase in PHASES:
-        for job, failure in _run([job for job in left if job.phase == phase], folder, at_once):
+        if done.get("trials"):
+            choices = chosen(recipe, folder, done["trials"])
+            jobs = jobs_of(recipe, choices)
+        now = [job for job in jobs if job.phase == phase]
+        left = [job for job in now if not _done(folder, job)]
+        finished += len(now) - len(left)
+        for job, failure in _run(left, folder, at_once):
             finished += 1
             if failure:
                 note(f"{job.name}: {failure}")
             if progress is not None:
                 progress(phase, finished, len(jobs))
-    done = {phase: [job.name for job in jobs if job.phase == phase and _done(folder, job)] for phase in PHASES}
+        done[phase] = [job.name for job in now if _done(folder, job)]
     if not done["scores"]:
         raise RunError(str(folder), "nothing was scored", "Look at the logs there.")
-    report = study_report(recipe, folder, done["scores"], done["gates"])
+    report = study_report(recipe, folder, done["scores"], done["gates"], choices)
     report.write(Path(recipe.output))
     return report
 
@@ -104,7 +116,7 @@ def _called(job: Job, folder: Path, environment: dict[str, str]) -> str:
 
 def _done(folder: Path, job: Job) -> bool:
     mark = _mark(folder, job)
-    made = folder / job.name / RESULTS_FILE if job.phase == "scores" else folder / job.name
+    made = folder / job.name / RESULTS_FILE if job.phase in ("trials", "scores") else folder / job.name
     return mark.is_file() and mark.read_text().strip() == job.digest and made.exists()
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from molecli.files.recipe.study import ExpertsConfig, StudyMethod, StudyRecipe
 
 STEPS = "study-steps"
-PHASES = ("loras", "compositions", "scores", "gates")
+PHASES = ("loras", "candidates", "trials", "compositions", "scores", "gates")
 OWN = "own LoRA"  # the column of each LoRA on its own task
 LOOKED_AT = 64  # examples of a task that the gates are looked at on
 _WITH_GATES = ("gated", "soup")
@@ -68,12 +68,17 @@ class Named:
 
 # method -> the LoRAs that it composes
 Cast = Mapping[str, Sequence[Named]]
+# (number of LoRAs, method)
+Column = tuple[int | None, str]
 
 
-def text_jobs(recipe: StudyRecipe) -> list[Job]:
-    """The study's commands in order. Raises: UserError for tasks that are not there."""
+def text_jobs(recipe: StudyRecipe, settled: Mapping[Column, StudyMethod]) -> list[Job]:
+    """The study's commands in order, but for the choice of settings; `settled`: methods as these were chosen.
+
+    Raises: UserError for tasks that are not there.
+    """
     loras, cast, training = lora_jobs(recipe)
-    made = _compositions(recipe, loras, cast)
+    made = _compositions(recipe, loras, cast, settled)
     return [*training, *made, *_scores(recipe, loras), *gate_jobs(recipe, made)]
 
 
@@ -141,9 +146,12 @@ def _needed(recipe: StudyRecipe, loras: list[Named]) -> list[Named]:
 # -- compositions ------------------------------------------------------------------------------------------------------
 
 
-def _compositions(recipe: StudyRecipe, loras: Sequence[Named], cast: Cast) -> list[Job]:
+def _compositions(
+    recipe: StudyRecipe, loras: Sequence[Named], cast: Cast, settled: Mapping[Column, StudyMethod]
+) -> list[Job]:
     jobs = []
-    for number, (name, method) in product(recipe.numbers or (None,), recipe.methods.items()):
+    for number, (name, written) in product(recipe.numbers or (None,), recipe.methods.items()):
+        method = settled.get((number, name), written)
         for seed, task in _runs(recipe, method):
             if method.mode == "single":
                 raise UsageError(f"methods.{name}", "single is one LoRA alone", "Write own: true for that column.")
@@ -205,28 +213,35 @@ def _scores(recipe: StudyRecipe, loras: Sequence[Named]) -> list[Job]:
                 composition = inside(recipe, placed("compositions", number, seed, task, name))
                 if task is None:
                     place = placed("scores", number, seed, None, name)
-                    jobs.append(_scored(recipe, place, [composition], None))
+                    jobs.append(scored(recipe, place, [composition]))
                 else:
                     by_task.setdefault((seed, task), []).append(composition)
         for (seed, task), compositions in by_task.items():  # one load of the base for all methods of a task
-            jobs.append(_scored(recipe, placed("scores", number, seed, None, str(task)), compositions, task))
+            place = placed("scores", number, seed, None, str(task))
+            jobs.append(scored(recipe, place, compositions, {"tasks": [task]}))
     if base:
-        jobs.append(_scored(recipe, "scores/base", [], None, modes=["base"]))
+        jobs.append(scored(recipe, "scores/base", [], modes=["base"]))
     if recipe.own:
         for lora in _first(loras):
             there = [task for task in tasks_of(recipe.test.data) if task in lora.tasks]
             composition = inside(recipe, f"compositions/own/{lora.name}/{OWN}")
-            jobs += [_scored(recipe, f"scores/own/{task}", [composition], task) for task in there]
+            jobs += [scored(recipe, f"scores/own/{task}", [composition], {"tasks": [task]}) for task in there]
     return jobs
 
 
-def _scored(
-    recipe: StudyRecipe, place: str, compositions: Sequence[str], task: str | None, *, modes: Sequence[str] = ()
+def scored(
+    recipe: StudyRecipe,
+    place: str,
+    compositions: Sequence[str],
+    data: Mapping[str, Any] | None = None,
+    *,
+    modes: Sequence[str] = (),
 ) -> Job:
+    """An evaluation as the study's `test` says, on other `data` where some is given."""
     test = plain(recipe.test)
     test["baselines"], test["bootstrap"] = False, 0
-    if task is not None:
-        test["data"] = {**test.get("data", {}), "tasks": [task]}
+    if data:
+        test["data"] = {**test.get("data", {}), **data}
     tree = {
         "command": "evaluate",
         "base": plain(recipe.base),
@@ -235,7 +250,7 @@ def _scored(
         "eval": test,
         **common(recipe, place, recipe.seed),
     }
-    return Job("scores", place, tree)
+    return Job(place.partition("/")[0], place, tree)
 
 
 # -- gates -------------------------------------------------------------------------------------------------------------

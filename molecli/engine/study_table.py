@@ -19,6 +19,7 @@ from molecli.engine.compare import CompareReport, chosen_metrics, judged, line_u
 from molecli.engine.runs import Run, read_run
 from molecli.engine.study_gates import Look, entropy_course_png, look_tables, read_looks
 from molecli.engine.study_published import beside
+from molecli.engine.study_trials import Choice, choice_table
 from molecli.engine.tables import AVERAGE, Row, ScoreTable, Table, draw, to_markdown
 from molecli.files.atomic import write_text, write_with
 
@@ -40,6 +41,7 @@ class StudyReport:
     source: str
     device: str
     looks: Sequence[Look] = ()
+    choices: Sequence[Choice] = ()
 
     def document(self) -> dict[str, Any]:
         """The report as JSON holds it."""
@@ -51,6 +53,7 @@ class StudyReport:
             "comparisons": {number: report.document() for number, report in self.comparisons.items()},
             "published": {"source": self.source, "figures": {r: dict(c) for r, c in self.published.items()}},
             "gates": [asdict(look) for look in self.looks],
+            "tuned": [asdict(choice) for choice in self.choices],
         }
 
     def sections(self) -> list[tuple[str, list[Table], list[str]]]:
@@ -60,6 +63,8 @@ class StudyReport:
             parts.append(("" if number == EVERY else number.replace("-", " "), report.tables(), report.lines()))
         if len(self.comparisons) > 1:
             parts.append(("Average by the number of LoRAs", [self.curve()], []))
+        if self.choices:
+            parts.append(("Settings chosen on held-out examples", [choice_table(self.choices)], []))
         if self.looks:
             parts.append(("Gates", list(look_tables(self.looks)), [f"Over {_compositions(self.looks)} each."]))
         if self.published:
@@ -106,9 +111,15 @@ class StudyReport:
             entropy_course_png(self.looks, folder / "entropy.png")
 
 
-def study_report(recipe: StudyRecipe, folder: Path, scored: Sequence[str], looked: Sequence[str] = ()) -> StudyReport:
-    """The report on the evaluations `scored` in `folder`: scores/<number>/..., scores/base or scores/own/<task>; and on
-    the gates that were `looked` at there.
+def study_report(
+    recipe: StudyRecipe,
+    folder: Path,
+    scored: Sequence[str],
+    looked: Sequence[str] = (),
+    choices: Sequence[Choice] = (),
+) -> StudyReport:
+    """The report on the evaluations `scored` in `folder`: scores/<number>/..., scores/base or scores/own/<task>; on the
+    gates that were `looked` at there; and on the settings that were chosen.
 
     Raises: UsageError, MismatchError where they cannot be compared.
     """
@@ -130,6 +141,7 @@ def study_report(recipe: StudyRecipe, folder: Path, scored: Sequence[str], looke
         recipe.source,
         device_name(recipe.device),
         read_looks(folder, looked),
+        choices,
     )
 
 

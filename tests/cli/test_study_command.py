@@ -30,7 +30,7 @@ def test_a_dry_run_lists_the_commands(mole: Any, file: Path) -> None:
     result = mole("study", str(file), "--dry-run", "--output", str(file.parent / "out"))
     assert result.code == 0
     first, *lines = result.out.splitlines()
-    assert first == "8 commands: 0 loras, 4 compositions, 4 scores, 0 gates"
+    assert first == "8 commands: 4 compositions, 4 scores"
     assert lines[1] == "mole compose       compositions/all/seed-0/gated"
     assert not (file.parent / "out").exists()
     document = json.loads(mole("study", str(file), "--dry-run", "--json").out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import product
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -62,6 +63,22 @@ class StudyMethod(Section):
         default_factory=dict,
         description="adapter and train, in place of those of `experts`: the method composes adapters of its own",
     )
+    tune: dict[str, list[Any]] = Field(
+        default_factory=dict,
+        description="settings to choose on held-out examples of `fit`: method.NAME, gate.NAME or train.NAME -> values",
+    )
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination of what `tune` lists: key -> value; none where nothing is to be chosen."""
+        return [dict(zip(self.tune, values, strict=True)) for values in product(*self.tune.values())] * bool(self.tune)
+
+    def at(self, settings: Mapping[str, Any]) -> StudyMethod:
+        """The method with these settings, and nothing left to choose."""
+        changed: dict[str, Any] = {"tune": {}}
+        for key, value in settings.items():
+            section, _, name = key.partition(".")
+            changed[section] = {**changed.get(section, getattr(self, section)), name: value}
+        return self.model_copy(update=changed)
 
     @property
     def fixed(self) -> bool:
@@ -76,6 +93,7 @@ class _OwnExperts(Section):
     train: LoraTrainConfig = Field(default_factory=LoraTrainConfig)
 
 
+_TUNED = ("method", "gate", "train")  # sections whose settings may be chosen
 _SECTIONS: dict[str, type[Section]] = {
     "gate": GateConfig,
     "method": MethodConfig,
@@ -163,9 +181,27 @@ class StudyRecipe(Section):
                     key, what, "Leave it out: scenes say which LoRAs are composed, and gates learn of these."
                 )
         for name, method in self.methods.items():
+            if method.tune:
+                self._check_tuned(name, method)
             if method.mode != "base":
-                self._check_method(name, method)
+                for one in (method, *map(method.at, method.combinations())):
+                    self._check_method(name, one)
         return self
+
+    def _check_tuned(self, name: str, method: StudyMethod) -> None:
+        """Nothing, where settings can be chosen. Raises: UsageError that says why not."""
+        where = f"methods.{name}.tune"
+        for key, values in method.tune.items():
+            if key.partition(".")[0] not in _TUNED or not key.partition(".")[2]:
+                raise UsageError(where, f"{key!r} is no setting", "Write method.scale, gate.temperature, train.lr.")
+            if not values:
+                raise UsageError(where, f"no value of {key} is listed", "Write some: [0.5, 1].")
+        if self.draws or self.per_task or method.mode == "base":
+            what = "settings are chosen for one composition of language models on a mixture of tasks, which this is not"
+            raise UsageError(where, what, "Leave it out, and write the settings.")
+        if self.fit.holdout == 0:
+            what = "settings are chosen on held-out examples, and none are held out"
+            raise UsageError(where, what, "Write fit.holdout: 0.1.")
 
     def _check_method(self, name: str, method: StudyMethod) -> None:
         """Nothing, where `mole compose` would take it. Raises: UsageError that says which column is wrong."""

@@ -1,0 +1,108 @@
+"""Settings that a study chooses on held-out examples, before anything is scored on the test set.
+
+For each combination of what a method's `tune` lists, a composition is made and scored on examples that `fit.holdout`
+keeps out of training; the best average is what the study composes. So a fixed method is compared at a scale that suits
+it, and a learned one at its learning rate, without a look at the test set.
+
+    trial_jobs   the commands          chosen       what was found best -> Choice
+    settled      the methods with it   choice_table all that was tried, for the report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molecli.engine.results import RESULTS_FILE
+from molecli.engine.study_jobs import Column, Job, composed, inside, lora_jobs, number_folder, placed, plain, scored
+from molecli.engine.tables import TextRow, TextTable
+
+if TYPE_CHECKING:
+    from molecli.files.recipe.study import StudyMethod, StudyRecipe
+
+TRIED_ON = 32  # held-out examples of each task, at most
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One method at one number of LoRAs: the settings chosen, and the held-out average in percent of each tried."""
+
+    number: int | None
+    method: str
+    settings: Mapping[str, Any]
+    tried: Mapping[str, float]
+
+
+def trial_jobs(recipe: StudyRecipe) -> list[Job]:
+    """A composition and its score for every combination; none where no method is tuned."""
+    jobs = []
+    _, cast, _ = lora_jobs(recipe) if any(method.tune for method in recipe.methods.values()) else ([], {}, [])
+    for number, name, method in _tuned(recipe):
+        for settings in method.combinations():
+            seed = None if method.fixed else recipe.seeds[0]
+            place = placed("candidates", number, seed, name, _label(settings))
+            learned = {} if method.fixed else {"data": plain(recipe.fit)}
+            tree = composed(recipe, method.at(settings), cast[name][:number], learned, place, seed)
+            jobs.append(Job("candidates", place, tree))
+            tried = _trial_place(recipe, number, name, settings)
+            jobs.append(Job("trials", tried, _held_out(recipe, tried, inside(recipe, place))))
+    return jobs
+
+
+def chosen(recipe: StudyRecipe, folder: Path, done: Collection[str]) -> list[Choice]:
+    """The best of every tuned method, of the trials `done` in `folder`; the first named where several are equal."""
+    choices = []
+    for number, name, method in _tuned(recipe):
+        places = [(settings, _trial_place(recipe, number, name, settings)) for settings in method.combinations()]
+        averages = {_label(s): _average(folder / place) for s, place in places if place in done}
+        if averages:
+            best = max(averages, key=lambda label: averages[label])
+            settings = next(settings for settings, _ in places if _label(settings) == best)
+            choices.append(Choice(number, name, settings, averages))
+    return choices
+
+
+def settled(recipe: StudyRecipe, choices: Sequence[Choice]) -> dict[Column, StudyMethod]:
+    """The tuned methods as they were chosen."""
+    return {(one.number, one.method): recipe.methods[one.method].at(one.settings) for one in choices}
+
+
+def choice_table(choices: Sequence[Choice]) -> TextTable:
+    """What was chosen, and the held-out average of everything tried."""
+    rows = []
+    for one in choices:
+        label = one.method if one.number is None else f"{one.method}, {one.number} LoRAs"
+        tried = "; ".join(f"{settings}: {average:.1f}" for settings, average in one.tried.items())
+        rows.append(TextRow(label, (_label(one.settings), tried)))
+    return TextTable("method", ("chosen", "average on held-out examples (%)"), tuple(rows))
+
+
+def _tuned(recipe: StudyRecipe) -> list[tuple[int | None, str, StudyMethod]]:
+    numbers = recipe.numbers or (None,)
+    return [(number, name, method) for number in numbers for name, method in recipe.methods.items() if method.tune]
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    """`scale=0.5, density=0.2`: a folder's name, so without slashes."""
+    return ", ".join(f"{key.partition('.')[2]}={value}" for key, value in settings.items()).replace("/", "|")
+
+
+def _trial_place(recipe: StudyRecipe, number: int | None, name: str, settings: Mapping[str, Any]) -> str:
+    return "/".join(["trials", number_folder(number), name, _label(settings)])
+
+
+def _held_out(recipe: StudyRecipe, place: str, composition: str) -> dict[str, Any]:
+    """An evaluation on what `fit` keeps out of training."""
+    fit = {key: value for key, value in plain(recipe.fit).items() if key != "part"}
+    limit = min(TRIED_ON, recipe.fit.limit or TRIED_ON)
+    data = {**fit, "split": recipe.fit.split, "holdout": recipe.fit.holdout, "limit": limit}
+    return scored(recipe, place, [composition], data).tree
+
+
+def _average(folder: Path) -> float:
+    """The mean over tasks of each one's main metric, in percent."""
+    content = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    return float(content["average"][content["model_name"]])

@@ -1,0 +1,126 @@
+"""Settings that a study chooses on held-out examples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pair import Pair, make_pair
+from studies import run_here
+
+from molecli.engine.data import split_tasks
+from molecli.engine.study import jobs_of, run_study
+from molecli.engine.study_jobs import Job
+from molecli.engine.study_trials import Choice
+from molecli.errors import UsageError
+from molecli.files.recipe import RECIPES, DataConfig, StudyRecipe
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[..., Path]) -> Pair:
+    return make_pair(tiny_folder("llama"), tmp_path_factory.mktemp("trials"))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return run_here(monkeypatch)
+
+
+# Next to nothing of `up` answers no prompt; all of it answers half of them.
+WEAK, WHOLE = "0.001 * up", "1.0 * up"
+
+
+def recipe(pair: Pair, output: Path, tune: dict[str, Any], mode: str = "pem", **changes: Any) -> StudyRecipe:
+    data = {"suite": "jsonl", "files": pair.files}
+    train = {"steps": 3, "batch_size": 4, "warmup_steps": 1}
+    learned = {"train": train} if mode == "gated" else {}
+    tree: dict[str, Any] = {
+        "base": pair.base,
+        "experts": {"loras": [f"{n}={p}" for n, p in pair.loras.items()]},
+        "methods": {"tuned": {"mode": mode, "tune": tune, **learned}},
+        "fit": {**data, "holdout": 0.25},
+        "test": {"data": {**data, "split": "train"}, "bootstrap": 50, "max_new_tokens": 4},
+        "own": False,
+        "output": str(output),
+        "device": "cpu",
+    }
+    return StudyRecipe.model_validate({**tree, **changes})
+
+
+def in_phase(jobs: list[Job], phase: str) -> list[Job]:
+    return [job for job in jobs if job.phase == phase]
+
+
+def test_every_combination_is_composed_and_scored_on_what_training_leaves_out(pair: Pair, tmp_path: Path) -> None:
+    chosen = recipe(pair, tmp_path, {"train.lr": [0.1, 0.01], "gate.temperature": [1, 2]}, "gated", seeds=[4, 5])
+    jobs = jobs_of(chosen)
+    candidates = in_phase(jobs, "candidates")
+    assert [job.name.rpartition("/")[2] for job in candidates] == [
+        "lr=0.1, temperature=1",
+        "lr=0.1, temperature=2",
+        "lr=0.01, temperature=1",
+        "lr=0.01, temperature=2",
+    ]
+    assert {job.tree["seed"] for job in candidates} == {4}  # the first alone
+    assert candidates[1].tree["train"] == {"steps": 3, "batch_size": 4, "warmup_steps": 1, "lr": 0.1}
+    assert candidates[1].tree["gate"] == {"temperature": 2}
+    trials = in_phase(jobs, "trials")
+    assert [job.tree["compositions"] for job in trials] == [[job.tree["output"]] for job in candidates]
+    for job in jobs:
+        RECIPES[job.command].model_validate(job.tree)
+    tried = RECIPES["evaluate"].model_validate(trials[0].tree).eval.data  # type: ignore[attr-defined]
+    assert (tried.split, tried.holdout, tried.limit) == ("train", 0.25, 32)
+    trained, held = split_tasks(DataConfig.model_validate(candidates[0].tree["data"]))
+    assert [len(rows) for rows in held.values()] == [1, 1]
+    assert [len(rows) for rows in trained.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("order", [(WEAK, WHOLE), (WHOLE, WEAK)])
+def test_the_best_on_held_out_examples_is_what_is_composed(
+    pair: Pair, tmp_path: Path, in_process: list[str], order: tuple[str, ...]
+) -> None:
+    report = run_study(recipe(pair, tmp_path, {"method.expression": list(order)}), at_once=1)
+    tried = {f"expression={WEAK}": 0.0, f"expression={WHOLE}": 50.0}
+    assert report.choices == [Choice(None, "tuned", {"method.expression": WHOLE}, tried)]
+    assert in_process[-2:] == ["compositions/all/fixed/tuned", "scores/all/fixed/tuned"]
+    made = (tmp_path / "study-steps" / "compositions" / "all" / "fixed" / "tuned.yaml").read_text()
+    assert f"expression: {WHOLE}" in made
+    assert report.comparisons["all"].contests[0][0].rows()["average"]["tuned"] == 50.0
+    text = (tmp_path / "study.md").read_text()
+    assert "## Settings chosen on held-out examples" in text
+    assert f"| tuned | expression={WHOLE} | " in text
+    assert json.loads((tmp_path / "study.json").read_text())["tuned"][0]["settings"] == {"method.expression": WHOLE}
+
+    ran = list(in_process)
+    run_study(recipe(pair, tmp_path, {"method.expression": list(order)}), at_once=1)
+    assert in_process == ran  # nothing is done again
+
+
+def test_each_number_of_loras_has_its_own_choice(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    report = run_study(recipe(pair, tmp_path, {"method.scale": [0.001, 1.0]}, "linear", numbers=[1, 2]), at_once=1)
+    assert [(one.number, one.method) for one in report.choices] == [(1, "tuned"), (2, "tuned")]
+    assert report.choices[0].settings == {"method.scale": 1.0}
+    assert "| tuned, 1 LoRAs | scale=1.0 |" in (tmp_path / "study.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tune", "changes", "message"),
+    [
+        ({"scale": [1]}, {}, r"methods\.tuned\.tune: 'scale' is no setting"),
+        ({"experts.train": [1]}, {}, "is no setting"),
+        ({"method.scale": []}, {}, r"no value of method\.scale is listed"),
+        ({"method.scael": [1]}, {}, r"methods\.tuned\.method\.scael"),
+        ({"method.scale": [1, -1]}, {}, r"methods\.tuned\.method\.scale"),
+        ({"method.scale": [1]}, {"per_task": True}, "one composition of language models"),
+        ({"method.scale": [1]}, {"fit": {"suite": "builtin"}}, r"held-out examples, and none are held out.*holdout"),
+        ({"method.scale": [1]}, {"methods": {"base": {"mode": "base", "tune": {"method.scale": [1]}}}}, "is not"),
+    ],
+)
+def test_what_cannot_be_chosen(
+    pair: Pair, tmp_path: Path, tune: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        recipe(pair, tmp_path, tune, "linear", **changes)
