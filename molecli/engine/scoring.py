@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -145,19 +146,20 @@ def evaluate(
         if not examples:
             raise UsageError(f"task {task}", "there are no examples to score", "Check its file and the split.")
     total, done = sum(len(examples) for examples in tasks.values()), 0
-    results = []
-    for task, examples in tasks.items():
+    outputs: dict[str, list[str]] = {}
+    # Tasks whose answers may be as long share batches: short tasks alone would leave most of each batch empty.
+    for longest in dict.fromkeys(max_new_tokens[task] for task in tasks):
+        alike = {task: examples for task, examples in tasks.items() if max_new_tokens[task] == longest}
+        rows = [example for examples in alike.values() for example in examples]
 
         def step(count: int, before: int = done) -> None:
             if progress is not None:
                 progress(label, before + count, total)
 
-        outputs = generate(
-            backbone, examples, max_new_tokens=max_new_tokens[task], batch_size=batch_size, progress=step
-        )
-        results.append(score(task, examples, outputs, metrics[task]))
-        done += len(examples)
-    return results
+        made = iter(generate(backbone, rows, max_new_tokens=longest, batch_size=batch_size, progress=step))
+        outputs |= {task: list(islice(made, len(examples))) for task, examples in alike.items()}
+        done += len(rows)
+    return [score(task, examples, outputs[task], metrics[task]) for task, examples in tasks.items()]
 
 
 def generate(
