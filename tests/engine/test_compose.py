@@ -243,7 +243,7 @@ def test_a_run_interrupted_while_scoring_keeps_its_composition_and_learns_nothin
 ) -> None:
     recipe = recipe_of(pair, tmp_path, "gated", evaluate=evaluated)
     with pytest.raises(KeyboardInterrupt):
-        run_compose(recipe, progress=interrupt_at("up", 4))
+        run_compose(recipe, progress=interrupt_at("up", 8))
     assert not (tmp_path / "report.json").exists()
     kept = load_composition(tmp_path).tensors
     heard: list[tuple[str, int, int]] = []
