@@ -119,6 +119,7 @@ def _evaluate(
         samples=settings.bootstrap,
         seed=recipe.seed,
         config=recipe.model_dump(mode="json"),
+        device=backbone.device,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from molecli.backbones.loading import load_backbone
@@ -119,8 +120,9 @@ def make_report(
     samples: int = 0,
     seed: int = 0,
     config: Any = None,
+    device: torch.device | str,
 ) -> EvaluationReport:
-    """The report on `results`, with `subject` compared to every other method by `samples` resamples.
+    """The report on `results` made on `device`, with `subject` compared to every other method by `samples` resamples.
 
     Where every task has a namesake among the methods in `singles`, a column "own LoRA" puts these results together.
     """
@@ -133,6 +135,7 @@ def make_report(
         comparisons=comparisons,
         max_new_tokens=bench.max_new_tokens,
         config=config,
+        device=device,
     )
     return EvaluationReport(content, score_table(shown), [str(comparison) for comparison in comparisons])
 
@@ -178,7 +181,14 @@ def run_evaluate(
     def report(results: Results, samples: int) -> EvaluationReport:
         last = list(results)[-1]
         return make_report(
-            results, bench, subject=last, singles=singles, samples=samples, seed=recipe.seed, config=config
+            results,
+            bench,
+            subject=last,
+            singles=singles,
+            samples=samples,
+            seed=recipe.seed,
+            config=config,
+            device=backbone.device,
         )
 
     def keep(results: Results) -> None:

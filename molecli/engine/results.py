@@ -9,6 +9,8 @@ normalisers, how completions were made. No date or time: the same run gives the 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -110,10 +112,11 @@ def document(
     comparisons: Sequence[Comparison],
     max_new_tokens: Mapping[str, int] | None = None,
     config: Any = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """The content of results.json; `suite` is its name and version, `config` the resolved recipe.
 
-    max_new_tokens: the longest completion by task; None where pictures were made.
+    max_new_tokens: the longest completion by task; None where pictures were made. device: where the base ran.
     """
     shown = methods[subject]
     names = sorted({metric for result in shown for metric in result.scores})
@@ -133,8 +136,16 @@ def document(
         "suite": suite[0],
         "molecli_version": __version__,
         "libraries": _libraries(),
+        "device": device_name(device),
         "config": config,
     }
+
+
+def device_name(device: torch.device | str) -> str:
+    """The accelerator's name, or the processor's kind."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def _task_config(result: Result, suite: tuple[str, str], max_new_tokens: Mapping[str, int] | None) -> dict[str, Any]:

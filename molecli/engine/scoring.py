@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from hashlib import sha256
+from itertools import islice
 from typing import Any, Protocol
 
 import torch

@@ -7,8 +7,6 @@ Contents: StudyReport, study_report.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -139,7 +137,7 @@ def study_report(
         found,
         recipe.published,
         recipe.source,
-        device_name(recipe.device),
+        ", ".join(dict.fromkeys(run.content["device"] for run in runs.values() if "device" in run.content)),
         read_looks(folder, looked),
         choices,
     )
@@ -181,15 +179,6 @@ def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs
     contests = [line_up(some, one) for some, chosen in parts for one in chosen_metrics(runs, chosen, metrics)]
     judgements = [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests]
     return CompareReport(parts[0][0], judgements, samples, seed)
-
-
-def device_name(device: str) -> str:
-    """The accelerator's name, or the processor's kind."""
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def _joined(runs: Sequence[Run]) -> Run:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,7 @@ METHODS = {"base": results("yes", "yes", "yes", "yes"), "gated": results("yes", 
 
 def test_results_hold_scores_and_errors_under_lm_evals_names() -> None:
     content = document(METHODS, "base", suite=("jsonl", "1"), comparisons=[], config={"seed": 0})
+    assert content["device"] == f"{os.cpu_count()} CPU cores ({platform.machine()})"
     row = content["results"]["talk"]
     assert row["exact_match,none"] == 0.5
     assert row["exact_match_stderr,none"] == pytest.approx(0.288675)

@@ -143,7 +143,8 @@ class _Run:
             raise RunError("pictures", "there is none that every method drew", "Run it again with --resume.")
         rows = [c for m in metrics for c in compare(results, subject, samples=samples, seed=seed, metric=m)]
         config = self.recipe.model_dump(mode="json")
-        content = document(results, subject, suite=self.bench.suite, comparisons=rows, config=config)
+        device = self.stage.backbone.device
+        content = document(results, subject, suite=self.bench.suite, comparisons=rows, config=config, device=device)
         content["averages"] = {
             metric: dict(zip(table.columns, table.rows[-1].scores, strict=True))
             for metric, table in ((metric, score_table(results, metric)) for metric in metrics)
