@@ -47,12 +47,16 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Contest:
-    """Every method's pooled score of every task: scores[task][method], by the metric named for the task."""
+    """Every method's pooled score of every task: scores[task][method], by the metric named for the task.
+
+    among: what the tasks are called, where they are some of several.
+    """
 
     metrics: Mapping[str, str]
     methods: Mapping[str, int]
     scores: Mapping[str, Mapping[str, Scored]]
     by_run: Mapping[str, Mapping[str, float]]
+    among: str = ""
 
     @property
     def label(self) -> str | None:
@@ -101,8 +105,8 @@ class Verdict:
     margins: tuple[Margin, ...]
 
 
-def line_up(runs: Sequence[Run], metrics: Mapping[str, str]) -> Contest:
-    """Every method of the runs, pooled, on the tasks of `metrics` (task -> metric).
+def line_up(runs: Sequence[Run], metrics: Mapping[str, str], *, among: str = "") -> Contest:
+    """Every method of the runs, pooled, on the tasks of `metrics` (task -> metric), called `among`.
 
     Raises: MismatchError where the runs do not have the same tasks, examples, metrics and versions.
     """
@@ -123,7 +127,7 @@ def line_up(runs: Sequence[Run], metrics: Mapping[str, str]) -> Contest:
         for method, some in holders.items()
         if len(some) > 1
     }
-    return Contest(metrics, {method: len(some) for method, some in holders.items()}, scores, by_run)
+    return Contest(metrics, {method: len(some) for method, some in holders.items()}, scores, by_run, among)
 
 
 def _pooled(task: str, metric: str, runs: Sequence[Run], holders: Mapping[str, Sequence[Run]]) -> dict[str, Scored]:
@@ -247,6 +251,7 @@ class CompareReport:
 
 def _document(contest: Contest, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
     return {
+        **({"among": contest.among} if contest.among else {}),
         "metrics": dict(contest.metrics),
         "examples": {task: next(iter(by.values())).rows.shape[1] for task, by in contest.scores.items()},
         "methods": {method: {"runs": count} for method, count in contest.methods.items()},
@@ -267,12 +272,16 @@ def _titles(contest: Contest) -> dict[str, str]:
     return {n: n if alike or count == 1 else f"{n} ({count} runs)" for n, count in contest.methods.items()}
 
 
+def _among(contest: Contest) -> str:
+    return f", {contest.among}" if contest.among else ""
+
+
 def _row_label(contest: Contest, row: str) -> str:
     return row if contest.label or row == AVERAGE else f"{row} ({contest.metrics[row]})"
 
 
 def _score_table(contest: Contest) -> ScoreTable:
-    corner = f"{contest.label} (%)" if contest.label else "task (%)"
+    corner = (f"{contest.label} (%)" if contest.label else "task (%)") + _among(contest)
     rows = [Row(_row_label(contest, row), tuple(scores.values())) for row, scores in contest.rows().items()]
     return ScoreTable(corner, tuple(_titles(contest).values()), tuple(rows))
 
@@ -284,13 +293,13 @@ def _margin_table(contest: Contest, verdicts: Mapping[str, Verdict]) -> TextTabl
         cells = {margin.second: str(margin) for margin in verdict.margins}
         winners = " = ".join((verdict.winner, *verdict.tied))
         rows.append(TextRow(_row_label(contest, row), (winners, *(cells.get(name, "–") for name in titles))))
-    corner = f"winner − other, {contest.label or 'main metric'}"
+    corner = f"winner − other, {contest.label or 'main metric'}{_among(contest)}"
     return TextTable(corner, ("winner", *titles.values()), tuple(rows))
 
 
 def _conclusion(contest: Contest, verdicts: Mapping[str, Verdict]) -> str:
     row, verdict = list(verdicts.items())[-1]
-    where = f"on average over {len(contest.scores)} tasks" if row == AVERAGE else f"on {row}"
+    where = f"on average over {len(contest.scores)} tasks{_among(contest)}" if row == AVERAGE else f"on {row}"
     winners = " and ".join((verdict.winner, *verdict.tied))
     said = f"{contest.label or 'main metric'}: {winners} {'win alike' if verdict.tied else 'wins'} {where}"
     others = [one for one in verdict.margins if one.second not in verdict.tied]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from molecli.errors import UsageError
+from molecli.files.near import suggestion
 from molecli.suites import load_suite, select_tasks
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ def text_jobs(recipe: StudyRecipe, settled: Mapping[Column, StudyMethod]) -> lis
 
     Raises: UserError for tasks that are not there.
     """
+    for group, tasks in recipe.groups.items():
+        known = tasks_of(recipe.test.data)
+        for task in tasks:
+            if task not in known:
+                raise UsageError(f"groups.{group}", f"no task of the test is {task!r}", suggestion(task, known))
     loras, cast, training = lora_jobs(recipe)
     made = _compositions(recipe, loras, cast, settled)
     return [*training, *made, *_scores(recipe, loras), *gate_jobs(recipe, made)]

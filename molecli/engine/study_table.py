@@ -165,7 +165,8 @@ def _read(recipe: StudyRecipe, path: Path, rest: Sequence[str]) -> Run:
 
 
 def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs: Sequence[Run]) -> CompareReport:
-    """All methods on all tasks; where some tasks have no LoRA, also those that have one, beside these LoRAs.
+    """All methods on all tasks; where some tasks have no LoRA, also those that have one, beside these LoRAs; and on
+    each of the recipe's groups of tasks.
 
     A contest for each metric that the recipe names, of pictures for every one; else by the main metric of each task.
     """
@@ -175,8 +176,12 @@ def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs
     parts = [([*base, *own, *runs], covered)] if own and covered == tasks else [([*base, *runs], tasks)]
     if own and covered and covered != tasks:
         parts.append(([*base, *own, *runs], covered))
+    named = [("", *part) for part in parts]
+    named += [(name, [*base, *runs], list(chosen)) for name, chosen in recipe.groups.items()]
     metrics = recipe.test.metrics
-    contests = [line_up(some, one) for some, chosen in parts for one in chosen_metrics(runs, chosen, metrics)]
+    contests = [
+        line_up(some, one, among=name) for name, some, chosen in named for one in chosen_metrics(runs, chosen, metrics)
+    ]
     judgements = [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests]
     return CompareReport(parts[0][0], judgements, samples, seed)
 

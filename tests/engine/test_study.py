@@ -186,6 +186,7 @@ def test_parts_share_nothing_and_leave_nothing_out() -> None:
         ({"methods": {"a/b": {"mode": "linear"}}}, "no name for a column"),
         ({"methods": {"g": {"mode": "gated", "gate": {"granularty": "block"}}}}, r"methods\.g\.gate\.granularty"),
         ({"numbers": [9]}, "9 LoRAs are to be composed, and there are 2"),
+        ({"groups": {"some": ["up", "dwon"]}}, r"groups\.some: no task of the test is 'dwon'.*down"),
         ({"methods": {"single": None}}, "single is one LoRA alone"),
         (
             {"methods": {"svdiff": {"experts": {"adapter": {"method": "svdiff"}}}}},
@@ -273,6 +274,15 @@ def test_every_metric_that_is_named_has_its_table(pair: Pair, tmp_path: Path, in
     assert f"| up rouge1 | {rouge.rows()['up']['linear']:.1f} | 1.0 |" in row
     assert f"| up | {f1.rows()['up']['linear']:.1f} | 2.0 |" in row
     assert f"| average of all | {both:.1f} | 3.0 |" in row
+
+
+def test_a_group_of_tasks_has_a_table_of_its_own(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    chosen = recipe(pair, tmp_path, methods={"linear": None}, own=False, groups={"the first": ["up"]})
+    report = run_study(chosen, at_once=1)
+    whole, group = (contest for contest, _ in report.comparisons["all"].contests)
+    assert (list(whole.scores), list(group.scores), group.among) == (["up", "down"], ["up"], "the first")
+    assert "| exact_match (%), the first | linear |" in (tmp_path / "study.md").read_text()
+    assert report.document()["comparisons"]["all"]["comparisons"][1]["among"] == "the first"
 
 
 def test_what_the_gates_do_is_told_where_it_is_asked_for(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:

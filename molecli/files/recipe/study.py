@@ -126,6 +126,9 @@ class StudyRecipe(Section):
         default=False, description="learn on each task of `test` by itself, as LoRAHub does, instead of on all together"
     )
     test: EvalConfig = Field(default_factory=EvalConfig, description="what is scored")
+    groups: dict[str, Names] = Field(
+        default_factory=dict, description="tables of some of the tasks besides: name -> tasks; a language model's"
+    )
     image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
     concepts: dict[str, ConceptConfig] = Field(
         default_factory=dict, description="a diffusion base: what ready LoRAs add; read beside them if not given"
@@ -173,7 +176,8 @@ class StudyRecipe(Section):
             if not _NAME.fullmatch(name):
                 raise UsageError("methods", f"{name!r} is no name for a column", "Leave slashes and points out.")
         check_distinct([lora.name for lora in self.experts.loras])
-        texts = {"numbers": self.numbers, "per_task": self.per_task, "fit": "suite" in self.fit.model_fields_set}
+        texts: dict[str, Any] = {"numbers": self.numbers, "per_task": self.per_task, "groups": self.groups}
+        texts["fit"] = "suite" in self.fit.model_fields_set
         for key, given in texts.items():
             if self.draws and given:
                 what = "it is for language models, and this study is of pictures"
