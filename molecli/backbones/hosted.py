@@ -16,6 +16,7 @@ from molecli.backbones.streams import Pass
 from molecli.errors import MismatchError
 from molecli.experts import ExpertBank
 from molecli.functional.low_rank import add_expanded, add_expanded_maps, project, project_maps
+from molecli.functional.stamp import Stamp, stamp
 from molecli.protocols import Group, Site
 
 
@@ -37,9 +38,15 @@ class HostedSite:
         self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
         self.tensors = (*gate.parameters(), *gate.buffers())
 
-    def stamp(self) -> tuple[tuple[int, int], ...]:
-        """What changes when a tensor of the gate is replaced or written to."""
-        return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in self.tensors)
+    def by_rank(self, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, in one gather, and none while it stays the same."""
+        known = self.expanded
+        if known is None or known[0] is not value or known[1][0].dtype != dtype:
+            ranks = (value if value.dtype == dtype else value.to(dtype)).index_select(-1, self.owner)
+            if ranks.dim() == 2:
+                ranks = ranks.unsqueeze(1)  # one per sequence: the same for all its tokens
+            self.expanded = known = value, ranks.split_with_sizes(self.ranks, -1) if len(self.ranks) > 1 else (ranks,)
+        return known[1]
 
 
 @dataclass(frozen=True)
@@ -49,17 +56,19 @@ class Kept:
     x: weakref.ref[Tensor]
     version: int
     keep: Tensor | None
-    stamp: tuple[tuple[int, int], ...]
+    stamp: Stamp
     value: Tensor
     mixed: tuple[Tensor, ...]
 
     def holds(self, x: Tensor, keep: Tensor | None, site: HostedSite) -> bool:
         """Whether x, the mask and the gate's tensors are what they were, unchanged."""
-        return self.x() is x and self.version == x._version and self.keep is keep and self.stamp == site.stamp()
+        return self.x() is x and self.version == x._version and self.keep is keep and self.stamp == stamp(site.tensors)
 
 
 class HostedGroup:
     """Matrices that read one input: their stacked factors, and the mixed projections of the current input."""
+
+    expand = staticmethod(add_expanded)  # (y, mixed, Bt) -> y + mixed Bᵀ
 
     def __init__(self, group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
         self.site = site
@@ -85,21 +94,19 @@ class HostedGroup:
         """Keep what was made of x for passes to come, unless the gate is being calibrated on every one."""
         self.kept = None
         if not x.is_inference() and getattr(self.site.gate, "observed", None) is None:
-            self.kept = Kept(weakref.ref(x), x._version, keep, self.site.stamp(), value, self.mixed)
+            self.kept = Kept(weakref.ref(x), x._version, keep, stamp(self.site.tensors), value, self.mixed)
 
     def project(self, x: Tensor) -> Tensor:
         """u [..., R], x on every expert's A."""
         return project(x, self.A)
 
     def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
-        """Keep u times `weights` by rank ([R], [B, R] or [B, T, R]) for the matrices of the group."""
-        if weights.dim() == 2:
-            weights = weights.unsqueeze(1)  # one per sequence: the same for all its tokens
+        """Keep u times `weights` by rank ([R], [B, 1, R] or [B, T, R]) for the matrices of the group."""
         if weights.dim() == 3:
             weights = _fit_batch(weights, x)
-        mixed = _weighted(u, weights).reshape(-1, u.shape[-1])
+        mixed = _weighted(u, weights).flatten(0, -2)
         self.x, self.served = x, 0
-        self.mixed = mixed.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (mixed,)
+        self.mixed = mixed.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (mixed,)
 
     def add(self, y: Tensor, index: int) -> Tensor:
         """y and the experts' share of the group's matrix `index`; after the last one nothing is kept."""
@@ -108,10 +115,6 @@ class HostedGroup:
         if self.served == len(self.Bt):
             self.forget()
         return y
-
-    def expand(self, y: Tensor, mixed: Tensor, Bt: Tensor) -> Tensor:
-        """y + mixed Bᵀ."""
-        return add_expanded(y, mixed, Bt)
 
     def forget(self) -> None:
         self.x, self.mixed, self.served = None, (), 0
@@ -122,6 +125,8 @@ class HostedMaps(HostedGroup):
 
     Raises: MismatchError for a convolution in groups or with a padding other than zeros, which no A can follow.
     """
+
+    expand = staticmethod(add_expanded_maps)
 
     def __init__(self, group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
         conv = modules[group.matrices[0]]
@@ -138,15 +143,11 @@ class HostedMaps(HostedGroup):
         return project_maps(x, self.A, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
     def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
-        """Keep u times `weights` by rank ([R], [B, R] or [B, P, R]) for the matrices of the group."""
+        """Keep u times `weights` by rank ([R], [B, 1, R] or [B, P, R]) for the matrices of the group."""
         by_position = weights.transpose(1, 2) if weights.dim() == 3 else weights.unsqueeze(-1)
         mixed = _weighted(u.flatten(2), by_position)
         self.x, self.served = x, 0
-        self.mixed = mixed.split(self.sizes, dim=1) if len(self.sizes) > 1 else (mixed,)
-
-    def expand(self, y: Tensor, mixed: Tensor, Bt: Tensor) -> Tensor:
-        """y + B mixed at every position."""
-        return add_expanded_maps(y, mixed, Bt)
+        self.mixed = mixed.split_with_sizes(self.sizes, 1) if len(self.sizes) > 1 else (mixed,)
 
 
 def host_group(group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> HostedGroup:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from molecli.backbones.hosted import HostedGroup, HostedSite, host_group, reference
+from molecli.backbones.hosted import HostedGroup, HostedSite, Kept, host_group, reference
 from molecli.backbones.streams import Pass, Streams
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
@@ -48,13 +48,13 @@ class Mixture:
         self._modules = modules
         self._streams = streams
         self._renormalize_absent = renormalize_absent
+        for site in sites:
+            gates[site.name].to(reference(modules[site.matrices[0]]).device)
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
         self._handles: list[RemovableHandle] = []
         self._keep: Tensor | None = None
         self._off = False
-        for hosted in self._hosted.values():
-            hosted.gate.to(reference(modules[hosted.site.matrices[0]]).device)
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
@@ -163,8 +163,9 @@ class Mixture:
         def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
             if self._off:
                 return None
-            if group.x is not args[0]:
-                self._mix(group, args[0])
+            x = args[0]
+            if group.x is not x:
+                self._mix(group, x)
             return group.add(y, index)
 
         return hook
@@ -172,7 +173,7 @@ class Mixture:
     def _mix(self, group: HostedGroup, x: Tensor) -> None:
         """Project x for every matrix of the group and weight each rank by its expert's gate."""
         exact = torch.is_grad_enabled()
-        if not exact and self._recalled(group, x):
+        if group.kept is not None and not exact and self._recalled(group.kept, group, x):
             return
         u = group.project(x)
         value = self._value(group, x, u)
@@ -181,13 +182,13 @@ class Mixture:
         if not exact and group.lasting:
             group.keep(x, value, self._keep)
 
-    def _recalled(self, group: HostedGroup, x: Tensor) -> bool:
+    def _recalled(self, kept: Kept, group: HostedGroup, x: Tensor) -> bool:
         """Whether the group stands as an earlier pass left it, since its input and its gate are the same.
 
         A pipeline gives the UNet one and the same text at every denoising step.
         """
-        kept, hosted = group.kept, group.site
-        if kept is None or not kept.holds(x, self._keep, hosted):
+        hosted = group.site
+        if not kept.holds(x, self._keep, hosted):
             return False
         step = self._streams.of(hosted.site).step
         if group.place == 0:
@@ -198,21 +199,15 @@ class Mixture:
         return True
 
     def _per_rank(self, group: HostedGroup, value: Tensor, dtype: torch.dtype) -> Tensor:
-        if self._renormalize_absent and not group.complete:
-            parts = [rescale(value, present) for present in group.present]
-            owners = group.owner.split(group.sizes)
-            return torch.cat([p.index_select(-1, owner) for p, owner in zip(parts, owners, strict=True)], dim=-1).to(
-                dtype
-            )
-        if value.dim() == 3:
+        """`value` ([N], [B, N] or [B, T, N]) by the ranks of the group: [R], [B, 1, R] or [B, T, R]."""
+        apart = self._renormalize_absent and not group.complete
+        if value.dim() < 3 and not apart:
+            return group.site.by_rank(value, dtype)[group.place]
+        if not apart:
             return value.to(dtype).index_select(-1, group.owner)
-        # One gather for the whole site, and none where the gate stays as it was (while decoding).
-        site = group.site
-        known = site.expanded
-        if known is None or known[0] is not value or known[1][0].dtype != dtype:
-            ranks = value.to(dtype).index_select(-1, site.owner)
-            site.expanded = known = value, ranks.split(site.ranks, dim=-1) if len(site.ranks) > 1 else (ranks,)
-        return known[1][group.place]
+        value = value.unsqueeze(1) if value.dim() == 2 else value
+        parts, owners = [rescale(value, present) for present in group.present], group.owner.split(group.sizes)
+        return torch.cat([p.index_select(-1, owner) for p, owner in zip(parts, owners, strict=True)], dim=-1).to(dtype)
 
     def _value(self, group: HostedGroup, x: Tensor, u: Tensor) -> Tensor:
         """The gate of the group's site in this pass, computed when its first matrix is called.
@@ -255,7 +250,8 @@ class Mixture:
 
     def _forget(self) -> None:
         for group in self._groups:
-            group.forget()
+            if group.x is not None:
+                group.forget()
 
     def _means(self) -> Iterator[tuple[str, Tensor]]:
         for name, hosted in self._hosted.items():

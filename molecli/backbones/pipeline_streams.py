@@ -34,8 +34,8 @@ class PipelineStreams:
         return handles
 
     def of(self, site: Site) -> Pass:
-        """The pass of the part that the site's matrices are in."""
-        return self.passes[site.entry.matrices[0].partition(".")[0]]
+        """The pass of the part that the site's matrices are in, with whose name its own begins."""
+        return self.passes[site.name.partition(".")[0]]
 
     def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
         """x and u as [B, positions, .]; all positions count."""

@@ -18,6 +18,7 @@ from molecli.errors import UsageError
 from molecli.experts import ExpertBank
 from molecli.files.recipe import GateConfig
 from molecli.functional.gating import gate_values, mean_pool, running_mean, span, unit
+from molecli.functional.stamp import Stamp, stamp
 from molecli.protocols import Reading, Site, Stream
 
 
@@ -82,7 +83,9 @@ class InputGate(nn.Module):
         self.head = head
         self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)), config.learn_temperature)
         self.observed: _Moments | None = None
-        self._fold: tuple[list[tuple[int, int]], Tensor, Tensor] | None = None
+        # With moments and temperature in the head, where it can be: what it rests on, its stamp, weight and bias.
+        self._folds = config.normalize == "standardize" and isinstance(head, FeatureHead)
+        self._fold: tuple[tuple[Tensor, ...], Stamp, Tensor, Tensor] | None = None
         if self.normalize == "standardize":
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("std", torch.ones(width))
@@ -106,25 +109,21 @@ class InputGate(nn.Module):
         logits = self.head(self._normalized(features))
         return gate_values(logits, self.log_temperature, top_k=self.top_k, keep=keep)
 
-    @property
-    def _folds(self) -> bool:
-        return self.normalize == "standardize" and isinstance(self.head, FeatureHead)
-
     def _folded(self) -> tuple[Tensor, Tensor]:
         """The head's weight and bias with moments and temperature in them, made anew when one of these changed.
 
         Six small operations fewer a gate: at small batches an accelerator waits for such.
         """
-        tensors = (*self.head._parameters.values(), *self._parameters.values(), *self._buffers.values())
-        stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
-        if self._fold is None or self._fold[0] != stamp:
+        fold = self._fold
+        if fold is None or fold[1] != stamp(fold[0]):
             assert isinstance(self.head, FeatureHead)
             cooled = torch.exp(-self.log_temperature)
             scale = cooled / (self.std * math.sqrt(len(self.std)))
             weight = self.head.matrix().double() * scale
             bias = self.head.bias * cooled - weight @ self.mean.double()
-            self._fold = stamp, weight.float(), bias.float()
-        return self._fold[1:]
+            tensors = (*self.parameters(), *self.buffers())
+            self._fold = fold = tensors, stamp(tensors), weight.float(), bias.float()
+        return fold[2], fold[3]
 
     def features(self, reading: Reading) -> Tensor:
         """The pooled reading in float32: [B, width] or [B, T, width]."""

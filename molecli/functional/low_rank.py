@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 def project(x: Tensor, A: Tensor) -> Tensor:
     """u = x Aᵀ for all experts in one GEMM: x [..., d_in], A [R, d_in] -> [..., R]."""
-    return F.linear(x.to(A.dtype), A)
+    # The type is asked first: a `to` that does nothing still costs a call.
+    return F.linear(x if x.dtype == A.dtype else x.to(A.dtype), A)
 
 
 def add_expanded(y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
@@ -26,21 +27,15 @@ def add_expanded(y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
     Departs: a y that is a view (GPT-2's Conv1D, biased 3-D Linear) is added out of place, since autograd would
     otherwise copy the whole base tensor in the backward pass.
     """
-    if not torch.is_grad_enabled():
-        _accumulate(y, u, Bt)
-        return y
-    if y._is_view() or (y.is_leaf and y.requires_grad):
-        return y + torch.mm(u, Bt.to(u.dtype)).view(y.shape).to(y.dtype)
-    if u.requires_grad or y.requires_grad:
-        return _AddExpanded.apply(y, u, Bt)
-    _accumulate(y, u, Bt)
-    return y
-
-
-def _accumulate(y: Tensor, u: Tensor, Bt: Tensor) -> None:
-    if not u.dtype == Bt.dtype == y.dtype:  # autocast; asked first because a `to` that does nothing still costs a call
+    if torch.is_grad_enabled():
+        if y._is_view() or (y.is_leaf and y.requires_grad):
+            return y + torch.mm(u, Bt.to(u.dtype)).view(y.shape).to(y.dtype)
+        if u.requires_grad or y.requires_grad:
+            return _AddExpanded.apply(y, u, Bt)
+    if not u.dtype == Bt.dtype == y.dtype:  # autocast
         u, Bt = u.to(y.dtype), Bt.to(y.dtype)
     y.view(-1, Bt.shape[1]).addmm_(u, Bt)
+    return y
 
 
 class _AddExpanded(Function):
@@ -50,8 +45,7 @@ class _AddExpanded(Function):
     def forward(ctx: Any, y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
         ctx.save_for_backward(Bt)
         ctx.mark_dirty(y)
-        _accumulate(y, u, Bt)
-        return y
+        return add_expanded(y, u, Bt)  # gradients are off in here
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -70,23 +64,16 @@ def project_maps(
     dilation: int | tuple[int, ...] = 1,
 ) -> Tensor:
     """u = A * x for all experts in one convolution: x [B, C, H, W], A [R, C, k_h, k_w] -> [B, R, H', W']."""
-    return F.conv2d(x.to(A.dtype), A, stride=stride, padding=padding, dilation=dilation)
+    return F.conv2d(x if x.dtype == A.dtype else x.to(A.dtype), A, stride=stride, padding=padding, dilation=dilation)
 
 
 def add_expanded_maps(y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
     """y + B u at every position, in place as `add_expanded`: y [B, C, H, W], u [B, R, P] (y's positions), Bt [R, C]."""
-    if not torch.is_grad_enabled():
-        _accumulate_maps(y, u, Bt)
-        return y
-    if y._is_view() or (y.is_leaf and y.requires_grad):
-        return y + torch.matmul(Bt.t().to(u.dtype), u).view(y.shape).to(y.dtype)
-    if u.requires_grad or y.requires_grad:
-        return _AddExpandedMaps.apply(y, u, Bt)
-    _accumulate_maps(y, u, Bt)
-    return y
-
-
-def _accumulate_maps(y: Tensor, u: Tensor, Bt: Tensor) -> None:
+    if torch.is_grad_enabled():
+        if y._is_view() or (y.is_leaf and y.requires_grad):
+            return y + torch.matmul(Bt.t().to(u.dtype), u).view(y.shape).to(y.dtype)
+        if u.requires_grad or y.requires_grad:
+            return _AddExpandedMaps.apply(y, u, Bt)
     if not u.dtype == Bt.dtype == y.dtype:
         u, Bt = u.to(y.dtype), Bt.to(y.dtype)
     if y.is_contiguous():
@@ -96,6 +83,7 @@ def _accumulate_maps(y: Tensor, u: Tensor, Bt: Tensor) -> None:
         y.permute(0, 2, 3, 1).view(-1, y.shape[1]).addmm_(rows, Bt)
     else:
         y.add_(torch.matmul(Bt.t(), u).view(y.shape))
+    return y
 
 
 class _AddExpandedMaps(Function):
@@ -105,8 +93,7 @@ class _AddExpandedMaps(Function):
     def forward(ctx: Any, y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
         ctx.save_for_backward(Bt)
         ctx.mark_dirty(y)
-        _accumulate_maps(y, u, Bt)
-        return y
+        return add_expanded_maps(y, u, Bt)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
