@@ -295,7 +295,7 @@ def _runs(recipe: StudyRecipe, method: StudyMethod) -> list[tuple[int | None, st
     if method.fixed:
         return [(None, None)]
     tasks = tasks_of(recipe.test.data) if recipe.per_task else [None]
-    return list(product(recipe.seeds, tasks))
+    return list(product(method.seeds or recipe.seeds, tasks))
 
 
 def placed(phase: str, number: int | None, seed: int | None, *names: str | None) -> str:

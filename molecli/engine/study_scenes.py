@@ -36,7 +36,7 @@ def scene_jobs(recipe: StudyRecipe) -> list[Job]:
         if method.fixed:
             scores.append(_drawn(recipe, name, method, cast[name]))
             continue
-        for seed in recipe.seeds:
+        for seed in method.seeds or recipe.seeds:
             own = _learned(recipe, name, method, cast[name], sets, seed)
             made += own.values()
             scores += _by_compositions(recipe, name, own, sets, seed)

@@ -42,7 +42,7 @@ def trial_jobs(recipe: StudyRecipe) -> list[Job]:
     _, cast, _ = lora_jobs(recipe) if any(method.tune for method in recipe.methods.values()) else ([], {}, [])
     for number, name, method in _tuned(recipe):
         for settings in method.combinations():
-            seed = None if method.fixed else recipe.seeds[0]
+            seed = None if method.fixed else (method.seeds or recipe.seeds)[0]
             place = placed("candidates", number, seed, name, _label(settings))
             learned = {} if method.fixed else {"data": plain(recipe.fit)}
             tree = composed(recipe, method.at(settings), cast[name][:number], learned, place, seed)

@@ -74,7 +74,14 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def factored(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """(A, B) of the best approximation of a dense update [d_out, d_in] by `rank` or fewer, and its relative error."""
+    """(A, B) of the best approximation of a dense update [d_out, d_in] by `rank` or fewer, and its relative error.
+
+    With a rank that loses nothing it is the update itself beside an identity: exact, and without a decomposition.
+    """
+    if rank >= min(update.shape):
+        d_out, d_in = update.shape
+        one = torch.eye(min(d_out, d_in), dtype=update.dtype, device=update.device)
+        return (one, update.clone(), 0.0) if d_in <= d_out else (update.clone(), one, 0.0)
     U, S, Vt = torch.linalg.svd(update.float(), full_matrices=False)
     A, B = balanced(U[:, :rank], S[:rank], Vt[:rank])
     total = S.norm().item()

@@ -64,6 +64,12 @@ def test_a_fixed_method_is_composed_once_and_a_learned_one_for_every_seed(pair: 
         RECIPES[job.tree["command"]].model_validate(job.tree)  # a user could run each
 
 
+def test_a_column_may_have_seeds_of_its_own(pair: Pair, tmp_path: Path) -> None:
+    methods = {"soup": {"seeds": [7]}, "gated": None}
+    composed = names(jobs_of(recipe(pair, tmp_path, methods=methods, seeds=[0, 1], own=False)), "compositions")
+    assert composed == ["all/seed-7/soup", "all/seed-0/gated", "all/seed-1/gated"]
+
+
 def test_learning_on_each_task_by_itself(pair: Pair, tmp_path: Path) -> None:
     jobs = jobs_of(recipe(pair, tmp_path, per_task=True))
     assert "all/seed-0/up/gated" in names(jobs, "compositions")

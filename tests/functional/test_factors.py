@@ -120,3 +120,11 @@ def test_a_zero_update_has_no_error() -> None:
 def test_rank_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="rank 0 is below 1"):
         truncated(*pair(3), 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+def test_a_rank_that_loses_nothing_keeps_every_bit_of_the_update(shape: tuple[int, int]) -> None:
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    A, B, error = factored(update, 5)
+    assert torch.equal(B @ A, update)
+    assert (A.shape[0], B.shape[1], error) == (min(shape), min(shape), 0.0)

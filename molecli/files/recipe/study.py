@@ -68,6 +68,8 @@ class StudyMethod(Section):
         description="settings to choose on held-out examples of `fit`: method.NAME, gate.NAME or train.NAME -> values",
     )
 
+    seeds: tuple[int, ...] = Field(default=(), description="in place of the study's: a slow column may have fewer")
+
     def combinations(self) -> list[dict[str, Any]]:
         """Every combination of what `tune` lists: key -> value; none where nothing is to be chosen."""
         return [dict(zip(self.tune, values, strict=True)) for values in product(*self.tune.values())] * bool(self.tune)
