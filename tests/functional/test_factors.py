@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from molecli.functional.factors import balanced, cat, difference, norm, svd, truncated
+from molecli.functional.factors import balanced, cat, difference, factored, norm, svd, truncated
 
 D_IN, D_OUT = 12, 9
 Pair = tuple[Tensor, Tensor]
