@@ -32,6 +32,7 @@ PICTURES = (
     Flag("--resolution", "pictures.resolution"),
     Flag("--crop", "pictures.crop", default=_DEFAULTS["crop"]),
     Flag("--flip", "pictures.flip"),
+    Flag("--prompt-dropout", "pictures.prompt_dropout", default=str(_DEFAULTS["prompt_dropout"])),
     Flag("--text-encoder", "pictures.text_encoder"),
     Flag("--gradient-checkpointing", "pictures.gradient_checkpointing"),
     Flag("--kind", "pictures.kind", default=_DEFAULTS["kind"]),

@@ -71,6 +71,17 @@ def test_a_folder_that_is_not_there(mole: Mole, job: tuple[str, ...], tmp_path: 
     refused(mole, arguments, 2, "none: no such folder of pictures. Check the path.", tmp_path / "run")
 
 
+def test_prompts_cannot_all_be_left_empty(mole: Mole, job: tuple[str, ...], tmp_path: Path) -> None:
+    what = "command line: pictures.prompt_dropout is '1'; it must be less than 1."
+    refused(
+        mole,
+        (*job, "--prompt-dropout", "1"),
+        2,
+        f"{what} Write for example pictures.prompt_dropout: 0.0.",
+        tmp_path / "run",
+    )
+
+
 def test_a_cmyk_picture_and_a_tiny_one(mole: Mole, job: tuple[str, ...], dog: Path, tmp_path: Path) -> None:
     file = dog / "3.jpg"
     Image.new("CMYK", (24, 24)).save(file)

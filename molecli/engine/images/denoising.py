@@ -35,22 +35,27 @@ class PictureLoss:
     """DreamBooth's loss: the denoising error of a step's pictures, and `prior_weight` times that of the class's beside.
 
     Latents are prepared ahead where a picture looks alike at every step, prompts where the text encoder stays as it is.
-    Source: Ruiz et al., arXiv 2208.12242, Eq. 2, where the prior's weight is λ.
+    Source: Ruiz et al., arXiv 2208.12242, Eq. 2, where the prior's weight is λ; Ho & Salimans, arXiv 2207.12598,
+    Algorithm 1, where `prompt_dropout` is p_uncond.
     """
 
-    def __init__(self, backbone: Diffusion, album: Album, *, prior_weight: float, text_encoder: bool) -> None:
+    def __init__(
+        self, backbone: Diffusion, album: Album, *, prior_weight: float, text_encoder: bool, prompt_dropout: float = 0.0
+    ) -> None:
         self.backbone, self.album, self.prior_weight = backbone, album, prior_weight
+        self.prompt_dropout = prompt_dropout
         self.prompts = [picture.prompt for picture in album.pictures]
         self.told = Prompts(backbone, album.resolution, keep=not text_encoder)
-        self.told.look_at(self.prompts)
+        self.told.look_at([*self.prompts, *([""] if prompt_dropout else [])])
         self.latents = all_latents(backbone, album) if album.fixed else None
 
     def __call__(self, lessons: Sequence[Lesson], context: StepContext) -> StepLoss:
-        """The step's loss over its lessons. Crops, noise and timesteps are drawn by torch's global CPU generator."""
+        """The step's loss over its lessons. All that is random is drawn by torch's global CPU generator."""
         places = [lesson.picture for lesson in lessons]
         places += [lesson.prior for lesson in lessons if lesson.prior is not None]
         with self.precision():
-            errors = self.errors(places, *self._drawn(places))
+            drawn = self._drawn(places)
+            errors = self.errors(self._kept_prompts(places), *drawn)
         count = len(lessons)
         own, prior = errors[:count], errors[count:]
         total = own.sum() + self.prior_weight * prior.sum()
@@ -59,10 +64,9 @@ class PictureLoss:
         extras = {"instance_loss": own.mean(), "class_loss": prior.mean()} if len(prior) else {}
         return StepLoss(total, count, extras)
 
-    def errors(self, places: Sequence[int], clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """[B], each picture's mean squared error."""
-        told = self.told([self.prompts[place] for place in places])
-        return prediction_errors(self.backbone, told, clean, noise, timesteps)
+    def errors(self, prompts: Sequence[str], clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """[B], the mean squared error of each picture under its prompt."""
+        return prediction_errors(self.backbone, self.told(prompts), clean, noise, timesteps)
 
     @torch.no_grad()
     def probe(self, places: Sequence[int], seed: int, *, timesteps: int = 4) -> float:
@@ -74,7 +78,7 @@ class PictureLoss:
                 for place in places:
                     clean, noise, _ = self._drawn([place])
                     moment = torch.tensor([last * (2 * i + 1) // (2 * timesteps)], device=clean.device)
-                    total += float(self.errors([place], clean, noise, moment))
+                    total += float(self.errors([self.prompts[place]], clean, noise, moment))
         return total / (timesteps * len(places))
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -87,6 +91,14 @@ class PictureLoss:
     def _half(self) -> torch.dtype | None:
         dtype = self.backbone.pipe.unet.conv_in.weight.dtype
         return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+    def _kept_prompts(self, places: Sequence[int]) -> list[str]:
+        """The pictures' prompts, a share of them left empty; without that share nothing is drawn."""
+        prompts = [self.prompts[place] for place in places]
+        if not self.prompt_dropout:
+            return prompts
+        dropped = torch.rand(len(places)) < self.prompt_dropout
+        return ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
 
     def _drawn(self, places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """(clean latents, noise, timesteps) on the device."""

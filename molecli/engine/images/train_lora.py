@@ -87,7 +87,13 @@ def _train_on_pictures(
     side = config.resolution or backbone.resolution
     album = Album([*instances, *priors], side, crop=config.crop, flip=config.flip)
     rows: list[Any] = lessons(instances, priors)
-    loss = PictureLoss(backbone, album, prior_weight=config.prior_weight, text_encoder=config.text_encoder)
+    loss = PictureLoss(
+        backbone,
+        album,
+        prior_weight=config.prior_weight,
+        text_encoder=config.text_encoder,
+        prompt_dropout=config.prompt_dropout,
+    )
     dtype = backbone.pipe.unet.dtype
     with adapted(backbone, recipe.adapter, seed=recipe.seed, targets=targets, progress=progress) as model:
         parameters = trained_parameters(model)

@@ -94,6 +94,12 @@ class PicturesConfig(Section):
     resolution: Side | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
     crop: Literal["center", "random"] = Field(default="center", description="what is kept of a picture not square")
     flip: bool = Field(default=False, description="mirror pictures at random")
+    prompt_dropout: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the pictures learned without their prompt, which guidance is measured from",
+    )
     text_encoder: bool = Field(default=False, description="adapt the text encoder(s) too")
     gradient_checkpointing: bool = Field(default=False, description="less memory for a slower step")
     kind: ElementKind = Field(default="object", description="what the LoRA adds, for the methods that ask")

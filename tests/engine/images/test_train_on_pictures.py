@@ -259,6 +259,38 @@ def test_the_class_s_loss_is_weighted_and_as_many_of_it_are_seen(make_recipe: An
     assert totals[1.0] - totals[0.0] == pytest.approx(2 * float(extras["class_loss"]), rel=1e-5)
 
 
+def test_a_share_of_the_prompts_is_left_empty(make_recipe: Any) -> None:
+    backbone: Any = load_backbone(make_recipe().base, "cpu")
+    album = Album(instance_pictures(make_recipe().pictures, "dog"), 16)
+    rows: Any = [Lesson("dog", PROMPT, "", 0)] * 40
+
+    def of_a_step(prompt_dropout: float) -> tuple[list[str], float]:
+        loss = PictureLoss(backbone, album, prior_weight=1.0, text_encoder=False, prompt_dropout=prompt_dropout)
+        encode, asked = loss.told.__call__, list[str]()
+        loss.told = lambda prompts: (asked.extend(prompts), encode(prompts))[1]  # type: ignore[assignment]
+        torch.manual_seed(0)
+        return asked, float(loss(rows, StepContext(1, accelerator_for("cpu"))).sum)
+
+    never, some = of_a_step(0.0), of_a_step(0.25)
+    assert never[0] == [PROMPT] * 40
+    assert set(some[0]) == {PROMPT, ""}
+    assert 4 <= some[0].count("") <= 16
+    assert some[1] != pytest.approx(never[1], rel=1e-6)
+    # The noise is the same: what else a step draws does not depend on the share.
+    backbone.encode = lambda prompts, size: type(backbone).encode(backbone, [PROMPT] * len(prompts), size=size)
+    assert of_a_step(0.25)[1] == pytest.approx(never[1], rel=1e-6)
+
+
+def test_prompts_left_empty_are_the_same_again_and_are_not_probed(make_recipe: Any) -> None:
+    settings = {"pictures": {"prompt_dropout": 0.5}}
+    runs = [make_recipe(output=name, **copy.deepcopy(settings)) for name in ("a", "b")]
+    reports = [run_train_lora(recipe) for recipe in (*runs, make_recipe(output="c"))]
+    assert weights_of(runs[0]) == weights_of(runs[1])
+    # Measured on the prompts themselves, whatever was learned.
+    assert reports[0]["denoising"]["base"] == reports[2]["denoising"]["base"]
+    assert reports[0]["denoising"]["lora"] != reports[2]["denoising"]["lora"]
+
+
 def test_the_loss_of_a_picture_is_the_backbones_own(make_recipe: Any) -> None:
     recipe = make_recipe("sd2")
     backbone: Any = load_backbone(recipe.base, "cpu")
