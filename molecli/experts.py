@@ -120,6 +120,10 @@ class ExpertBank:
         B = torch.cat([(f.scaling * f.B.float()).to(device=device, dtype=dtype) for _, f in members], dim=1)
         return Stacked(A, B, self.owner(matrix).to(device))
 
+    def to(self, device: torch.device | str) -> ExpertBank:
+        """The same experts on `device` in float32, one transfer each: a GPU that others use makes every one wait."""
+        return ExpertBank([_moved(expert, device) for expert in self.experts])
+
     def permuted(self, order: Sequence[int]) -> ExpertBank:
         """The same experts in another order."""
         return ExpertBank([self.experts[i] for i in order])
@@ -129,3 +133,16 @@ class ExpertBank:
         experts = list(self.experts)
         experts[index] = replace(experts[index], name=name)
         return ExpertBank(experts)
+
+
+def _moved(expert: Expert, device: torch.device | str) -> Expert:
+    parts = [part for factor in expert.factors.values() for part in (factor.A, factor.B)]
+    if not parts:
+        return expert
+    flat = torch.cat([part.detach().float().flatten() for part in parts]).to(device)
+    moved = iter(flat.split([part.numel() for part in parts]))
+    factors = {
+        matrix: LowRank(next(moved).view_as(factor.A), next(moved).view_as(factor.B), factor.scaling)
+        for matrix, factor in expert.factors.items()
+    }
+    return replace(expert, factors=factors)

@@ -6,8 +6,6 @@ search is `engine.search`. Departs: every LoRA keeps its own scaling, where the 
 
 from __future__ import annotations
 
-import torch
-
 from molecli.compose import cat
 from molecli.compose.factorwise import added
 from molecli.compose.updates import Result, Updates
@@ -18,5 +16,5 @@ def merge(updates: Updates, config: MethodConfig) -> Result:
     """With weight w alone: w² ΔW by factors, w ΔW by updates."""
     if config.on == "updates":
         return cat.merge(updates, config)
-    weights = torch.tensor(updates.weights)
+    weights = updates.vector
     return *added(updates, weights, weights), 0.0

@@ -10,8 +10,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from molecli.compose import cat
 from molecli.compose.factorwise import added
 from molecli.compose.updates import Result, Updates
@@ -27,7 +25,7 @@ def merge(updates: Updates, config: MethodConfig) -> Result:
     """The updates' weights are the expression's already."""
     if config.on == "updates":
         return cat.merge(updates, config)
-    weights = torch.tensor(updates.weights)
+    weights = updates.vector
     return *added(updates, weights.abs(), weights), 0.0
 
 

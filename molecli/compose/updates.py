@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ class Updates:
     spectrum: Callable[[], Spectrum] = _baseless
 
     @property
+    def vector(self) -> Tensor:
+        """[N], the weights where the factors are."""
+        return _vector(self.weights, self.factors[0][0].device)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         return tuple(A.shape[0] for A, _ in self.factors)
 
@@ -53,7 +59,13 @@ class Updates:
 
     def scaled(self, updates: Tensor) -> Tensor:
         """`updates` [N, ...], each times its weight."""
-        return updates * updates.new_tensor(self.weights).view(-1, *(1,) * (updates.dim() - 1))
+        return updates * self.vector.to(updates).view(-1, *(1,) * (updates.dim() - 1))
+
+
+@lru_cache(maxsize=1)
+def _vector(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """One transfer for all matrices."""
+    return torch.tensor(weights, device=device)
 
 
 Merge = Callable[[Updates, MethodConfig], Result]

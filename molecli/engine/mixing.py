@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +134,13 @@ def _merged(
         raise UsageError("method.expression", f"it is what mode pem composes by, and the mode is {chosen.name}")
     device, base = next(model.parameters()).device, BaseWeights(model)
 
+    @cache
+    def there() -> ExpertBank:
+        """The experts beside the base: a search merges them again and again."""
+        return bank.to(device)
+
     def merge(weights: Sequence[float], kept: Sequence[int]) -> Merged:
-        return merge_experts(bank, chosen.load(), weights, config, base=base, kept=kept, device=device, told=told)
+        return merge_experts(there(), chosen.load(), weights, config, base=base, kept=kept, device=device, told=told)
 
     return MergedMixture(model, bank, sites, merge, own.tolist(), streams=streams)
 
