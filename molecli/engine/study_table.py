@@ -197,8 +197,8 @@ def _joined(runs: Sequence[Run]) -> Run:
     return Run(first.place, {**first.content, **merged, "results": results}, samples, first.methods)
 
 
-# Parts of results.json that have an entry for each task.
-_BY_TASK = ("n-shot", "versions", "n-samples", "configs", "higher_is_better", "metrics")
+# Parts of results.json that have an entry for each task, or for each metric that tasks have.
+_BY_TASK = ("n-shot", "versions", "n-samples", "configs", "higher_is_better", "metric_versions", "normalisers")
 
 
 def _compositions(looks: Sequence[Look]) -> str:

@@ -16,6 +16,7 @@ from molecli.engine.study import jobs_of, run_study
 from molecli.engine.study_jobs import Job
 from molecli.errors import RunError, UsageError
 from molecli.files.recipe import RECIPES, StudyRecipe, dump_recipe, load_recipe
+from molecli.suites.jsonl import JsonlSuite
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +281,15 @@ def test_every_metric_that_is_named_has_its_table(pair: Pair, tmp_path: Path, in
     assert f"| up rouge1 | {rouge.rows()['up']['linear']:.1f} | 1.0 |" in row
     assert f"| up | {f1.rows()['up']['linear']:.1f} | 2.0 |" in row
     assert f"| average of all | {both:.1f} | 3.0 |" in row
+
+
+def test_loras_on_tasks_of_different_metrics_are_one_column(
+    pair: Pair, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in instruction_induction, where some tasks are scored by f1."""
+    monkeypatch.setattr(JsonlSuite, "metrics", lambda self, task: ("f1",) if task == "down" else ("exact_match",))
+    report = run_study(recipe(pair, tmp_path, methods={"base": None, "linear": None}), at_once=1)
+    assert report.comparisons["all"].contests[0][0].metrics == {"up": "exact_match", "down": "f1"}
 
 
 def test_a_group_of_tasks_has_a_table_of_its_own(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
