@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,15 +51,54 @@ def page(studies: Sequence[Path], folder: Path) -> str:
         found = json.loads(path.read_text("utf-8"))
         plot = folder / f"{path.stem}.png"
         draw(found, plot)
-        body = path.with_suffix(".md").read_text("utf-8").replace("\n## ", "\n### ").removeprefix("# ")
-        title, _, rest = body.partition("\n")
         made = f"Base {found['base']}, on {found['device']}; {libraries(found)}."
-        parts.append(f"## {title}\n\n{made}\n\n![Averages of {title}]({plot.name})\n{rest}")
+        whole = os.path.relpath(path.with_suffix(".md"), folder)
+        title = found["title"] or path.stem
+        parts.append(f"## {title}\n\n{made} By task, with every margin: [{path.stem}.md]({whole}).\n")
+        parts.append(f"![Averages of {title}]({plot.name})\n")
         if path.with_suffix(".png").is_file():
             curve = folder / f"{path.stem}-curve.png"
             shutil.copy(path.with_suffix(".png"), curve)
             parts.append(f"![Averages by the number of LoRAs]({curve.name})\n")
+        parts += [table for number in found["comparisons"] for table in ranked(found, number)]
+        if found["tuned"]:
+            parts.append("Chosen on held-out examples: " + "; ".join(map(choice, found["tuned"])) + ".\n")
     return "\n".join(parts)
+
+
+def ranked(found: Mapping[str, Any], number: str) -> list[str]:
+    """Of every comparison a table of the methods from the best on, each with the winner's margin over it."""
+    tables = []
+    for one in found["comparisons"][number]["comparisons"]:
+        row = "average" if "average" in one["scores"] else next(iter(one["scores"]))
+        scores, verdict = one["scores"][row], one["verdicts"][row]
+        margins = {margin["second"]: margin for margin in verdict["margins"]}
+        names = sorted(scores, key=lambda name: -scores[name])
+        metric = " and ".join(sorted(set(one["metrics"].values())))
+        heads = [f"{metric}, {len(one['metrics'])} tasks", "average (%)", "runs", f"{verdict['winner']} is ahead by"]
+        about = [one.get("among", ""), "" if number == "all" else number.replace("-", " ")]
+        above = ", ".join(part for part in about if part)
+        lines = [f"{above}:\n"] * bool(above) + [f"| {' | '.join(heads)} |", "|---|---:|---:|---:|"]
+        for name in names:
+            margin = ahead(margins[name]) if name in margins else "–"
+            lines.append(f"| {name} | {scores[name]:.1f} | {one['methods'][name]['runs']} | {margin} |")
+        tables.append("\n".join(lines) + "\n")
+    return tables
+
+
+def ahead(margin: Mapping[str, Any]) -> str:
+    """`+3.1 [+1.2, +5.0] *`: the star where the interval excludes zero."""
+    if margin["low"] is None:
+        return f"{margin['difference']:+.1f}"
+    star = " *" * bool(margin["significant"])
+    return f"{margin['difference']:+.1f} [{margin['low']:+.1f}, {margin['high']:+.1f}]{star}"
+
+
+def choice(tuned: Mapping[str, Any]) -> str:
+    """What was chosen of how many, and for which method."""
+    values = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in tuned["settings"].items())
+    of = "" if tuned["number"] is None else f" ({tuned['number']} LoRAs)"
+    return f"{tuned['method']}{of} {values}"
 
 
 def libraries(found: Mapping[str, Any]) -> str:

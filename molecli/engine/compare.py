@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from molecli.engine.evaluate import OWN_LORA
 from molecli.engine.runs import (
     AGAIN,
     Key,
@@ -98,7 +99,10 @@ class Margin:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who wins a task, or on average; `tied` score exactly the same; one margin for each other method."""
+    """Who wins a task, or on average; `tied` score exactly the same; one margin for each other method.
+
+    Each task's own LoRA does not compete; it has a margin too.
+    """
 
     winner: str
     tied: tuple[str, ...]
@@ -181,7 +185,9 @@ def _verdict(
 ) -> Verdict:
     metric = contest.metrics[tasks[0] if row == AVERAGE else row]
     sign = 1 if metric_row(metric).direction == "higher" else -1
-    winner = max(scores, key=lambda method: sign * scores[method])
+    # Each task's own LoRA knows which task it is at: what a mixture is measured by, not one that could win.
+    contenders = [method for method in scores if method != OWN_LORA] or list(scores)
+    winner = max(contenders, key=lambda method: sign * scores[method])
 
     def margin(method: str) -> Margin:
         difference = scores[winner] - scores[method]
@@ -192,7 +198,8 @@ def _verdict(
         return Margin(method, difference, found.low, found.high, found.excludes_zero)
 
     margins = tuple(margin(method) for method in scores if method != winner)
-    return Verdict(winner, tuple(one.second for one in margins if abs(one.difference) < 1e-9), margins)
+    tied = tuple(one.second for one in margins if abs(one.difference) < 1e-9 and one.second in contenders)
+    return Verdict(winner, tied, margins)
 
 
 class CompareReport:
@@ -302,11 +309,13 @@ def _conclusion(contest: Contest, verdicts: Mapping[str, Verdict]) -> str:
     where = f"on average over {len(contest.scores)} tasks{_among(contest)}" if row == AVERAGE else f"on {row}"
     winners = " and ".join((verdict.winner, *verdict.tied))
     said = f"{contest.label or 'main metric'}: {winners} {'win alike' if verdict.tied else 'wins'} {where}"
-    others = [one for one in verdict.margins if one.second not in verdict.tied]
+    own = [one for one in verdict.margins if one.second == OWN_LORA]
+    others = [one for one in verdict.margins if one.second not in (*verdict.tied, OWN_LORA)]
     apart = [one.second for one in others if one.significant]
     close = [one.second for one in others if one.significant is False]
     parts = [f"told apart from {', '.join(apart)}"] if apart else []
     parts += [f"not told apart from {', '.join(close)}"] if close else []
+    parts += [f"less each task's own LoRA {str(one).rstrip(' *')}" for one in own]
     return f"{said}; {'; '.join(parts)}" if parts else said
 
 

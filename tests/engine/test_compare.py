@@ -90,6 +90,20 @@ def test_margins_are_paired_bootstrap_intervals_over_the_same_examples(run: str)
     assert found["significant"] is True
 
 
+def test_each_tasks_own_lora_is_what_the_others_are_measured_by(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", {"linear": method(0.4, 3), "own LoRA": method(0.95, 7), "gated": method(0.8, 5)})
+    report = run_compare([run], samples=200)
+    found = verdict(report)
+    assert found["winner"] == "gated"
+    (own,) = (m for m in found["margins"] if m["second"] == "own LoRA")
+    assert own["difference"] < 0
+    assert own["significant"] is True
+    line = report.lines()[-1]
+    assert "gated wins on average over 2 tasks; told apart from linear; less each task's own LoRA -" in line
+    alone = save(tmp_path / "alone", {"own LoRA": method(0.9, 7)})
+    assert verdict(run_compare([alone]))["winner"] == "own LoRA"
+
+
 def test_a_difference_that_may_be_chance_is_not_significant(tmp_path: Path) -> None:
     first, second = hits(0.5, 1), hits(0.5, 1)
     second[0] = not second[0]
