@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--until", type=float, help="seconds since the epoch by which the stage ends")
     options.add_argument("--loras", type=Path, default=Path("runs/loras"), help="`loras`: where they go")
     options.add_argument("--train", default="", help="`loras`: further flags of mole train-lora, in one text")
+    options.add_argument("--only", default="", help="`loras`: names, with commas between; all unless told")
     options.add_argument("--at-once", type=int, default=1, help="`loras`: trainings side by side")
     options.add_argument("--smoke", action="store_true", help="three tiny steps a stage")
     options.add_argument("--warm", action="store_true", help="`unet`: only fill the compiler's cache")
@@ -96,7 +97,8 @@ def loras(given: argparse.Namespace) -> int:
     from .loras import install_loras, judge_loras, run_loras
 
     if given.stage == "loras":
-        return run_loras(given.loras, tuple(shlex.split(given.train)), at_once=given.at_once)
+        only = frozenset(name for name in given.only.split(",") if name)
+        return run_loras(given.loras, tuple(shlex.split(given.train)), at_once=given.at_once, only=only)
     if given.stage == "install-loras":
         install_loras(given.loras)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +68,20 @@ class World:
         styled = torch.rand(batch, generator=generator, device=self.device) < flat
         return self.scene(generator, which, styled)
 
-    def scene(self, generator: torch.Generator, which: Tensor, styled: Tensor) -> Batch:
-        """Scenes with these objects [B, K] in these styles [B], each on a background drawn at random."""
-        kinds = len(self.objects.phrases)
-        background = torch.randint(kinds, (len(which),), generator=generator, device=self.device)
-        layout = scenes.arrange(generator, which)
+    def scene(
+        self,
+        generator: torch.Generator,
+        which: Tensor,
+        styled: Tensor,
+        *,
+        sizes: Mapping[int, tuple[float, float]] = scenes.SIZES,
+        background: Tensor | None = None,
+    ) -> Batch:
+        """Scenes with these objects [B, K] in these styles [B], each on its background [B], else on any."""
+        if background is None:
+            kinds = len(self.objects.phrases)
+            background = torch.randint(kinds, (len(which),), generator=generator, device=self.device)
+        layout = scenes.arrange(generator, which, sizes)
         rows = torch.where(which >= 0, which + styled.unsqueeze(1) * len(self.objects.words), -1)
         canvas = scenes.draw_backgrounds(generator, background, self.objects)
         layout = scenes.Layout(rows, layout.size, layout.angle, layout.centre)

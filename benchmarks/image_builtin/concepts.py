@@ -14,7 +14,10 @@ from .batches import Batch, World
 from .captions import caption
 
 PICTURES = 6  # a concept: half of them alone, half beside an object of the base, as photographs of a thing would be
-STYLED = 8  # the style
+# Where six pictures tell too little: a thing of many fine parts, or of the colour of a background, is shown larger and
+# on every background, alone and beside an object, and of the style every object of the base: it draws each differently.
+EVERYWHERE = frozenset({"teapot", "helicopter"})
+LARGE = {**scenes.SIZES, 1: (32.0, 52.0), 2: (28.0, 38.0)}
 ATTRIBUTION = """\
 # Where these pictures come from
 
@@ -33,29 +36,48 @@ def write_concepts(world: World, folder: Path) -> None:
     """Write `<concept>/N.png`, `<style>/N.png`, a prompts.json beside each set, and where the pictures come from."""
     objects = world.objects
     for row, concept in enumerate(objects.concepts):
-        generator = scenes.seeded(200 + row, world.device)
-        which = torch.full((PICTURES, 2), len(objects.base) + row, device=world.device)
-        which[: PICTURES // 2, 1] = -1
-        beside = torch.randperm(len(objects.base), generator=generator, device=world.device)[: PICTURES // 2]
-        for place, other in enumerate(beside.tolist()):  # first or second, in turn
-            which[PICTURES // 2 + place, place % 2] = other
-        batch = distinct(world, which, styled=False, seed=100 + row)
+        batch = everywhere(world, row) if concept in EVERYWHERE else distinct(world, row)
         write_set(batch, world, "", folder / concept)
     generator = scenes.seeded(99, world.device)
-    which = torch.randperm(len(objects.base), generator=generator, device=world.device)[:STYLED].unsqueeze(1)
-    batch = distinct(world, which, styled=True, seed=98)
+    which = torch.randperm(len(objects.base), generator=generator, device=world.device).unsqueeze(1)
+    batch = world.scene(scenes.seeded(98, world.device), which, _all(which, True), sizes=LARGE)
     write_set(batch, world, objects.style, folder / objects.style)
     (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION, "utf-8")
 
 
-def distinct(world: World, which: Tensor, *, styled: bool, seed: int) -> Batch:
-    """Scenes of these objects [n, k], no two of them on the same background."""
-    flags = torch.full((len(which),), styled, device=world.device)
+def distinct(world: World, row: int) -> Batch:
+    """Scenes of a concept, half of them with an object of the base, no two of them on the same background."""
+    which = _shown(world, row, PICTURES // 2, scenes.seeded(200 + row, world.device))
+    seed = 100 + row
     while True:
-        batch = world.scene(scenes.seeded(seed, world.device), which, flags)
+        batch = world.scene(scenes.seeded(seed, world.device), which, _all(which, False))
         if len(batch.background.unique()) == len(which):
             return batch
         seed += 1000
+
+
+def everywhere(world: World, row: int) -> Batch:
+    """Scenes of a concept on every background, once alone and once with an object of the base."""
+    generator, kinds = scenes.seeded(300 + row, world.device), len(world.objects.phrases)
+    which = _shown(world, row, kinds, generator)
+    order = torch.randperm(kinds, generator=generator, device=world.device)
+    background = torch.cat([torch.arange(kinds, device=world.device), order])
+    return world.scene(generator, which, _all(which, False), sizes=LARGE, background=background)
+
+
+def _shown(world: World, row: int, half: int, generator: torch.Generator) -> Tensor:
+    """[2 * half, 2]: the concept alone, then first or second, in turn, beside different objects of the base."""
+    objects = len(world.objects.base)
+    which = torch.full((2 * half, 2), objects + row, device=world.device)
+    which[:half, 1] = -1
+    beside = torch.randperm(objects, generator=generator, device=world.device)[:half]
+    for place, other in enumerate(beside.tolist()):
+        which[half + place, place % 2] = other
+    return which
+
+
+def _all(which: Tensor, styled: bool) -> Tensor:
+    return torch.full((len(which),), styled, device=which.device)
 
 
 def write_set(batch: Batch, world: World, style: str, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +41,12 @@ def choose(generator: torch.Generator, count: Tensor, slots: int, allowed: Tenso
     return torch.where(torch.arange(slots, device=picked.device) < count.unsqueeze(1), picked, -1)
 
 
-def arrange(generator: torch.Generator, which: Tensor) -> Layout:
+def arrange(generator: torch.Generator, which: Tensor, sizes: Mapping[int, tuple[float, float]] = SIZES) -> Layout:
     """A layout of these pictures [B, K]: sizes by how many there are, places where they cover little of each other."""
     device = generator.device
     batch, slots = which.shape
     count = (which >= 0).sum(1).clamp(1, 5)
-    bounds = torch.tensor([SIZES[number] for number in sorted(SIZES)], device=device)[count - 1]
+    bounds = torch.tensor([sizes[number] for number in sorted(sizes)], device=device)[count - 1]
     draw = torch.rand(batch, slots, generator=generator, device=device)
     size = bounds[:, :1] + draw * (bounds[:, 1:] - bounds[:, :1])
     angle = (torch.rand(batch, slots, generator=generator, device=device) * 2 - 1) * TILT

@@ -20,7 +20,7 @@ from benchmarks.image_builtin import scenes  # noqa: E402
 from benchmarks.image_builtin.augment import decoys  # noqa: E402
 from benchmarks.image_builtin.batches import Batch, World  # noqa: E402
 from benchmarks.image_builtin.captions import LENGTH, caption, caption_ids, vocabulary  # noqa: E402
-from benchmarks.image_builtin.concepts import write_concepts  # noqa: E402
+from benchmarks.image_builtin.concepts import EVERYWHERE, write_concepts  # noqa: E402
 from benchmarks.image_builtin.data import Sprites, load_objects  # noqa: E402
 from benchmarks.image_builtin.loop import Average, Clock, rate  # noqa: E402
 from benchmarks.image_builtin.tokenizer import build_tokenizer, merges_for, split  # noqa: E402
@@ -155,14 +155,22 @@ def test_decoys_are_pictures_of_nothing_whole(world: World) -> None:
 
 def test_concept_pictures_have_prompts_and_different_backgrounds(world: World, tmp_path: Path) -> None:
     write_concepts(world, tmp_path)
-    for name in (*OBJECTS.concepts, OBJECTS.style):
+    kinds = len(OBJECTS.phrases)
+    for name in OBJECTS.concepts:
         prompts = json.loads((tmp_path / name / "prompts.json").read_text("utf-8"))
         assert set(prompts) == {path.name for path in (tmp_path / name).glob("*.png")}
-        assert len(prompts) == (8 if name == OBJECTS.style else 6)
-        beside = [p for p in prompts.values() if " and " in p.split(" on ", 1)[0]]
-        assert len(beside) == (0 if name == OBJECTS.style else 3)
-        assert len({prompt.split(" on ", 1)[1] for prompt in prompts.values()}) == len(prompts)
         assert all(name in prompt.split() for prompt in prompts.values())
+        told = [prompt.split(" on ", 1) for prompt in prompts.values()]
+        alone = {place for things, place in told if " and " not in things}
+        beside = {place for things, place in told if " and " in things}
+        everywhere = name in EVERYWHERE
+        half = kinds if everywhere else 3
+        assert len(prompts) == 2 * half
+        assert len(alone) == len(beside) == half
+        assert alone == beside if everywhere else not alone & beside
+    styled = json.loads((tmp_path / OBJECTS.style / "prompts.json").read_text("utf-8"))
+    assert {prompt.split()[1] for prompt in styled.values()} == set(OBJECTS.base)
+    assert all("in flat style" in prompt for prompt in styled.values())
     assert "CC-BY 4.0" in (tmp_path / "ATTRIBUTION.md").read_text("utf-8")
 
 
