@@ -11,8 +11,6 @@ Every job is a recipe of its own in study-steps/, with its log, that anybody can
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from molecli.engine.results import RESULTS_FILE
+from molecli.engine.side_by_side import prepare, run_mole
 from molecli.engine.study_jobs import PHASES, STEPS, Job, text_jobs
 from molecli.engine.study_scenes import scene_jobs
 from molecli.engine.study_table import StudyReport, study_report
@@ -51,6 +50,7 @@ def run_study(
 
     A job that fails is told by `note`, and what needs it is left out. Raises: RunError where nothing was scored.
     """
+    prepare()
     folder, finished = Path(recipe.output) / STEPS, 0
     jobs, choices, done = jobs_of(recipe), list[Choice](), dict[str, list[str]]()
     for phase in PHASES:
@@ -104,11 +104,10 @@ def _called(job: Job, folder: Path, environment: dict[str, str]) -> str:
     """What went wrong, "" if nothing did; recipe, log and the mark of being done lie beside the job's folder."""
     record = folder / f"{job.name}.yaml"
     write_text(record, job.text)
-    command = [sys.executable, "-m", "molecli", job.command, str(record), *job.arguments, "--overwrite"]
-    with record.with_name(f"{record.stem}.log").open("w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    log = folder / f"{job.name}.log"
+    code = run_mole([job.command, str(record), *job.arguments, "--overwrite"], log, environment)
     if code:
-        lines = record.with_name(f"{record.stem}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         return f"exit {code}: {lines[-1] if lines else 'no message'}"
     write_text(_mark(folder, job), job.digest + "\n")
     return ""

@@ -41,4 +41,5 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return ""
 
     monkeypatch.setattr(study, "_called", called)
+    monkeypatch.setattr(study, "prepare", lambda: None)
     return made
