@@ -176,7 +176,7 @@ def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs
     parts = [([*base, *own, *runs], covered)] if own and covered == tasks else [([*base, *runs], tasks)]
     if own and covered and covered != tasks:
         parts.append(([*base, *own, *runs], covered))
-    named = [("", *part) for part in parts]
+    named = [("" if chosen == tasks else "tasks that have a LoRA", some, chosen) for some, chosen in parts]
     named += [(name, [*base, *runs], list(chosen)) for name, chosen in recipe.groups.items()]
     metrics = recipe.test.metrics
     contests = [
