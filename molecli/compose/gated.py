@@ -100,22 +100,14 @@ class InputGate(nn.Module):
 
     def forward(self, reading: Reading, keep: Tensor | None = None) -> Tensor:
         """[B, N] for pools over a sequence, [B, T, N] for `running` and `token`."""
-        if self._folds and self.observed is None and not torch.is_grad_enabled():
-            return gate_values(self._folded_logits(reading), top_k=self.top_k, keep=keep)
         features = self.features(reading)
         if self.observed is not None:
             self.observed.add(features.detach(), reading.valid if features.dim() == 3 else None)
+        if self._folds and not torch.is_grad_enabled():
+            weight, bias = self._folded()
+            return gate_values(F.linear(features, weight, bias), top_k=self.top_k, keep=keep)
         logits = self.head(self._normalized(features))
         return gate_values(logits, self.log_temperature, top_k=self.top_k, keep=keep)
-
-    def _folded_logits(self, reading: Reading) -> Tensor:
-        """The logits divided by the temperature, in as few operations as there can be."""
-        weight, bias = self._folded()
-        if self.pool == "mean" and reading.valid is None:
-            x = reading.x if self.reads == "x" else reading.u
-            # The mean's division is left to the product: by itself it costs a CPU more than the product does.
-            return torch.addmm(bias, x.sum(1, dtype=torch.float32), weight.t(), alpha=1 / x.shape[1])
-        return F.linear(self.features(reading), weight, bias)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """The head's weight and bias with moments and temperature in them, made anew when one of these changed.
