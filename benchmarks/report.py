@@ -74,8 +74,8 @@ def ranked(found: Mapping[str, Any], number: str) -> list[str]:
         scores, verdict = one["scores"][row], one["verdicts"][row]
         margins = {margin["second"]: margin for margin in verdict["margins"]}
         names = sorted(scores, key=lambda name: -scores[name])
-        metric = " and ".join(sorted(set(one["metrics"].values())))
-        heads = [f"{metric}, {len(one['metrics'])} tasks", "average (%)", "runs", f"{verdict['winner']} is ahead by"]
+        metric = ", ".join(sorted(set(one["metrics"].values())))
+        heads = [f"{metric}: {len(one['metrics'])} tasks", "average (%)", "runs", f"{verdict['winner']} is ahead by"]
         about = [one.get("among", ""), "" if number == "all" else number.replace("-", " ")]
         above = ", ".join(part for part in about if part)
         lines = [f"{above}:\n"] * bool(above) + [f"| {' | '.join(heads)} |", "|---|---:|---:|---:|"]

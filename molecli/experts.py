@@ -137,7 +137,7 @@ class ExpertBank:
 
 def _moved(expert: Expert, device: torch.device | str) -> Expert:
     parts = [part for factor in expert.factors.values() for part in (factor.A, factor.B)]
-    if not parts:
+    if all(part.dtype == torch.float32 and part.device == torch.device(device) for part in parts):
         return expert
     flat = torch.cat([part.detach().float().flatten() for part in parts]).to(device)
     moved = iter(flat.split([part.numel() for part in parts]))

@@ -54,7 +54,7 @@ def run_study(
     folder, finished = Path(recipe.output) / STEPS, 0
     jobs, choices, done = jobs_of(recipe), list[Choice](), dict[str, list[str]]()
     for phase in PHASES:
-        if done.get("trials"):
+        if phase == "compositions" and done["trials"]:
             choices = chosen(recipe, folder, done["trials"])
             jobs = jobs_of(recipe, choices)
         now = [job for job in jobs if job.phase == phase]
