@@ -11,6 +11,7 @@ Every job is a recipe of its own in study-steps/, with its log, that anybody can
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,8 @@ def run_study(
             choices = chosen(recipe, folder, done["trials"])
             jobs = jobs_of(recipe, choices)
         now = [job for job in jobs if job.phase == phase]
+        if phase == "compositions":
+            _reuse(folder, [job for job in jobs if job.phase == "candidates"], now)
         left = [job for job in now if not _done(folder, job)]
         finished += len(now) - len(left)
         for job, failure in _run(left, folder, at_once):
@@ -111,6 +114,17 @@ def _called(job: Job, folder: Path, environment: dict[str, str]) -> str:
         return f"exit {code}: {lines[-1] if lines else 'no message'}"
     write_text(_mark(folder, job), job.digest + "\n")
     return ""
+
+
+def _reuse(folder: Path, made: Sequence[Job], wanted: Sequence[Job]) -> None:
+    """A composition that was already made to be tried, with the same settings and seed, is taken from there."""
+    alike = {job.digest: job for job in made if _done(folder, job)}
+    for job in wanted:
+        if job.digest in alike and not _done(folder, job):
+            source = alike[job.digest]
+            shutil.copytree(folder / source.name, folder / job.name, dirs_exist_ok=True)
+            write_text(folder / f"{job.name}.yaml", job.text)
+            write_text(_mark(folder, job), job.digest + "\n")
 
 
 def _done(folder: Path, job: Job) -> bool:
