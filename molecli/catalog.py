@@ -13,6 +13,9 @@ from molecli.errors import UsageError
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_BASE = "builtin:tiny-t5"
 BUILTIN_IMAGE_BASE = "builtin:tiny-sd"
+# Classifier-free guidance scale unless told otherwise: of any diffusion base, and what the embedded one draws best at.
+DEFAULT_GUIDANCE = 7.5
+BUILTIN_IMAGE_GUIDANCE = 2.5
 PIPELINE_FILE = "model_index.json"
 IMAGE_LORA_FILE = "pytorch_lora_weights.safetensors"
 # a, b, c, ...: the first two make a joint task. Others that ship follow in alphabetical order.

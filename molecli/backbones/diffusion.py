@@ -21,6 +21,7 @@ from molecli.backbones.pipeline import PipelineModules, pipeline_matrices
 from molecli.backbones.prompts import warn_of_cuts
 from molecli.backbones.schedulers import make_scheduler, noise_schedule
 from molecli.backbones.text import freeze, summed
+from molecli.catalog import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE, DEFAULT_GUIDANCE
 from molecli.errors import UsageError
 from molecli.files.pictures import read_picture
 from molecli.functional import fingerprint
@@ -62,6 +63,11 @@ class Diffusion:
         """Side in pixels of the pictures that the pipeline draws unless told otherwise."""
         size = self.pipe.unet.config.sample_size
         return int((size if isinstance(size, int) else size[0]) * self.pipe.vae_scale_factor)
+
+    @property
+    def guidance(self) -> float:
+        """Classifier-free guidance scale of the pictures that the base draws unless told otherwise."""
+        return BUILTIN_IMAGE_GUIDANCE if self.name == BUILTIN_IMAGE_BASE else DEFAULT_GUIDANCE
 
     def matrices(self) -> dict[str, Shape]:
         """Adaptable matrices: name -> shape; see `pipeline.pipeline_matrices`."""
@@ -177,7 +183,7 @@ class Diffusion:
         *,
         seeds: Sequence[int],
         steps: int,
-        guidance: float = 7.5,
+        guidance: float | None = None,
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
@@ -208,7 +214,7 @@ class Diffusion:
                 prompt=list(prompts),
                 negative_prompt=negatives,
                 num_inference_steps=steps,
-                guidance_scale=guidance,
+                guidance_scale=self.guidance if guidance is None else guidance,
                 eta=eta,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 callback_on_step_end=_telling(on_step) if on_step else None,

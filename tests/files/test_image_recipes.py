@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from molecli.catalog import BUILTIN_IMAGE_BASE
 from molecli.errors import UsageError
 from molecli.files.concepts import trigger_of
-from molecli.files.recipe import ComposeRecipe, EvaluateRecipe, TrainLoraRecipe, load_recipe
+from molecli.files.recipe import ComposeRecipe, EvaluateRecipe, TrainLoraRecipe, dump_recipe, load_recipe
 
 
 def test_the_paper_s_image_setting() -> None:
@@ -45,6 +48,26 @@ def test_pictures_without_a_base_are_for_the_embedded_pipeline() -> None:
     assert (recipe.base.id, recipe.adapter.targets) == (BUILTIN_IMAGE_BASE, "all-linear")
     elsewhere = load_recipe(None, "train-lora", {"base.id": "a/b", "pictures.instance_dir": "dog"})
     assert elsewhere.adapter.targets == "attention"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("base", [BUILTIN_IMAGE_BASE, "a/b"])
+@pytest.mark.parametrize("command", ["sample", "compose", "evaluate", "export"])
+def test_guidance_is_left_to_the_base_and_kept_where_a_file_says_it(command: str, base: str, tmp_path: Path) -> None:
+    flags = {"composition": "x"} if command == "export" else {"loras": ["a=x", "b=x"]}
+    recipe: Any = load_recipe(None, command, {"base.id": base, "image.steps": 9, **flags})
+    assert recipe.image.guidance is None
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert load_recipe(file) == recipe
+    assert "guidance: null" in file.read_text()
+    file.write_text(file.read_text().replace("guidance: null", "guidance: 4.0"))
+    assert load_recipe(file).image.guidance == 4.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("said", "what"), [("-1", "at least 0"), ("inf", "finite")])
+def test_a_guidance_scale_that_means_nothing_is_refused(said: str, what: str) -> None:
+    with pytest.raises(UsageError, match=f"image.guidance is '{said}'.*{what}"):
+        load_recipe(None, "sample", {"base.id": BUILTIN_IMAGE_BASE, "image.guidance": said})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from molecli.engine.images.drawing import Job, check_drawn, draw
+from molecli.engine.images.drawing import Job, check_drawn, draw, guidance_of
 from molecli.engine.images.pictures import CLASS_TASK
 from molecli.engine.images.png import PictureFacts, write_png
 from molecli.errors import UsageError
@@ -70,8 +70,8 @@ def draw_missing(
 
     def keep(job: Job, picture: Image.Image) -> None:
         nonlocal done
-        scheduler = type(backbone.pipe.scheduler).__name__
-        facts = PictureFacts(job.prompt, job.seed, "base", image.steps, image.guidance, scheduler, recipe.base.id)
+        scheduler, scale = type(backbone.pipe.scheduler).__name__, guidance_of(image, backbone)
+        facts = PictureFacts(job.prompt, job.seed, "base", image.steps, scale, scheduler, recipe.base.id)
         write_png(folder / job.name, picture, facts)
         done += 1
         if progress is not None:

@@ -3,7 +3,7 @@
 A picture follows from its prompt, its seed and the method alone: neither the batch it was drawn in nor what was drawn
 before it changes it. So a batch that fails is drawn again in smaller pieces, and what fails alone is reported.
 
-Contents: Job, Failure, draw, check_drawn, warnings_as_notes.
+Contents: Job, Failure, draw, check_drawn, warnings_as_notes, out_of_memory, options, guidance_of.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from molecli.backbones.diffusion import Diffusion
 from molecli.catalog import package_folder
 from molecli.errors import RunError, UserError
 from molecli.files.recipe import ImageConfig
@@ -128,6 +129,11 @@ def out_of_memory(error: Exception) -> bool:
 def options(image: ImageConfig) -> dict[str, Any]:
     """How pictures are denoised, as `Diffusion.generate` takes it."""
     return image.model_dump(exclude={"branches_at_once"})
+
+
+def guidance_of(image: ImageConfig, backbone: Diffusion) -> float:
+    """The classifier-free guidance scale that pictures are drawn at: what `image` says, else the base's own."""
+    return backbone.guidance if image.guidance is None else image.guidance
 
 
 def _attempt(

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from molecli.backbones.diffusion import Conditioning, Diffusion
 from molecli.engine.images.denoising import Prompts
+from molecli.engine.images.drawing import guidance_of
 from molecli.engine.images.joint import composition, worded
 from molecli.files.concepts import Concept
 from molecli.files.recipe import ImageConfig
@@ -76,7 +77,7 @@ class ClipGuide:
         local: bool,
     ) -> None:
         self.backbone, self.clip, self.told, self.image = backbone, clip, told, image
-        self.steps, self.local = steps, local
+        self.steps, self.local, self.scale = steps, local, guidance_of(image, backbone)
         self.themes = list(chosen)
         texts = list(dict.fromkeys(text for theme in chosen for text in (theme.prompt, *theme.parts)))
         self.texts = dict(zip(texts, clip.texts(texts), strict=True))
@@ -89,7 +90,7 @@ class ClipGuide:
 
     def pictures(self, prompts: Sequence[str]) -> Tensor:
         """[B, 3, H, W] in [0, 1]: what one of the steps predicts, with gradient."""
-        guided = self.image.guidance > 1
+        guided = self.scale > 1
         negatives = [self.image.negative_prompt] * len(prompts) if guided else []
         told = self.told([*negatives, *prompts])
         config = self.backbone.pipe.unet.config
@@ -122,7 +123,7 @@ class ClipGuide:
         output = self.backbone.predict(latents.repeat(rows, 1, 1, 1), times, told).float()
         if rows == 2:
             free, conditional = output.chunk(2)
-            output = free + self.image.guidance * (conditional - free)
+            output = free + self.scale * (conditional - free)
         return predicted_clean(self.backbone.noising, latents, output, timestep)
 
 

@@ -21,7 +21,7 @@ from molecli.backbones.loading import load_backbone
 from molecli.catalog import BUILTIN_IMAGE_BASE, builtin_loras
 from molecli.engine.attach import read_experts
 from molecli.engine.images.columns import BASE, Column, Studio, masked, read_concepts
-from molecli.engine.images.drawing import Failure, Job, check_drawn, draw, warnings_as_notes
+from molecli.engine.images.drawing import Failure, Job, check_drawn, draw, guidance_of, warnings_as_notes
 from molecli.engine.images.png import PictureFacts, write_png
 from molecli.engine.images.sheet import SheetRow, write_sheets
 from molecli.engine.names import numbered, slugs
@@ -176,7 +176,7 @@ def facts_of(prompt: str, seed: int, column: Column, image: ImageConfig, backbon
         method=column.name,
         loras=column.loras,
         steps=image.steps,
-        guidance=image.guidance,
+        guidance=guidance_of(image, backbone),
         scheduler=image.scheduler or type(backbone.pipe.scheduler).__name__,
         base=backbone.name,
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from molecli.engine.images.drawing import Failure, Job, draw
+from molecli.engine.images.drawing import Failure, Job, draw, guidance_of
 from molecli.engine.images.lineup import Entrant
 from molecli.engine.images.png import PictureFacts, write_png
 from molecli.engine.images.sample import facts_of
@@ -59,6 +59,7 @@ class Set:
     def _settings(self) -> list[Any]:
         # How many branches share a UNet call changes the memory and not the picture.
         settings = self.image.model_dump(mode="json", exclude={"branches_at_once"})
+        settings["guidance"] = guidance_of(self.image, self.backbone)
         return [settings, self.backbone.fingerprint(), str(self.backbone.pipe.unet.dtype)]
 
     @cached_property

@@ -24,19 +24,15 @@ IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     # Each position and each word of the prompt its own LoRAs: docs/images.md has the measurement.
     "compose": {"gate": {"pool": "token"}, "train": {"batch_size": 8}, "evaluate": None},
 }
-# What the embedded base was made and judged with.
-_DRAWN = {"guidance": 4.0}
 _BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
     # Of so few pixels a new thing takes more than attention: with the feed-forward layers it is itself beside others.
     "train-lora": {
         "adapter": {"alpha": 16, "targets": "all-linear"},
         "train": {"batch_size": 8, "lr": 1e-3, "steps": 400},
     },
-    "sample": {"image": _DRAWN},
     # Meant to fit two minutes on two cores with the preview: about half a CPU second a step.
-    "compose": {"train": {"steps": 150}, "image": _DRAWN},
-    "evaluate": {"eval": {"data": {"suite": "emoji"}}, "image": _DRAWN},
-    "export": {"image": _DRAWN},
+    "compose": {"train": {"steps": 150}},
+    "evaluate": {"eval": {"data": {"suite": "emoji"}}},
 }
 # Source: Han et al., SVDiff, arXiv 2303.11305: the rate, and that every weight of the UNet moves.
 _SHIFT_RATE = 1e-3

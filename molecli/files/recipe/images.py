@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+from molecli.catalog import BUILTIN_IMAGE_GUIDANCE, DEFAULT_GUIDANCE
 from molecli.files.near import suggestion
 from molecli.files.recipe.parts import ClipConfig, Section
 
@@ -53,7 +54,13 @@ class ImageConfig(Section):
     """How pictures are denoised."""
 
     steps: int = Field(default=25, ge=1, description="denoising steps")
-    guidance: float = Field(default=7.5, ge=0.0, allow_inf_nan=False, description="classifier-free guidance scale")
+    guidance: float | None = Field(
+        default=None,
+        ge=0.0,
+        allow_inf_nan=False,
+        description=f"classifier-free guidance scale; by default {DEFAULT_GUIDANCE:g}, of the embedded base "
+        f"{BUILTIN_IMAGE_GUIDANCE:g}",
+    )
     scheduler: Scheduler | None = Field(
         default=None, description="ddim, dpmsolver++, euler, ...; the base's own when not given"
     )

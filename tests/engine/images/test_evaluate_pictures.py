@@ -169,6 +169,8 @@ def test_going_on_draws_nothing_twice(make: Callable[..., EvaluateRecipe], monke
     second = run_evaluate(make())
     assert drawn == []
     assert dict(second) == dict(first)
+    run_evaluate(make(image__guidance=7.5))
+    assert drawn == [], "the base's own scale is the same whether it is said or not"
     run_evaluate(make(eval__images=3, modes=["base", "linear", "nla"]))
     assert len(drawn) == 3 + 3 + 9
     drawn.clear()

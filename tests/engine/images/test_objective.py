@@ -58,7 +58,9 @@ def concepts(tmp_path: Path) -> dict[str, Concept]:
 def build(make_pipeline: Callable[..., Any], concepts: dict[str, Concept], clip: Any) -> Callable[..., Any]:
     """`build(kind="sd", text=True, **objective)` -> (objective, its mixture, the rows), the mixture not attached."""
 
-    def make(kind: str = "sd", *, text: bool = True, guidance: float = 2.0, **settings: Any) -> tuple[Any, Any, Any]:
+    def make(
+        kind: str = "sd", *, text: bool = True, guidance: float | None = 2.0, **settings: Any
+    ) -> tuple[Any, Any, Any]:
         backbone = Diffusion(make_pipeline(kind), kind)
         names = {n: s for n, s in backbone.matrices().items() if attention_only(n) and (text or n.startswith("unet."))}
         experts = [make_expert(name, names, seed=i) for i, name in enumerate(NAMES)]
@@ -190,6 +192,16 @@ def test_the_right_output_predicts_the_clean_latents(make_pipeline: Any, kind: s
     noisy = backbone.noising.add_noise(clean, noise, times)
     output = backbone.target(clean, noise, times)
     torch.testing.assert_close(predicted_clean(backbone.noising, noisy, output, 600), clean, rtol=1e-3, atol=1e-4)
+
+
+def test_pictures_that_guide_are_drawn_at_the_bases_scale_unless_told(build: Any) -> None:
+    def loss(guidance: float | None) -> float:
+        objective, mixture, rows = build(guidance=guidance, clip=1.0, denoise=0.0)
+        with mixture, torch.no_grad():
+            torch.manual_seed(0)
+            return float(objective(rows[:2]).sum)
+
+    assert loss(None) == loss(7.5) != loss(2.5)
 
 
 def unit(*rows: tuple[float, ...]) -> Tensor:
