@@ -95,7 +95,8 @@ def draw(given: argparse.Namespace) -> int:
     """Draw the test scenes by every method, or with --split train the training scenes by the variants."""
     flags = ["--base", BASE, "--suite", "emoji", "--tasks", ",".join(given.sizes), "--split", given.split]
     flags += ["--images", str(given.images), "--batch-size", str(given.batch_size), "--bootstrap", "0"]
-    flags += ["--guidance", str(given.guidance), "--denoise-steps", str(given.denoise_steps), "--dtype", given.dtype]
+    flags += ["--denoise-steps", str(given.denoise_steps), "--dtype", given.dtype]
+    flags += ["--guidance", str(given.guidance)] if given.guidance is not None else []
     flags += ["--resume" if given.resume else "--overwrite"]
     folder = given.work / given.split
     if given.split == "train":
@@ -231,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--split", choices=["test", "train"], default="test")
     options.add_argument("--images", type=int, default=20, help="pictures a scene; there are ten scenes a size")
     options.add_argument("--batch-size", type=int, default=40)
-    options.add_argument("--guidance", type=float, default=4.0)
+    options.add_argument("--guidance", type=float, help="`draw`: the base's own unless told")
     options.add_argument("--denoise-steps", type=int, default=25)
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options.add_argument("--resume", action="store_true", help="`draw`: only pictures that are not there yet")
