@@ -2,8 +2,8 @@
 
     python benchmarks/report.py RUN... --results benchmarks/results --page docs/results.md
 
-Takes study.json, study.md and study.png of every RUN (a folder that `mole study` wrote) into --results as
-study-<name>.*, and writes the page of all that lie there. Without a RUN it only writes the page anew.
+Takes study.json and study.md of every RUN (a folder that `mole study` wrote) into --results as study-<name>.*, and
+writes the page of all that lie there. Without a RUN it only writes the page anew.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from molecli.engine.study_table import draw_curve
+from molecli.engine.tables import Row, ScoreTable
 
 HEAD = """# Results
 
@@ -40,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def take(run: Path, results: Path) -> None:
     """Copy what a study found, under the name of its folder."""
     results.mkdir(parents=True, exist_ok=True)
-    for file in sorted(run.glob("study.*")):
-        shutil.copy(file, results / f"study-{run.resolve().name}{file.suffix}")
+    for suffix in (".json", ".md"):
+        shutil.copy(run / f"study{suffix}", results / f"study-{run.resolve().name}{suffix}")
 
 
 def page(studies: Sequence[Path], folder: Path) -> str:
@@ -56,9 +59,9 @@ def page(studies: Sequence[Path], folder: Path) -> str:
         title = found["title"] or path.stem
         parts.append(f"## {title}\n\n{made} By task, with every margin: [{path.stem}.md]({whole}).\n")
         parts.append(f"![Averages of {title}]({plot.name})\n")
-        if path.with_suffix(".png").is_file():
+        if len(found["comparisons"]) > 1:
             curve = folder / f"{path.stem}-curve.png"
-            shutil.copy(path.with_suffix(".png"), curve)
+            draw_curve(by_number(found), curve)
             parts.append(f"![Averages by the number of LoRAs]({curve.name})\n")
         parts += [table for number in found["comparisons"] for table in ranked(found, number)]
         if found["tuned"]:
@@ -106,19 +109,33 @@ def libraries(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "peft"))
 
 
+def by_number(found: Mapping[str, Any]) -> ScoreTable:
+    """The averages of every method, a row for each number of LoRAs."""
+    averages = {number: average(report["comparisons"][0]) for number, report in found["comparisons"].items()}
+    names = list(dict.fromkeys(name for scores in averages.values() for name in scores))
+    rows = [Row(n.removesuffix("-loras"), tuple(scores.get(m) for m in names)) for n, scores in averages.items()]
+    return ScoreTable("LoRAs", tuple(names), tuple(rows))
+
+
+def average(comparison: Mapping[str, Any]) -> dict[str, float]:
+    """method -> its average over the tasks, or its score on the only one."""
+    scores: dict[str, dict[str, float]] = comparison["scores"]
+    return scores.get("average") or next(iter(scores.values()))
+
+
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Bars of every method's average, with the spread of its repetitions, for the last number of LoRAs."""
     from matplotlib.figure import Figure
 
     number, report = list(found["comparisons"].items())[-1]
-    scores = report["comparisons"][0]["scores"]
-    average = scores.get("average") or next(iter(scores.values()))
-    names = sorted(average, key=lambda name: average[name])
+    scores = average(report["comparisons"][0])
+    names = sorted(scores, key=lambda name: scores[name])
     runs = report["comparisons"][0]["by_run"]
-    spread = [[abs(average[n] - f(runs.get(n, {"": average[n]}).values())) for n in names] for f in (min, max)]
+    spread = [[abs(scores[n] - f(runs.get(n, {"": scores[n]}).values())) for n in names] for f in (min, max)]
     figure = Figure(figsize=(7, 0.8 + 0.28 * len(names)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(names, [average[name] for name in names], xerr=spread, capsize=2)
+    axes.barh(names, [scores[name] for name in names], xerr=spread, capsize=2)
+    axes.margins(y=0.02)
     axes.set_xlabel("average (%)" + ("" if number == "all" else f", {number.replace('-', ' ')}"))
     figure.savefig(path, dpi=120)
 

@@ -104,7 +104,7 @@ class StudyReport:
         text = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False)
         write_text(folder / "study.json", text + "\n")
         if len(self.comparisons) > 1:
-            write_with(folder / "study.png", lambda part: _draw_curve(self.curve(), part))
+            write_with(folder / "study.png", lambda part: draw_curve(self.curve(), part))
         if self.looks:
             entropy_course_png(self.looks, folder / "entropy.png")
 
@@ -213,18 +213,20 @@ def _averages(report: CompareReport) -> dict[str, float]:
     return dict(rows.get(AVERAGE) or next(iter(rows.values())))
 
 
-def _draw_curve(curve: ScoreTable, path: Path) -> None:
+def draw_curve(curve: ScoreTable, path: Path) -> None:
+    """A line for each method over the numbers of LoRAs, as PNG; the legend has them from the best at the last on."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     places = range(len(curve.rows))
-    for i, name in enumerate(curve.columns):
-        values = [value for row in curve.rows if (value := row.scores[i]) is not None]
-        if len(values) == len(curve.rows):
-            axes.plot(places, values, marker="o", label=name)
+    columns = enumerate(curve.columns)
+    lines = {name: [value for row in curve.rows if (value := row.scores[i]) is not None] for i, name in columns}
+    whole = {name: values for name, values in lines.items() if len(values) == len(curve.rows)}
+    for i, name in enumerate(sorted(whole, key=lambda name: whole[name][-1], reverse=True)):
+        axes.plot(places, whole[name], marker="osD"[i // 10 % 3], label=name)  # colours come again after ten
     axes.set_xticks(list(places), [row.label for row in curve.rows])
     axes.set_xlabel("LoRAs composed")
     axes.set_ylabel("average (%)")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, format="png", dpi=150)
