@@ -1,7 +1,8 @@
 """W-Composite: Composite weighted by how much the prompt is about each LoRA. Source: arXiv 2606.03792 and its code.
 
 w_i = cos(ē(trigger_i), ē(P)), normalised; Σ w_i [u_i + g(c_i − u_i)] / Σ w_i: the weighted mean of both halves, which
-the pipeline then guides by g. N passes. Departs: ē is the base's own, where the code encodes with the loaded LoRAs.
+the pipeline then guides by g. N passes. Departs: ē is the base's own, where the code encodes with the loaded LoRAs; a
+negative cosine counts as 0, and where none is above 0, which leaves the formula without weights, they are equal.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from molecli.compose.branches import kept, mean_weights, one_each
 from molecli.compose.triggers import likeness, prepared
-from molecli.errors import RunError
 from molecli.protocols import Moment
 
 
@@ -44,8 +44,7 @@ class WComposite:
         if not experts:
             return outputs[0]
         shares = prepared(self.shares, "w_composite")[experts]
+        shares = shares.clamp_min(0.0)
         total = float(shares.sum())
-        if total < 1e-6:
-            what = "no trigger has any likeness to the prompt, so that the outputs have no weights"
-            raise RunError("mode w_composite", what, "Name other triggers, or use --mode composite.")
-        return torch.tensordot((shares / total).to(outputs), outputs, dims=1)
+        shares = shares / total if total > 1e-6 else torch.full_like(shares, 1 / len(experts))
+        return torch.tensordot(shares.to(outputs), outputs, dims=1)

@@ -124,11 +124,18 @@ def test_w_composite_with_equal_triggers_is_composite() -> None:
     assert torch.allclose(method.combine(outputs, moment(0), None), outputs.mean(0), atol=1e-6)
 
 
-def test_w_composite_says_when_no_trigger_is_like_the_prompt() -> None:
+def test_w_composite_without_any_likeness_is_composite() -> None:
     method = WComposite(torch.ones(2), ("cat", "hat"))
     method.prepare("sea", encode)
-    with pytest.raises(RunError, match="no trigger has any likeness"):
-        method.combine(torch.randn(2, 1, 4, 4, 4), moment(0), None)
+    outputs = torch.randn(2, 1, 4, 4, 4)
+    assert torch.allclose(method.combine(outputs, moment(0), None), outputs.mean(0), atol=1e-6)
+
+
+def test_w_composite_leaves_out_a_trigger_that_is_unlike_the_prompt() -> None:
+    method = WComposite(torch.ones(2), ("cat", "hat"))
+    method.prepare("cat", lambda texts: torch.stack([torch.tensor([[-1.0 if t == "hat" else 1.0]]) for t in texts]))
+    outputs = torch.randn(2, 1, 4, 4, 4)
+    assert torch.equal(method.combine(outputs, moment(0), None), outputs[0])
 
 
 def test_w_switch_gives_steps_by_what_the_prompt_loses() -> None:
