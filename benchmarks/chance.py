@@ -1,0 +1,57 @@
+"""What blind answers score on the test rows of a suite's tasks, beside a study of them.
+
+    python benchmarks/chance.py --suite bbh --data-dir DATA/bbh --study benchmarks/results/study-unseen.json
+
+`most frequent`: the test set's most frequent answer every time, the best that a constant can do; `of the five`: the
+answer most frequent in the training rows, the first of them where several are. A method above the first has learned
+more than a task's answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from molecli.suites import load_suite, select_tasks
+
+
+def blind(train: Sequence[str], test: Sequence[str]) -> tuple[float, float]:
+    """(most frequent of the test set, most frequent of the training rows), in percent of the test rows."""
+    best = Counter(test).most_common(1)[0][1]
+    learned = test.count(Counter(train).most_common(1)[0][0])
+    return 100 * best / len(test), 100 * learned / len(test)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="bbh")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--study", type=Path, required=True)
+    parser.add_argument("--methods", default="base,nla,lorahub,soup,gated")
+    given = parser.parse_args(argv)
+    suite, methods = load_suite(given.suite), given.methods.split(",")
+    first = next(iter(json.loads(given.study.read_text("utf-8"))["comparisons"].values()))["comparisons"][0]
+    rows: dict[str, list[float]] = {}
+    for task in select_tasks(suite, None, given.data_dir):
+        train, test = ([row.target for row in suite.load(task, part, given.data_dir)] for part in ("train", "test"))
+        scores = first["scores"].get(task, {})
+        rows[task] = [*blind(train, test), *(scores[method] for method in methods)]
+    heads = ["task (%)", "most frequent", "of the five", *methods]
+    print(f"| {' | '.join(heads)} |\n|---|" + "---:|" * (len(heads) - 1))
+    for task, values in rows.items():
+        print(f"| {task} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+    print("| average | " + " | ".join(f"{fmean(column):.1f}" for column in zip(*rows.values(), strict=True)) + " |")
+    for name, place in (("most frequent", 0), ("of the five", 1)):
+        counts = ", ".join(
+            f"{method} {sum(values[2 + i] > values[place] for values in rows.values())}"
+            for i, method in enumerate(methods)
+        )
+        print(f"\ntasks above {name}, of {len(rows)}: {counts}")
+
+
+if __name__ == "__main__":
+    main()
