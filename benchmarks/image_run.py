@@ -108,7 +108,8 @@ def draw(given: argparse.Namespace) -> int:
             Job(modes[0], ["evaluate", "--modes", ",".join(modes), *flags, "--output", str(folder / modes[0])])
             for modes in wanted
         ]
-        jobs.insert(0, Job(OURS, _learned(given, OURS, flags, folder)))
+        if not given.modes or OURS in given.modes:
+            jobs.insert(0, Job(OURS, _learned(given, OURS, flags, folder)))
     return run(jobs, given.work / "logs" / given.split, at_once=given.jobs)
 
 
@@ -228,7 +229,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--work", type=Path, default=Path("runs/image"), help="where stages leave what they make")
     options.add_argument("--jobs", type=int, default=1, help="commands side by side")
     options.add_argument("--variants", type=lambda text: text.split(","), help="of the gates; all unless told")
-    options.add_argument("--modes", type=lambda text: text.split(","), help="`draw`: some of the fixed methods")
+    options.add_argument(
+        "--modes", type=lambda text: text.split(","), help="`draw`: some of the methods, `gated` among them"
+    )
     options.add_argument("--split", choices=["test", "train"], default="test")
     options.add_argument("--images", type=int, default=20, help="pictures a scene; there are ten scenes a size")
     options.add_argument("--batch-size", type=int, default=40)
