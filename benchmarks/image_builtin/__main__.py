@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from molecli.catalog import BUILTIN_IMAGE_GUIDANCE
+
 from .data import BUILTIN, pack
 from .driver import Driver, run_all
 from .export import install
@@ -40,8 +42,22 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--until", type=float, help="seconds since the epoch by which the stage ends")
     options.add_argument("--loras", type=Path, default=Path("runs/loras"), help="`loras`: where they go")
     options.add_argument("--train", default="", help="`loras`: further flags of mole train-lora, in one text")
-    options.add_argument("--only", default="", help="`loras`: names, with commas between; all unless told")
+    options.add_argument(
+        "--only", default="", help="`loras`, `judge-loras`: names, with commas between; all unless told"
+    )
     options.add_argument("--at-once", type=int, default=1, help="`loras`: trainings side by side")
+    options.add_argument(
+        "--guidance",
+        type=float,
+        default=BUILTIN_IMAGE_GUIDANCE,
+        help="`judge` and `judge-loras`: the base's unless told",
+    )
+    options.add_argument(
+        "--first-seed", type=int, default=0, help="`judge` and `judge-loras`: other pictures, of other prompts"
+    )
+    options.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="`judge-loras`: the base's weights"
+    )
     options.add_argument("--smoke", action="store_true", help="three tiny steps a stage")
     options.add_argument("--warm", action="store_true", help="`unet`: only fill the compiler's cache")
     return options
@@ -86,6 +102,8 @@ def main() -> int:
         initial=given.initial,
         spent=given.spent,
         until=given.until,
+        guidance=given.guidance,
+        first_seed=given.first_seed,
     )
     STAGES[given.stage](options)
     leave()
@@ -96,14 +114,22 @@ def loras(given: argparse.Namespace) -> int:
     """The stages of the LoRAs, which need the installed base."""
     from .loras import install_loras, judge_loras, run_loras
 
+    only = frozenset(name for name in given.only.split(",") if name)
     if given.stage == "loras":
-        only = frozenset(name for name in given.only.split(",") if name)
         return run_loras(given.loras, tuple(shlex.split(given.train)), at_once=given.at_once, only=only)
     if given.stage == "install-loras":
         install_loras(given.loras)
     else:
         given.export.mkdir(parents=True, exist_ok=True)
-        judge_loras(given.loras, given.export / "judge-loras.png", torch.device(given.device))
+        judge_loras(
+            given.loras,
+            given.export / "judge-loras.png",
+            torch.device(given.device),
+            guidance=given.guidance,
+            first_seed=given.first_seed,
+            only=only,
+            dtype=given.dtype,
+        )
     return 0
 
 

@@ -17,7 +17,7 @@ from molecli.metrics.recogniser import Recogniser, load_recogniser
 from .captions import caption
 from .data import SIZE, Objects
 
-STEPS, GUIDANCE = 25, 4.0
+STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,23 @@ class Request:
     seed: int
 
 
-def requests(objects: Objects, seeds: int, mixed: int) -> list[Request]:
-    """Every base object alone `seeds` times, then `mixed` scenes each of two and of three objects."""
-    draw = random.Random(5)
+def requests(objects: Objects, seeds: int, mixed: int, first_seed: int = 0) -> list[Request]:
+    """Every base object alone `seeds` times, then `mixed` scenes each of two and of three objects.
+
+    Seeds are counted up from the first, which other backgrounds and scenes follow from too.
+    """
+    draw = random.Random(5 + first_seed)
     words = list(objects.base)
     single = [(word,) for _ in range(seeds) for word in words]
     several = [tuple(draw.sample(words, number)) for number in (2, 3) for _ in range(mixed)]
     chosen = [*single, *several]
-    return [Request(some, caption(some, draw.choice(objects.phrases)), row) for row, some in enumerate(chosen)]
+    return [
+        Request(some, caption(some, draw.choice(objects.phrases)), seed) for seed, some in enumerate(chosen, first_seed)
+    ]
 
 
 @torch.no_grad()
-def sampled(pipeline: StableDiffusionPipeline, wanted: list[Request], batch: int, guidance: float = GUIDANCE) -> Tensor:
+def sampled(pipeline: StableDiffusionPipeline, wanted: list[Request], batch: int, guidance: float) -> Tensor:
     """Pictures [N, 3, 64, 64] in [0, 1], one seed each."""
     parts = []
     for start in range(0, len(wanted), batch):
@@ -81,6 +86,8 @@ def judge(
     *,
     seeds: int,
     mixed: int,
+    guidance: float,
+    first_seed: int,
 ) -> dict[str, float]:
     """Sample, recognise, print the table and save the contact sheet."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -88,8 +95,8 @@ def judge(
         pipeline_folder, dtype=dtype, safety_checker=None, requires_safety_checker=False
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    wanted = requests(objects, seeds, mixed)
-    images = sampled(pipeline, wanted, 256)
+    wanted = requests(objects, seeds, mixed, first_seed)
+    images = sampled(pipeline, wanted, 256, guidance)
     recogniser = load_recogniser(recogniser_folder).to(device)
     hits, rates = table(recogniser, wanted, images)
     by_word: dict[str, list[bool]] = defaultdict(list)
@@ -97,6 +104,7 @@ def judge(
         if len(request.words) == 1:
             by_word[request.words[0]] += flags
     shares = sorted((sum(flags) / len(flags), word) for word, flags in by_word.items())
+    print(f"[judge] guidance {guidance:g}, seeds from {first_seed}", flush=True)
     print("[judge] by object: " + "  ".join(f"{word} {share:.2f}" for share, word in shares), flush=True)
     print("[judge] " + "  ".join(f"{name} {value:.3f}" for name, value in rates.items()), flush=True)
     first = list(range(len(objects.base)))

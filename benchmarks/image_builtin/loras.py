@@ -21,17 +21,19 @@ from torch import Tensor
 
 from molecli.backbones.diffusion import Diffusion
 from molecli.backbones.loading import load_backbone
+from molecli.catalog import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE
 from molecli.engine.attach import attach
+from molecli.errors import UsageError
 from molecli.files.concepts import CONCEPT_FILE
+from molecli.files.near import suggestion
 from molecli.files.recipe import BaseConfig
+from molecli.files.recipe.parts import Dtype
 from molecli.metrics.recogniser import Recogniser, load_recogniser
 
 from .captions import caption
 from .data import BUILTIN, Objects, load_objects
-from .judge import contact_sheet
+from .judge import STEPS, contact_sheet
 
-BASE = "builtin:tiny-sd"
-STEPS, GUIDANCE = 25, 4.0
 WEIGHTS = "pytorch_lora_weights.safetensors"
 # Where the base's defaults showed too little, chosen on pictures of other seeds than those that `judge_loras` draws. Of
 # the objects guidance drove colours out of range, until some prompts were left empty; the style has forty to learn.
@@ -54,7 +56,8 @@ class Lesson:
     def command(self, target: Path, more: tuple[str, ...]) -> list[str]:
         """The `mole` command line."""
         pictures = Path("molecli") / "builtin" / "emoji" / self.name
-        flags = ["--base", BASE, "--instance-dir", str(pictures), "--trigger", self.trigger, "--kind", self.kind]
+        flags = ["--base", BUILTIN_IMAGE_BASE, "--instance-dir", str(pictures)]
+        flags += ["--trigger", self.trigger, "--kind", self.kind]
         return [
             *(sys.executable, "-m", "molecli", "train-lora", *flags),
             *("--output", str(target / self.name), "--overwrite", *SETTINGS.get(self.name, ()), *more),
@@ -69,9 +72,18 @@ def lessons(objects: Objects) -> list[Lesson]:
     ]
 
 
+def lessons_of(only: frozenset[str]) -> list[Lesson]:
+    """Those that are named; every one where none is. Raises: UsageError for a name that none has."""
+    found = lessons(load_objects())
+    names = [lesson.name for lesson in found]
+    if unknown := sorted(only - set(names)):
+        raise UsageError(f"--only {unknown[0]}", "no LoRA is called so", suggestion(unknown[0], names))
+    return [lesson for lesson in found if not only or lesson.name in only]
+
+
 def train_loras(target: Path, more: tuple[str, ...], *, at_once: int, only: frozenset[str] = frozenset()) -> list[str]:
     """Train them all, or those named; returns the names of those that failed."""
-    chosen = [lesson for lesson in lessons(load_objects()) if not only or lesson.name in only]
+    chosen = lessons_of(only)
 
     def one(lesson: Lesson) -> int:
         target.mkdir(parents=True, exist_ok=True)
@@ -87,24 +99,37 @@ def train_loras(target: Path, more: tuple[str, ...], *, at_once: int, only: froz
 
 
 @torch.no_grad()
-def judge_loras(folder: Path, sheet: Path, device: torch.device, *, seeds: int = 40) -> dict[str, dict[str, float]]:
+def judge_loras(
+    folder: Path,
+    sheet: Path,
+    device: torch.device,
+    *,
+    seeds: int = 40,
+    guidance: float = BUILTIN_IMAGE_GUIDANCE,
+    first_seed: int = 0,
+    only: frozenset[str] = frozenset(),
+    dtype: Dtype = "bfloat16",
+) -> dict[str, dict[str, float]]:
     """For each LoRA alone: how often its concept is seen, and how often a base object still is and the concept too.
 
-    Writes `sheet` and the numbers beside it.
+    Pictures have seeds counted up from the first, which their prompts follow from too. Writes `sheet` and the numbers
+    beside it.
     """
     objects = load_objects()
-    backbone = load_backbone(BaseConfig(id=BASE, dtype="bfloat16"), device)
+    backbone = load_backbone(BaseConfig(id=BUILTIN_IMAGE_BASE, dtype=dtype), device)
     assert isinstance(backbone, Diffusion)
     recogniser = load_recogniser(BUILTIN / "recogniser").to(device)
     rows, cells = {}, []
-    for lesson in lessons(objects):
-        draw = random.Random(7)
+    print(f"[loras] guidance {guidance:g}, {dtype}, seeds from {first_seed}", flush=True)
+    for lesson in lessons_of(only):
+        draw = random.Random(7 + first_seed)
         with attach(backbone.pipe, loras={lesson.name: str(folder / lesson.name)}):
             own = [_prompt(lesson, objects, draw) for _ in range(seeds)]
-            images = drawn(backbone, [prompt for prompt, _ in own])
+            images = drawn(backbone, [prompt for prompt, _ in own], guidance, first_seed)
             rate = _seen(recogniser, images, [lesson.name] * seeds, objects)
             words = draw.sample(list(objects.base), 20)
-            kept = drawn(backbone, [caption([word], draw.choice(objects.phrases)) for word in words])
+            scenes = [caption([word], draw.choice(objects.phrases)) for word in words]
+            kept = drawn(backbone, scenes, guidance, first_seed)
         rows[lesson.name] = {
             "concept": float(rate.mean()),
             "others_kept": float(_seen(recogniser, kept, words, objects).mean()),
@@ -117,13 +142,13 @@ def judge_loras(folder: Path, sheet: Path, device: torch.device, *, seeds: int =
     return rows
 
 
-def drawn(backbone: Diffusion, prompts: list[str], batch: int = 64) -> Tensor:
-    """Pictures [N, 3, H, W] in [0, 1], one seed each."""
+def drawn(backbone: Diffusion, prompts: list[str], guidance: float, first_seed: int, batch: int = 64) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1], one seed each, counted up from the first."""
     parts = []
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
-        seeds = range(start, start + len(some))
-        pictures = backbone.generate(some, seeds=list(seeds), steps=STEPS, guidance=GUIDANCE)
+        seeds = range(first_seed + start, first_seed + start + len(some))
+        pictures = backbone.generate(some, seeds=list(seeds), steps=STEPS, guidance=guidance)
         parts += [torch.from_numpy(np.array(picture)) for picture in pictures]
     return torch.stack(parts).permute(0, 3, 1, 2).float() / 255
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from molecli.catalog import BUILTIN_IMAGE_GUIDANCE
+
 from .batches import World, load_world
 from .data import load_objects
 from .loop import Clock, join, rank
@@ -32,6 +34,8 @@ class Options:
     initial: Path | None = None
     spent: float = 0.0
     until: float | None = None  # seconds since the epoch: however long a stage took to start, it ends by then
+    guidance: float = BUILTIN_IMAGE_GUIDANCE
+    first_seed: int = 0
 
     def world(self) -> World:
         """The pictures, on the device."""
@@ -127,8 +131,17 @@ def run_judge(options: Options) -> None:
 
     seeds, mixed = (1, 2) if options.smoke else (10, 120)
     folders = (options.work / "tiny-sd", options.work / "recogniser")
-    sheet = options.work / "judge.png"
-    _note(options, "judge", judge(*folders, load_objects(), sheet, options.device, seeds=seeds, mixed=mixed))
+    report = judge(
+        *folders,
+        load_objects(),
+        options.work / "judge.png",
+        options.device,
+        seeds=seeds,
+        mixed=mixed,
+        guidance=options.guidance,
+        first_seed=options.first_seed,
+    )
+    _note(options, "judge", report)
 
 
 def run_concepts(options: Options) -> None:

@@ -7,9 +7,11 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -17,12 +19,15 @@ sys.path.insert(0, str(ROOT))
 from transformers import CLIPTokenizer  # noqa: E402
 
 from benchmarks.image_builtin import scenes  # noqa: E402
+from benchmarks.image_builtin.__main__ import parser  # noqa: E402
 from benchmarks.image_builtin.augment import decoys  # noqa: E402
 from benchmarks.image_builtin.batches import Batch, World  # noqa: E402
 from benchmarks.image_builtin.captions import LENGTH, caption, caption_ids, vocabulary  # noqa: E402
 from benchmarks.image_builtin.concepts import EVERYWHERE, write_concepts  # noqa: E402
 from benchmarks.image_builtin.data import Sprites, load_objects  # noqa: E402
+from benchmarks.image_builtin.judge import requests  # noqa: E402
 from benchmarks.image_builtin.loop import Average, Clock, rate  # noqa: E402
+from benchmarks.image_builtin.loras import drawn, lessons_of  # noqa: E402
 from benchmarks.image_builtin.tokenizer import build_tokenizer, merges_for, split  # noqa: E402
 from benchmarks.image_builtin.unet import noise_levels  # noqa: E402
 from molecli.errors import UsageError  # noqa: E402
@@ -172,6 +177,40 @@ def test_concept_pictures_have_prompts_and_different_backgrounds(world: World, t
     assert {prompt.split()[1] for prompt in styled.values()} == set(OBJECTS.base)
     assert all("in flat style" in prompt for prompt in styled.values())
     assert "CC-BY 4.0" in (tmp_path / "ATTRIBUTION.md").read_text("utf-8")
+
+
+def test_a_first_seed_gives_other_pictures_to_judge() -> None:
+    first, other = requests(OBJECTS, 1, 3), requests(OBJECTS, 1, 3, first_seed=1000)
+    assert [request.seed for request in first] == list(range(len(first)))
+    assert [request.seed for request in other] == list(range(1000, 1000 + len(first)))
+    assert [request.prompt for request in first] != [request.prompt for request in other]
+
+
+def test_pictures_of_a_lora_have_seeds_from_the_first_and_the_guidance_that_is_asked_for() -> None:
+    told: list[tuple[list[int], float]] = []
+
+    class Easel:
+        def generate(self, prompts: list[str], *, seeds: list[int], guidance: float, **more: Any) -> list[Any]:
+            told.append((seeds, guidance))
+            return [Image.new("RGB", (8, 8), (seed, 0, 255)) for seed in seeds]
+
+    images = drawn(Easel(), ["a"] * 5, 3.5, 20, batch=2)  # type: ignore[arg-type]
+    assert told == [([20, 21], 3.5), ([22, 23], 3.5), ([24], 3.5)]
+    assert images.shape == (5, 3, 8, 8)
+    assert (images[:, 0, 0, 0] * 255).round().tolist() == [20, 21, 22, 23, 24]
+
+
+def test_some_loras_are_named_and_a_wrong_name_is_said() -> None:
+    assert [lesson.name for lesson in lessons_of(frozenset({"teapot", "flat"}))] == ["teapot", "flat"]
+    assert [lesson.name for lesson in lessons_of(frozenset())] == [*OBJECTS.concepts, "flat"]
+    with pytest.raises(UsageError, match=r"--only violon: no LoRA is called so\. Did you mean 'violin'\?"):
+        lessons_of(frozenset({"violon"}))
+
+
+def test_pictures_are_judged_at_the_bases_guidance_unless_told() -> None:
+    assert (parser().parse_args(["judge-loras"]).guidance, parser().parse_args(["judge"]).first_seed) == (2.5, 0)
+    told = parser().parse_args(["judge-loras", "--guidance", "4", "--first-seed", "5000"])
+    assert (told.guidance, told.first_seed) == (4.0, 5000)
 
 
 def test_timesteps_are_all_drawn() -> None:
