@@ -6,7 +6,9 @@ Contents: load_backbone, load_skeleton (no weights), pick_device, pick_dtype.
 from __future__ import annotations
 
 import os
+import platform
 import re
+import warnings
 from typing import Any
 
 import huggingface_hub
@@ -81,14 +83,23 @@ def pick_device(device: str | torch.device) -> torch.device:
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype of the base's weights; auto is bfloat16 on a GPU that computes in it, else float32.
 
-    Never float16 unless asked: T5's activations overflow it.
+    Never float16 unless asked: T5's activations overflow it. A half-precision type that the processor only emulates
+    is taken as told, with a warning.
     """
     if dtype == "auto":
         fit = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fit else torch.float32
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}", "no such dtype", f"Write auto, {', '.join(DTYPES)}.")
+    if device.type == "cpu" and dtype != "float32" and _emulates_halves():
+        warnings.warn(f"this processor emulates {dtype}: --dtype float32 is many times faster", stacklevel=2)
     return DTYPES[dtype]
+
+
+def _emulates_halves() -> bool:
+    """Whether products of half-precision numbers are done one by one: on x86 before AVX-512."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _config(source: Source) -> Any:

@@ -96,6 +96,25 @@ def test_dtype_auto_is_float32_on_the_cpu_and_bfloat16_where_a_gpu_computes_in_i
     assert str(error.value) == "--dtype int4: no such dtype. Write auto, float32, bfloat16, float16."
 
 
+@pytest.mark.parametrize(
+    ("machine", "capability", "dtype", "slow"),
+    [
+        ("x86_64", "AVX2", "bfloat16", True),
+        ("AMD64", "DEFAULT", "float16", True),
+        ("x86_64", "AVX2", "float32", False),
+        ("x86_64", "AVX512", "bfloat16", False),
+        ("aarch64", "DEFAULT", "bfloat16", False),
+    ],
+)
+def test_a_processor_that_emulates_the_dtype_is_told(monkeypatch, recwarn, machine, capability, dtype, slow):
+    monkeypatch.setattr(loading.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert loading.pick_dtype(dtype, torch.device("cpu")) == loading.DTYPES[dtype]
+    assert [str(w.message) for w in recwarn] == [
+        f"this processor emulates {dtype}: --dtype float32 is many times faster"
+    ] * slow
+
+
 def test_each_process_of_a_launch_gets_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
