@@ -9,7 +9,9 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -114,7 +116,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """The entry point of the `mole` program."""
+    warnings.showwarning = _told(warnings.showwarning)
     sys.exit(run())
+
+
+def _told(standard: Callable[..., None]) -> Callable[..., None]:
+    """Shows this package's own warnings as messages, without the line of code that Python puts there."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *more: Any, **named: Any) -> None:
+        if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1]):
+            print(f"mole: {message}", file=sys.stderr)
+        else:
+            standard(message, category, filename, *more, **named)
+
+    return show
 
 
 def _report(message: str, code: int) -> int:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -186,3 +187,18 @@ def test_quiet_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     talk.note("written")
     talk.detail("more")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_warning_of_this_package_is_a_message_and_others_stay_what_they_are(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    others: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *arguments: others.append(arguments))
+    monkeypatch.setattr(app, "run", lambda: 0)
+    with pytest.raises(SystemExit):
+        app.main()
+    for said in (("cut", UserWarning, app.__file__, 1), ("old", DeprecationWarning, app.__file__, 1)):
+        warnings.showwarning(*said)
+    warnings.showwarning("theirs", UserWarning, "elsewhere.py", 1)
+    assert capfd.readouterr().err == "mole: cut\n"
+    assert [said[0] for said in others] == ["old", "theirs"]
