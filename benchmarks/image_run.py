@@ -133,12 +133,7 @@ def table(given: argparse.Namespace) -> int:
         for metric in METRICS:
             lines += _table(found, order, metric)
         lines += _differences(found, order, OURS)
-        kept[split] = {
-            name: {
-                metric: {" | ".join(place): score for place, score in scores.items()} for metric, scores in by.items()
-            }
-            for name, by in found.items()
-        }
+        kept[split] = _columns(found)
     text = "\n".join(lines) + "\n"
     sys.stdout.write(text)
     if given.output:
@@ -161,6 +156,16 @@ def read(folder: Path) -> dict[str, dict[str, Scores]]:
                 place = (f"{len(row['loras'])} LoRAs", f"{row['scene']} #{row['seed']}")
                 found.setdefault(method, {}).setdefault(metric, {})[place] = float(row[metric])
     return found
+
+
+def _columns(found: Mapping[str, Mapping[str, Scores]]) -> dict[str, object]:
+    """The pictures (task | scene and seed) once, and by method and metric their scores in that order."""
+    pictures = sorted({place for by in found.values() for scores in by.values() for place in scores})
+    scores = {
+        name: {metric: [round(of[p], 4) if p in of else None for p in pictures] for metric, of in by.items()}
+        for name, by in found.items()
+    }
+    return {"pictures": [" | ".join(place) for place in pictures], "scores": scores}
 
 
 def _of(scores: Scores, tasks: Iterable[str]) -> list[torch.Tensor]:
