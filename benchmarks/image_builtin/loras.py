@@ -104,7 +104,7 @@ def judge_loras(
     sheet: Path,
     device: torch.device,
     *,
-    seeds: int = 40,
+    seeds: int = 160,
     guidance: float = BUILTIN_IMAGE_GUIDANCE,
     first_seed: int = 0,
     only: frozenset[str] = frozenset(),
