@@ -171,7 +171,8 @@ def test_a_body_that_is_no_completion(body: object, said: str, settings: Setting
         ("0.25", 0.25, 0.25),
         ("-3", 0, 0),
         ("soon", 0, 0),
-        (format_datetime(datetime.now(timezone.utc) + timedelta(seconds=600), usegmt=True), 400, 600),
+        # Long enough: it is written when the tests are collected, and read when this one's turn comes.
+        (format_datetime(datetime.now(timezone.utc) + timedelta(hours=3), usegmt=True), 7200, 10800),
         (format_datetime(datetime.now(timezone.utc) - timedelta(seconds=60), usegmt=True), 0, 0),
     ],
     # Named: two test processes that collect in different seconds must agree.
