@@ -2,7 +2,7 @@
 
     python benchmarks/chance.py --suite bbh --data-dir DATA/bbh --study benchmarks/results/study-unseen.json
 
-`most frequent`: the test set's most frequent answer every time, the best that a constant can do; `of the five`: the
+`most frequent`: the test set's most frequent answer every time, the best that a constant can do; `most frequent in training`: the
 answer most frequent in the training rows, the first of them where several are. A method above the first has learned
 more than a task's answers.
 """
@@ -38,14 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: dict[str, list[float]] = {}
     for task in select_tasks(suite, None, given.data_dir):
         train, test = ([row.target for row in suite.load(task, part, given.data_dir)] for part in ("train", "test"))
-        scores = first["scores"].get(task, {})
-        rows[task] = [*blind(train, test), *(scores[method] for method in methods)]
-    heads = ["task (%)", "most frequent", "of the five", *methods]
+        rows[task] = [*blind(train, test), *(first["scores"][task][method] for method in methods)]
+    heads = ["task (%)", "most frequent", "most frequent in training", *methods]
     print(f"| {' | '.join(heads)} |\n|---|" + "---:|" * (len(heads) - 1))
     for task, values in rows.items():
         print(f"| {task} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
     print("| average | " + " | ".join(f"{fmean(column):.1f}" for column in zip(*rows.values(), strict=True)) + " |")
-    for name, place in (("most frequent", 0), ("of the five", 1)):
+    for name, place in (("most frequent", 0), ("most frequent in training", 1)):
         counts = ", ".join(
             f"{method} {sum(values[2 + i] > values[place] for values in rows.values())}"
             for i, method in enumerate(methods)

@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from molecli.engine.study_table import draw_curve
-from molecli.engine.tables import Row, ScoreTable
+from molecli.engine.study_table import curve_of, draw_curve
 
 HEAD = """# Results
 
@@ -61,7 +60,8 @@ def page(studies: Sequence[Path], folder: Path) -> str:
         parts.append(f"![Averages of {title}]({plot.name})\n")
         if len(found["comparisons"]) > 1:
             curve = folder / f"{path.stem}-curve.png"
-            draw_curve(by_number(found), curve)
+            numbers = found["comparisons"].items()
+            draw_curve(curve_of({n: average(report["comparisons"][0]) for n, report in numbers}), curve)
             parts.append(f"![Averages by the number of LoRAs]({curve.name})\n")
         parts += [table for number in found["comparisons"] for table in ranked(found, number)]
         if found["tuned"]:
@@ -107,14 +107,6 @@ def choice(tuned: Mapping[str, Any]) -> str:
 def libraries(found: Mapping[str, Any]) -> str:
     """The versions that a reader would ask for."""
     return ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "peft"))
-
-
-def by_number(found: Mapping[str, Any]) -> ScoreTable:
-    """The averages of every method, a row for each number of LoRAs."""
-    averages = {number: average(report["comparisons"][0]) for number, report in found["comparisons"].items()}
-    names = list(dict.fromkeys(name for scores in averages.values() for name in scores))
-    rows = [Row(n.removesuffix("-loras"), tuple(scores.get(m) for m in names)) for n, scores in averages.items()]
-    return ScoreTable("LoRAs", tuple(names), tuple(rows))
 
 
 def average(comparison: Mapping[str, Any]) -> dict[str, float]:

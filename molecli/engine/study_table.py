@@ -77,10 +77,7 @@ class StudyReport:
 
     def curve(self) -> ScoreTable:
         """The methods' averages, a row for each number of LoRAs."""
-        averages = {n: _averages(report) for n, report in self.comparisons.items()}
-        methods = list(dict.fromkeys(name for by in averages.values() for name in by))
-        rows = [Row(n.removesuffix("-loras"), tuple(by.get(m) for m in methods)) for n, by in averages.items()]
-        return ScoreTable("LoRAs", tuple(methods), tuple(rows))
+        return curve_of({number: _averages(report) for number, report in self.comparisons.items()})
 
     def show(self) -> None:
         """Draws the tables on stdout."""
@@ -211,6 +208,13 @@ def _averages(report: CompareReport) -> dict[str, float]:
     contest = report.contests[0][0]
     rows = contest.rows()
     return dict(rows.get(AVERAGE) or next(iter(rows.values())))
+
+
+def curve_of(averages: Mapping[str, Mapping[str, float]]) -> ScoreTable:
+    """A row for each number of LoRAs, of {"8-loras": {method: its average}}."""
+    methods = list(dict.fromkeys(name for by in averages.values() for name in by))
+    rows = [Row(n.removesuffix("-loras"), tuple(by.get(m) for m in methods)) for n, by in averages.items()]
+    return ScoreTable("LoRAs", tuple(methods), tuple(rows))
 
 
 def draw_curve(curve: ScoreTable, path: Path) -> None:
