@@ -3,8 +3,8 @@
     python benchmarks/chance.py --suite bbh --data-dir DATA/bbh --study benchmarks/results/study-unseen.json
 
 `most frequent`: the test set's most frequent answer every time, the best that a constant can do. `most frequent in
-training`: that of the training rows, the first of them where several are. A method above the first has learned more than
-a task's answers.
+training`: that of the training rows, the first of them where several are. A method above the first has learned more
+than a task's answers.
 """
 
 from __future__ import annotations
