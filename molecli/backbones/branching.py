@@ -10,8 +10,9 @@ Contents: Branching.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ class Branching(Mixture):
         self._branches: Branches = ()
         self._known: dict[tuple[tuple[float, ...], ...], Branches] = {}
         self._call: _Call | None = None
+        self._next: _Call | None = None  # foreseen
         self._further = False
 
     # -- attaching ---------------------------------------------------------------------------------------------------
@@ -128,6 +130,22 @@ class Branching(Mixture):
         """The experts' weights."""
         return {"method/weights": self.method.weights}
 
+    @contextmanager
+    def foreseen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Hashable, ...] | None]:
+        """As of every mixture; which step it is decides by the branches that run. They are combined by `done`."""
+        if self._off:
+            yield self._state, "off"
+            return
+        self._next = coming = self._coming(args, kwargs)
+        try:
+            yield self._state, tuple(map(tuple, coming.weights.tolist())), coming.at_once
+        finally:
+            self._next = None
+
+    def done(self, output: Any, left: Mapping[str, Tensor | None] | None = None) -> Any:
+        output = super().done(output, left)
+        return output if self._next is None else _with_sample(output, self._combined(_sample(output), self._next))
+
     # -- one denoising step ------------------------------------------------------------------------------------------
 
     @property
@@ -138,15 +156,20 @@ class Branching(Mixture):
         """Note the call, and repeat its inputs for the branches that run first."""
         if self._off or self._further:
             return None
+        coming = self._next
+        self._call = self._coming(args, kwargs) if coming is None else replace(coming, args=args, kwargs=kwargs)
+        self._start(self._call.weights[: self._call.at_once])
+        return self._call.inputs(self._call.at_once)
+
+    def _coming(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
+        """The call with these arguments; the clock has gone on."""
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         pipe = self.pipeline.pipe
         moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, guided(pipe, len(sample)))
         weights = self.method.branches(moment, self._kept)
         at_once = min(self.branches_at_once or len(weights), len(weights))
-        self._call = _Call(args, kwargs, len(sample), moment, weights, at_once)
-        self._start(weights[:at_once])
-        return self._call.inputs(at_once)
+        return _Call(args, dict(kwargs), len(sample), moment, weights, at_once)
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Run what branches are left, and combine all."""
@@ -164,8 +187,11 @@ class Branching(Mixture):
             finally:
                 self._further = False
         outputs = torch.cat(samples) if len(samples) > 1 else samples[0]
+        return _with_sample(output, outputs if self._next is not None else self._combined(outputs, call))
+
+    def _combined(self, outputs: Tensor, call: _Call) -> Tensor:
         outputs = outputs.view(len(call.weights), call.rows, *outputs.shape[1:])
-        return _with_sample(output, self.method.combine(outputs, call.moment, self._kept))
+        return self.method.combine(outputs, call.moment, self._kept)
 
     def _start(self, weights: Tensor) -> None:
         """From here on the UNet's rows are those of branches with these weights [k, N]."""
@@ -173,6 +199,7 @@ class Branching(Mixture):
         if rows not in self._known:
             if len(self._known) == _KNOWN:
                 self._known.clear()  # weights that follow the prompt
+                self._state = object()
             here = weights.to(reference(self._unet).device)
             self._known[rows] = [
                 [(expert, here[k, expert : expert + 1]) for expert, weight in enumerate(row) if weight]

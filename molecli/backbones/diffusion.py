@@ -6,7 +6,7 @@ Contents: Conditioning; Diffusion. Only the pipeline's public parts are used: it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from molecli.backbones.pipeline import PipelineModules, pipeline_matrices
 from molecli.backbones.prompts import warn_of_cuts
+from molecli.backbones.replay import Replayed, replaying
 from molecli.backbones.schedulers import make_scheduler, noise_schedule
 from molecli.backbones.text import freeze, summed
 from molecli.catalog import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE, DEFAULT_GUIDANCE
@@ -40,7 +41,10 @@ class Conditioning:
 
 
 class Diffusion:
-    """A frozen pipeline; what the training loops and methods ask of a backbone, in pictures."""
+    """A frozen pipeline; what the training loops and methods ask of a backbone, in pictures.
+
+    replays: pictures are drawn from recorded steps; see `replay`. Only on CUDA; costs the memory of one more step.
+    """
 
     family: Family = "diffusion"
 
@@ -53,6 +57,8 @@ class Diffusion:
             freeze(part)
         pipe.set_progress_bar_config(disable=True)
         self.noising = noise_schedule(pipe.scheduler)
+        self.replays = True
+        self._stand_in: Replayed | None = None
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +215,7 @@ class Diffusion:
                 raise UsageError(f"--{side} {pixels}", "not a multiple of 8", f"Write {max(8, pixels // 8 * 8)}.")
         negatives = [negative_prompt] * len(prompts) if negative_prompt else None
         warn_of_cuts([*prompts, negative_prompt], self._tokenizers)
-        with self._scheduled(scheduler):
+        with self._scheduled(scheduler), self._replaying():
             drawn = self.pipe(
                 prompt=list(prompts),
                 negative_prompt=negatives,
@@ -232,6 +238,12 @@ class Diffusion:
             yield
         finally:
             self.pipe.scheduler = own
+
+    def _replaying(self) -> AbstractContextManager[None]:
+        if not self.replays or self.device.type != "cuda":
+            return nullcontext()
+        self._stand_in = self._stand_in or Replayed(self._parts)
+        return replaying(self.pipe, self._stand_in)
 
     @contextmanager
     def _exact_vae(self) -> Iterator[None]:

@@ -7,7 +7,8 @@ Nothing of size experts x tokens x width is ever built, and no forward is patche
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from molecli.backbones.hosted import HostedGroup, HostedSite, Kept, host_group, reference
+from molecli.backbones.pipeline import PipelineModules
 from molecli.backbones.streams import Pass, Streams
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
+from molecli.functional.stamp import Stamp, stamp
 from molecli.protocols import Gate, Site
 
 
@@ -55,6 +58,8 @@ class Mixture:
         self._handles: list[RemovableHandle] = []
         self._keep: Tensor | None = None
         self._off = False
+        self._state = object()  # another whenever a pass computes from other memory than before
+        self._stamps: list[Stamp] = []
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
@@ -69,7 +74,10 @@ class Mixture:
         """Put the hooks on."""
         if self._handles:
             raise RunError("mixture", "it is attached already", "Leave its context first.")
+        self._state = object()
         self._handles += self._streams.attach(self._forget)
+        if isinstance(self.model, PipelineModules):
+            self._handles.append(self.model.register_guest(self))
         for hosted in self._hosted.values():
             hosted.owners, hosted.expanded = [], None
             # A gate of an earlier attachment is none of this one's prompts.
@@ -101,6 +109,7 @@ class Mixture:
         keep = torch.tensor([0.0 if i in off else 1.0 for i in range(len(self.bank))])
         self._keep = keep.to(reference(self.model).device) if off else None
         self._off = len(off) == len(self.bank)
+        self._state = object()
         for hosted in self._hosted.values():
             hosted.step, hosted.value = -1, None
 
@@ -111,7 +120,8 @@ class Mixture:
 
     def gates(self) -> dict[str, Tensor]:
         """{site: [batch, expert]} of the last forward pass, averaged over the tokens that are not padding."""
-        return {name: mean.detach() for name, mean in self._means()}
+        # Copies: what a replayed pass leaves is written anew by the next one.
+        return {name: mean.detach().clone() for name, mean in self._means()}
 
     def stacked_gates(self) -> Tensor:
         """[M sites, B, N], as `gates`, but with gradient: what the balance loss is built from (MoLE, Eq. 15)."""
@@ -156,6 +166,28 @@ class Mixture:
     def gate_modules(self) -> dict[str, nn.Module]:
         """{site: gate}."""
         return {name: hosted.gate for name, hosted in self._hosted.items()}
+
+    # -- a guest of a pipeline's parts: see `pipeline.Guest` ---------------------------------------------------------
+
+    @contextmanager
+    def foreseen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Hashable, ...] | None]:
+        sites = self._unet_sites()
+        stamps = [stamp(hosted.tensors) for hosted in sites]
+        if stamps != self._stamps:  # what a gate made of its parameters is made anew
+            self._stamps, self._state = stamps, object()
+        observing = any(getattr(hosted.gate, "observed", None) is not None for hosted in sites)
+        yield None if observing else (self._state,)
+
+    def left(self) -> dict[str, Tensor | None]:
+        return {hosted.site.name: hosted.value for hosted in self._unet_sites()}
+
+    def done(self, output: Any, left: Mapping[str, Tensor | None] | None = None) -> Any:
+        for name, value in (left or {}).items():
+            self._hosted[name].value = value
+        return output
+
+    def _unet_sites(self) -> list[HostedSite]:
+        return [hosted for name, hosted in self._hosted.items() if name.partition(".")[0] == "unet"]
 
     # -- one forward pass --------------------------------------------------------------------------------------------
 

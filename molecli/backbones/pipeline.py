@@ -6,10 +6,13 @@ Needs no diffusers: what is here goes by the names of modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from molecli.protocols import Shape
 
@@ -19,16 +22,48 @@ PARTS = ("unet", *TEXT_ENCODERS)
 _CLIP_LEAVES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
+class Guest(Protocol):
+    """Who is attached to a pipeline's parts, as whoever replays recorded calls of the UNet must know them."""
+
+    def foreseen(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[tuple[Hashable, ...] | None]:
+        """Inside, the UNet is called with these arguments, or a record of it replayed; `done` makes its output.
+
+        Yields what decides, beside the numbers in the arguments, what the call computes from which memory, first of all
+        an object that is another when the guest has changed; None where calls differ in more than can be told.
+        """
+        ...
+
+    def left(self) -> Any:
+        """The tensors that the call left with the guest."""
+        ...
+
+    def done(self, output: Any, left: Any = None) -> Any:
+        """What the caller of the UNet is given for this output; `left`, of a replayed record, is what the guest has."""
+        ...
+
+
 class PipelineModules(nn.Module):
-    """unet, text_encoder and text_encoder_2, those that there are; `pipe` is the pipeline they belong to, if any."""
+    """unet, text_encoder and text_encoder_2, those that there are; `pipe` is the pipeline they belong to, if any.
+
+    guests: who is attached now, in the order they came.
+    """
 
     def __init__(self, pipe: Any = None, **parts: nn.Module) -> None:
         super().__init__()
         self.pipe = pipe
+        self.guests: OrderedDict[int, Guest] = OrderedDict()
         for name in PARTS:
             part = parts.get(name, getattr(pipe, name, None))
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
+
+    def register_guest(self, guest: Guest) -> RemovableHandle:
+        """Note that the guest is attached, until the handle is removed."""
+        handle = RemovableHandle(self.guests)
+        self.guests[handle.id] = guest
+        return handle
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
