@@ -70,14 +70,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.only:
         hosts = [host for host in hosts if host.name in (*ALWAYS, *args.only)]
     rows = [Row(host.name, host.loras, host.rank, host.passes, host.bytes) for host in hosts]
+    for row, host in zip(rows, hosts, strict=True):
+        if args.memory and (host.loras in (0, 3) or host.passes == 1):
+            row.memory = picture_memory(host, work, device)
+    if args.replay:
+        for host in hosts:
+            host.replay()
     works = [partial(host.draw, work, max(args.steps, host.steps)) for host in hosts]
     settings = {"rounds": args.rounds, "warmup": args.warmup, "clock": args.clock}
     times = time_rounds(works, device, **settings, until=began + args.seconds)
     for row, host, taken in zip(rows, hosts, times, strict=True):
         row.times_s = [seconds / max(args.steps, host.steps) for seconds in taken]
-    for row, host in zip(rows, hosts, strict=True):
-        if args.memory and (host.loras in (0, 3) or host.passes == 1):
-            row.memory = picture_memory(host, work, device)
     training = time_training(hosts, args) if args.train else []
     result = describe(args, dtype) | {"rows": [summary(row, rows) for row in rows], "training": training}
     result["seconds"] = time.perf_counter() - began
@@ -103,6 +106,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="timed rounds (CPU: 3, CUDA: 9)")
     parser.add_argument("--warmup", type=int, default=1, help="untimed rounds")
     parser.add_argument("--seconds", type=float, help="begin no further round later than this (CPU: 150, CUDA: 50)")
+    parser.add_argument(
+        "--replay", action=argparse.BooleanOptionalAction, help="every method from recorded steps (CUDA: yes)"
+    )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also the memory")
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, help="also a training step of gates (CUDA)")
     parser.add_argument("--device", choices=("cpu", "cuda"))
@@ -124,6 +130,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.parts = args.parts.split(",")
     args.composite = [int(n) for n in args.composite.split(",")]
     args.train = cuda if args.train is None else args.train
+    args.replay = cuda if args.replay is None else args.replay
     # What a call costs apart from its steps is a thousandth of one such step.
     slow = 1 if args.shape == "sd15" else 3
     for key, on_cuda, on_cpu in (("steps", 6, slow), ("rounds", 9, 3), ("seconds", 50, 150)):
@@ -247,7 +254,7 @@ def describe(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     settings = {
         key: getattr(args, key)
-        for key in ("shape", "pixels", "batch", "parts", "rank", "steps", "clock", "seed", "note")
+        for key in ("shape", "pixels", "batch", "parts", "rank", "steps", "clock", "replay", "seed", "note")
     }
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from molecli.backbones.diffusion import Diffusion
 from molecli.backbones.layouts import host_of
+from molecli.backbones.pipeline import PipelineModules
+from molecli.backbones.replay import Replayed, replaying
 from molecli.engine.mixing import build_mixture
 from molecli.experts import Expert, LowRank
 from molecli.files.adapters import write_diffusers
@@ -37,7 +40,8 @@ PROMPT = "a cat and a dog by the sea"
 class Host:
     """A pipeline that can be timed; one denoising step of it stands for `passes` single passes with one LoRA.
 
-    steps: the fewest of a call that show its cost; bytes: of base and LoRAs; mixture: of mole's own.
+    steps: the fewest of a call that show its cost; bytes: of base and LoRAs; mixture: of mole's own; stand_in: draws
+    from recorded steps, as `mole sample` does on a GPU.
     """
 
     name: str
@@ -48,19 +52,26 @@ class Host:
     steps: int = 1
     bytes: int = 0
     mixture: Any = None
+    stand_in: Replayed | None = None
+
+    def replay(self) -> None:
+        """From here on, draw from recorded steps."""
+        parts = self.mixture.model if self.mixture else PipelineModules(self.pipe)
+        self.stand_in = Replayed(parts)
 
     def draw(self, work: Work, steps: int, *, decode: bool = False, told: Callable[[], None] | None = None) -> Any:
         """The pictures, or their latents without `decode`, by the pipeline's own call; `told` after each step."""
-        return self.pipe(
-            **work.prompts,
-            latents=work.latents,
-            num_inference_steps=steps,
-            guidance_scale=7.5,
-            height=work.pixels,
-            width=work.pixels,
-            output_type="np" if decode else "latent",
-            callback_on_step_end=_telling(told) if told else None,
-        ).images
+        with replaying(self.pipe, self.stand_in) if self.stand_in else nullcontext():
+            return self.pipe(
+                **work.prompts,
+                latents=work.latents,
+                num_inference_steps=steps,
+                guidance_scale=7.5,
+                height=work.pixels,
+                width=work.pixels,
+                output_type="np" if decode else "latent",
+                callback_on_step_end=_telling(told) if told else None,
+            ).images
 
 
 @dataclass(frozen=True)

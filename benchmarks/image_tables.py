@@ -17,6 +17,7 @@ def tables(result: dict[str, Any]) -> str:
         f"{', '.join(result['parts'])}, rank {result['rank']}, seed {result['seed']}; "
         f"{len(result['rows'][0]['times_s'])} rounds of {result['steps']} steps by {result['clock']} time; "
         f"{result['seconds']:.0f} s in all",
+        "every step replayed from a record of it; memory without" if result["replay"] else "every step call by call",
     ]
     if result["note"]:
         lines.append(result["note"])
