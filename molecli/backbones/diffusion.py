@@ -41,10 +41,7 @@ class Conditioning:
 
 
 class Diffusion:
-    """A frozen pipeline; what the training loops and methods ask of a backbone, in pictures.
-
-    replays: pictures are drawn from recorded steps; see `replay`. Only on CUDA; costs the memory of one more step.
-    """
+    """A frozen pipeline; what the training loops and methods ask of a backbone, in pictures."""
 
     family: Family = "diffusion"
 
@@ -57,7 +54,6 @@ class Diffusion:
             freeze(part)
         pipe.set_progress_bar_config(disable=True)
         self.noising = noise_schedule(pipe.scheduler)
-        self.replays = True
         self._stand_in: Replayed | None = None
 
     @property
@@ -195,13 +191,15 @@ class Diffusion:
         width: int | None = None,
         scheduler: str | None = None,
         eta: float = 0.0,
+        replay: bool = True,
         on_step: OnStep | None = None,
         latent: bool = False,
     ) -> list[Any]:
         """A picture of each prompt, by the pipeline's own call; `on_step` is told of every step that is done.
 
         With `latent` each is the tensor [C, h, w] that would be decoded. Each seed has a CPU generator of its own: a
-        picture depends neither on its batch nor on the one before.
+        picture depends neither on its batch nor on the one before. With `replay` steps are recorded and replayed where
+        that can be, on CUDA, which takes the memory of one more step; see `replay.py`.
         Raises: UsageError for sides that are no multiples of 8, an unknown scheduler, or not one seed for each prompt.
         """
         if len(seeds) != len(prompts):
@@ -215,7 +213,7 @@ class Diffusion:
                 raise UsageError(f"--{side} {pixels}", "not a multiple of 8", f"Write {max(8, pixels // 8 * 8)}.")
         negatives = [negative_prompt] * len(prompts) if negative_prompt else None
         warn_of_cuts([*prompts, negative_prompt], self._tokenizers)
-        with self._scheduled(scheduler), self._replaying():
+        with self._scheduled(scheduler), self._replaying(replay):
             drawn = self.pipe(
                 prompt=list(prompts),
                 negative_prompt=negatives,
@@ -239,8 +237,8 @@ class Diffusion:
         finally:
             self.pipe.scheduler = own
 
-    def _replaying(self) -> AbstractContextManager[None]:
-        if not self.replays or self.device.type != "cuda":
+    def _replaying(self, wanted: bool) -> AbstractContextManager[None]:
+        if not wanted or self.device.type != "cuda":
             return nullcontext()
         self._stand_in = self._stand_in or Replayed(self._parts)
         return replaying(self.pipe, self._stand_in)

@@ -50,6 +50,10 @@ class Replayed(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("unet"), name)
 
+    def forget(self) -> None:
+        """Drop what is recorded."""
+        self._state, self._known, self._record = None, {}, None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         guests = list(self._parts[0].guests.values())
         kind = next(self.unet.parameters()).device.type
@@ -95,7 +99,8 @@ class Replayed(nn.Module):
         try:
             return self._record(call, inputs)
         except RuntimeError as error:  # of memory too
-            self._failed, self._known, self._record = True, {}, None
+            self._failed = True
+            self.forget()
             warnings.warn(f"the UNet's steps could not be recorded, and run one by one: {error}", stacklevel=2)
             return None
 
@@ -107,10 +112,13 @@ def _signature(leaves: Sequence[Any]) -> tuple[Hashable, ...]:
 
 @contextmanager
 def replaying(pipe: Any, stand_in: Replayed) -> Iterator[None]:
-    """Inside, the pipeline calls the stand-in in its UNet's place."""
+    """Inside, the pipeline calls the stand-in in its UNet's place. An error frees what the records hold."""
     pipe.unet = stand_in
     try:
         yield
+    except BaseException:
+        stand_in.forget()
+        raise
     finally:
         pipe.unet = stand_in.unet
 

@@ -228,6 +228,20 @@ def test_what_cannot_be_recorded_is_drawn_call_by_call_and_said_once(sd: Diffusi
             same(drawn(sd, there), expected)
 
 
+def test_after_an_error_nothing_recorded_is_left(sd: Diffusion, recorder: Recorder) -> None:
+    there, unet = stand_in(sd, recorder), sd.pipe.unet
+    drawn(sd, there)
+
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        drawn(sd, there, on_step=fail)
+    assert sd.pipe.unet is unet
+    drawn(sd, there)
+    assert recorder.records == 2
+
+
 def test_the_stand_in_has_what_a_pipeline_asks_of_a_unet(backbone: Diffusion, recorder: Recorder) -> None:
     there, unet = stand_in(backbone, recorder), backbone.pipe.unet
     assert there.config is unet.config
@@ -243,10 +257,7 @@ def test_on_a_gpu_pictures_come_from_recorded_steps(backbone: Diffusion, mode: s
     backbone.pipe.to("cuda")
 
     def both(prompts: Sequence[str] = PROMPTS) -> tuple[Tensor, Tensor]:
-        backbone.replays = False
-        expected = drawn(backbone, prompts=prompts)
-        backbone.replays = True
-        return drawn(backbone, prompts=prompts), expected
+        return drawn(backbone, prompts=prompts), drawn(backbone, prompts=prompts, replay=False)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*could not be recorded.*")
@@ -255,9 +266,9 @@ def test_on_a_gpu_pictures_come_from_recorded_steps(backbone: Diffusion, mode: s
         with mixture_of(backbone, mode) as mixture:
             for prompts in (PROMPTS, PROMPTS[::-1], ["a bird"], PROMPTS):
                 same_on_gpu(*both(prompts))
-            gates = mixture.gates()
-            backbone.replays = False
             drawn(backbone)
+            gates = mixture.gates()
+            drawn(backbone, replay=False)
             for name, gate in mixture.gates().items():
                 same_on_gpu(gates[name], gate)
             mixture.mask("b")

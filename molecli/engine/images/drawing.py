@@ -26,7 +26,9 @@ from molecli.catalog import package_folder
 from molecli.errors import RunError, UserError
 from molecli.files.recipe import ImageConfig
 
-LESS_MEMORY = "Lower --width and --height, or write --set image.branches_at_once=1 or --dtype bfloat16."
+LESS_MEMORY = (
+    "Lower --width and --height, or write --set image.branches_at_once=1, --set image.replay=false or --dtype bfloat16."
+)
 _NO_MEMORY = "one picture does not fit in memory"
 
 

@@ -58,7 +58,7 @@ class Set:
     @cached_property
     def _settings(self) -> list[Any]:
         # How many branches share a UNet call changes the memory and not the picture.
-        settings = self.image.model_dump(mode="json", exclude={"branches_at_once"})
+        settings = self.image.model_dump(mode="json", exclude={"branches_at_once", "replay"})
         settings["guidance"] = guidance_of(self.image, self.backbone)
         return [settings, self.backbone.fingerprint(), str(self.backbone.pipe.unet.dtype)]
 

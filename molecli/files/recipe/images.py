@@ -70,6 +70,9 @@ class ImageConfig(Section):
     branches_at_once: int | None = Field(
         default=None, ge=1, description="composite and its kin: LoRAs in one UNet call; fewer need less memory"
     )
+    replay: bool = Field(
+        default=True, description="on CUDA, record a UNet call and replay it; without, less memory and more time"
+    )
 
 
 class ConceptConfig(Section):

@@ -126,7 +126,7 @@ def test_the_settings_reach_the_backbone() -> None:
             seen.append(settings)
             return super().generate(prompts, **settings)
 
-    image = ImageConfig(steps=3, guidance=2.0, scheduler="ddim", negative_prompt="n", width=64, height=32)
+    image = ImageConfig(steps=3, guidance=2.0, scheduler="ddim", negative_prompt="n", width=64, height=32, replay=False)
     draw(Watched(), JOBS[:1], image, batch_size=1, keep=lambda job, picture: None)
     assert seen == [
         {
@@ -137,5 +137,6 @@ def test_the_settings_reach_the_backbone() -> None:
             "negative_prompt": "n",
             "width": 64,
             "height": 32,
+            "replay": False,
         }
     ]
