@@ -81,7 +81,8 @@ class Replayed(nn.Module):
 
     def _seen(self, key: Hashable, state: Any) -> bool:
         """Whether such a call was made since the guests are what they are; notes it if not."""
-        if state[0] is not self._state or len(self._known) == _MOST:
+        changed = state[0] is not self._state
+        if changed or (key not in self._known and len(self._known) == _MOST):
             # A new recorder too: the memory that records share goes with the last of them.
             self._state, self._known, self._record = state[0], {}, self._recorder()
         if key in self._known:

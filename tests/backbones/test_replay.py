@@ -126,6 +126,16 @@ def test_a_base_is_drawn_from_one_record(backbone: Diffusion, recorder: Recorder
     assert backbone.pipe.unet is unet
 
 
+def test_no_more_records_are_kept_than_so_many(
+    sd: Diffusion, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molecli.backbones.replay._MOST", 1)
+    there = stand_in(sd, recorder)
+    for prompts, records in ((PROMPTS, 1), (["a bird"], 2), (PROMPTS, 3), (PROMPTS, 3)):
+        same(drawn(sd, there, prompts), drawn(sd, prompts=prompts))
+        assert recorder.records == records
+
+
 def test_gates_are_those_of_the_pass_that_was_replayed(backbone: Diffusion, recorder: Recorder) -> None:
     for pool in ("mean", "token"):
         with mixture_of(backbone, "gated", gate=GateConfig(pool=pool)) as mixture:
