@@ -16,7 +16,7 @@ from .captions import caption
 PICTURES = 6  # a concept: half of them alone, half beside an object of the base, as photographs of a thing would be
 # Where six pictures tell too little: a thing of many fine parts, or of the colour of a background, is shown larger and
 # on every background, alone and beside an object, and of the style every object of the base: it draws each differently.
-EVERYWHERE = frozenset({"teapot", "helicopter"})
+EVERYWHERE = frozenset({"teapot", "helicopter", "violin"})
 LARGE = {**scenes.SIZES, 1: (32.0, 52.0), 2: (28.0, 38.0)}
 ATTRIBUTION = """\
 # Where these pictures come from

@@ -41,6 +41,7 @@ _THING = ("--steps", "500", "--lr", "2e-3", "--set", "train.schedule=cosine", "-
 SETTINGS: dict[str, tuple[str, ...]] = {
     "teapot": _THING,
     "helicopter": _THING,
+    "violin": _THING,
     "flat": ("--steps", "900", "--lr", "2e-3", "--set", "train.schedule=cosine"),
 }
 
