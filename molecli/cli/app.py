@@ -148,6 +148,8 @@ def _usage_message(error: Any) -> str:
 
 
 def _unexpected_message(error: Exception) -> str:
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # torch's own, which need not be imported
+        return "memory ran out. Lower the batch size, write --dtype bfloat16, or leave the device to this command."
     first = (str(error).strip() or "no message").splitlines()[0]
     hint = "" if console.current().verbose else " Run again with --verbose for the traceback."
     return f"unexpected {type(error).__name__}: {first.rstrip('.')}.{hint}"

@@ -16,7 +16,7 @@ from molecli.cli.options import (
 )
 from molecli.cli.runs import output_folder, recipe_file, started
 from molecli.cli.single import single
-from molecli.errors import UsageError
+from molecli.errors import RunError, UsageError
 from molecli.files.recipe import StudyRecipe
 
 FLAGS = (
@@ -36,8 +36,8 @@ def study(request: Request) -> None:
     """Compare methods: train LoRAs, compose them by every method, score all side by side.
 
     Each step is a mole command of its own, with its recipe and log in study-steps/ of the output folder; --resume does
-    what is not done yet. Writes study.md, study.json, where the number of LoRAs varies study.png, and where gates are
-    looked at entropy.png.
+    what is not done yet and what failed. Writes study.md, study.json, where the number of LoRAs varies study.png, and
+    where gates are looked at entropy.png.
     """
     file = recipe_file(request)
     if file is None:
@@ -61,6 +61,9 @@ def study(request: Request) -> None:
         at_once = request.switches["jobs"] or _at_once()
         report = run_study(ready, at_once=at_once, progress=console.progress, note=console.note)
     request.console.result(report.document(), report.show)
+    if report.failed:
+        what = f"{len(report.failed)} commands failed, and what needs them is not in the report"
+        raise RunError(ready.output or "study", what, "Their logs lie in study-steps/; --resume runs them again.")
 
 
 def _at_once() -> int:

@@ -6,6 +6,7 @@ Contents: Result, TaskResult, percent, percents, scored, scored_samples, evaluat
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,8 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
-from molecli.errors import UsageError
+from molecli.errors import RunError, UsageError
 from molecli.functional.bootstrap import Scored, of_means
+from molecli.functional.memory import freed, out_of_memory
 from molecli.metrics import aggregate, load_metric, load_sums, metric_row
 from molecli.protocols import Backbone, Example
 
@@ -170,17 +172,44 @@ def generate(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """The raw outputs, in the order of `examples`."""
+    """The raw outputs, in the order of `examples`. A batch that does not fit in memory is made in smaller pieces.
+
+    Raises: RunError where one example alone does not fit.
+    """
     # Longest first: prompts of like length share a batch, and what does not fit in memory fails at once.
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
-    outputs = [""] * len(examples)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        made = backbone.generate([examples[i].prompt for i in batch], max_new_tokens=max_new_tokens)
+    outputs, done = [""] * len(examples), 0
+    while done < len(order):
+        batch = order[done : done + batch_size]
+        made = _attempt(backbone, [examples[i].prompt for i in batch], max_new_tokens)
+        if made is None:
+            batch_size = _smaller(len(batch))
+            continue
         for i, output in zip(batch, made, strict=True):
             outputs[i] = output
-        progress(start + len(batch))
+        done += len(batch)
+        progress(done)
     return outputs
+
+
+def _attempt(backbone: Backbone, prompts: Sequence[str], max_new_tokens: int) -> Sequence[str] | None:
+    """The completions; None where they did not fit in memory together."""
+    try:
+        return backbone.generate(prompts, max_new_tokens=max_new_tokens)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        freed(error)
+        return None
+
+
+def _smaller(size: int) -> int:
+    """Half of it, told as a warning. Raises: RunError for 1."""
+    if size == 1:
+        what = "one example does not fit in memory"
+        raise RunError("evaluate", what, "Write --dtype bfloat16, or leave the device to this command.")
+    warnings.warn(f"{size} examples at once do not fit in memory: completing {size // 2}", stacklevel=3)
+    return size // 2
 
 
 def score(task: str, examples: Sequence[Example], outputs: Sequence[str], metrics: Sequence[str]) -> TaskResult:

@@ -49,11 +49,12 @@ def run_study(
 ) -> StudyReport:
     """Runs the jobs, `at_once` side by side over the GPUs there are; the report of what was scored is also written.
 
-    A job that fails is told by `note`, and what needs it is left out. Raises: RunError where nothing was scored.
+    A job that fails is told by `note` and in the report, and what needs it is left out. Raises: RunError where nothing
+    was scored.
     """
     prepare()
     folder, finished = Path(recipe.output) / STEPS, 0
-    jobs, choices, done = jobs_of(recipe), list[Choice](), dict[str, list[str]]()
+    jobs, choices, done, failed = jobs_of(recipe), list[Choice](), dict[str, list[str]](), dict[str, str]()
     for phase in PHASES:
         if phase == "compositions" and done["trials"]:
             choices = chosen(recipe, folder, done["trials"])
@@ -66,13 +67,14 @@ def run_study(
         for job, failure in _run(left, folder, at_once):
             finished += 1
             if failure:
+                failed[job.name] = failure
                 note(f"{job.name}: {failure}")
             if progress is not None:
                 progress(phase, finished, len(jobs))
         done[phase] = [job.name for job in now if _done(folder, job)]
     if not done["scores"]:
         raise RunError(str(folder), "nothing was scored", "Look at the logs there.")
-    report = study_report(recipe, folder, done["scores"], done["gates"], choices)
+    report = study_report(recipe, folder, done["scores"], done["gates"], choices, failed)
     report.write(Path(recipe.output))
     return report
 

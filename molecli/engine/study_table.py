@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ SHARED = ("base", "own")  # scored once, beside every number
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A comparison for each number of LoRAs, and what the recipe says of it."""
+    """A comparison for each number of LoRAs, what the recipe says of it, and what failed: a command's name -> why."""
 
     title: str
     base: str
@@ -40,6 +40,7 @@ class StudyReport:
     device: str
     looks: Sequence[Look] = ()
     choices: Sequence[Choice] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """The report as JSON holds it."""
@@ -52,6 +53,7 @@ class StudyReport:
             "published": {"source": self.source, "figures": {r: dict(c) for r, c in self.published.items()}},
             "gates": [asdict(look) for look in self.looks],
             "tuned": [asdict(choice) for choice in self.choices],
+            "failed": dict(self.failed),
         }
 
     def sections(self) -> list[tuple[str, list[Table], list[str]]]:
@@ -73,6 +75,8 @@ class StudyReport:
             curve = self.curve() if len(self.comparisons) > 1 else None
             table = beside(self.published, self.comparisons, curve, self.looks)
             parts.append(("Beside the published figures", [table], lines))
+        if self.failed:
+            parts.append(("Not done", [], [f"{name}: {why}" for name, why in self.failed.items()]))
         return parts
 
     def curve(self) -> ScoreTable:
@@ -112,9 +116,10 @@ def study_report(
     scored: Sequence[str],
     looked: Sequence[str] = (),
     choices: Sequence[Choice] = (),
+    failed: Mapping[str, str] | None = None,
 ) -> StudyReport:
     """The report on the evaluations `scored` in `folder`: scores/<number>/..., scores/base or scores/own/<task>; on the
-    gates that were `looked` at there; and on the settings that were chosen.
+    gates that were `looked` at there; on the settings that were chosen; and on what failed.
 
     Raises: UsageError, MismatchError where they cannot be compared.
     """
@@ -137,6 +142,7 @@ def study_report(
         ", ".join(dict.fromkeys(run.content["device"] for run in runs.values() if "device" in run.content)),
         read_looks(folder, looked),
         choices,
+        failed or {},
     )
 
 

@@ -119,6 +119,11 @@ def test_no_arguments_show_the_help_on_stderr(mole: Callable[..., Any]) -> None:
         (RunError("loss", "not finite", "Lower --lr."), 1, "loss: not finite. Lower --lr."),
         (KeyboardInterrupt(), 130, "interrupted: what was finished is kept"),
         (
+            MemoryError(),
+            1,
+            "memory ran out. Lower the batch size, write --dtype bfloat16, or leave the device to this command.",
+        ),
+        (
             ZeroDivisionError("division by zero"),
             1,
             "unexpected ZeroDivisionError: division by zero. Run again with --verbose for the traceback.",

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from molecli.engine import study
+from molecli.engine.study_jobs import Job
+
 STUDY = """\
 command: study
 experts: {loras: [reverse, plural]}
@@ -52,6 +55,29 @@ def test_what_is_wrong_is_said(mole: Any, file: Path, args: tuple[str, ...], mes
     result = mole("study", *(arg.format(file=file) for arg in args))
     assert result.code == 2
     assert message in result.err
+
+
+def test_a_command_that_failed_ends_the_study_with_code_1_after_its_report(
+    mole: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlucky(job: Job, folder: Path, environment: dict[str, str]) -> str:
+        return "exit 1: mole: memory ran out" if "gated" in job.name else called(job, folder, environment)
+
+    called = study._called
+    monkeypatch.setattr(study, "_called", unlucky)
+    out = file.parent / "out"
+    result = mole("study", str(file), "--output", str(out), "--quiet")
+    assert result.code == 1
+    assert "2 commands failed, and what needs them is not in the report. Their logs lie in study-steps/" in result.err
+    assert "linear" in result.out
+    assert json.loads((out / "study.json").read_text())["failed"].keys() == {
+        "compositions/all/seed-0/gated",
+        "scores/all/seed-0/gated",
+    }
+    monkeypatch.setattr(study, "_called", called)
+    result = mole("study", str(file), "--output", str(out), "--quiet", "--resume")
+    assert result.code == 0
+    assert "gated" in result.out
 
 
 def test_overwrite_costs_nothing_where_the_study_cannot_run(

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from molecli.engine.scoring import TaskResult, completion, evaluate, own_lora, score
-from molecli.errors import UsageError
+from molecli.errors import RunError, UsageError
 from molecli.protocols import Example
 
 
@@ -59,6 +60,43 @@ def test_the_batch_size_changes_no_score(batch_size: int) -> None:
     tasks = {"talk": examples("talk", "say no", "please do say yes", "say yes")}
     (result,) = run(Parrot(), tasks, batch_size=batch_size)
     assert result.scores["exact_match"] == (0.0, 1.0, 1.0)
+
+
+class Small(Parrot):
+    """Has memory for `room` prompts at once."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, **more: Any) -> list[str]:
+        if len(prompts) > self.room:
+            raise torch.OutOfMemoryError
+        return super().generate(prompts, max_new_tokens=max_new_tokens, **more)
+
+
+def test_what_does_not_fit_in_memory_at_once_is_completed_in_pieces() -> None:
+    tasks, small = {"talk": examples("talk", *(f"say {n}" for n in range(7)))}, Small(2)
+    with pytest.warns(UserWarning, match=r"7 examples at once do not fit in memory: completing 3$"):
+        (result,) = run(small, tasks, batch_size=7)
+    assert result.completions == tuple(str(n) for n in range(7))
+    assert [len(batch) for batch, _ in small.batches] == [1] * 7
+
+
+def test_one_example_that_does_not_fit_in_memory_is_an_error() -> None:
+    with pytest.raises(RunError) as caught:
+        run(Small(0), {"talk": examples("talk", "say yes")})
+    what = "one example does not fit in memory. Write --dtype bfloat16, or leave the device to this command."
+    assert str(caught.value) == f"evaluate: {what}"
+
+
+def test_another_error_is_not_taken_for_memory() -> None:
+    class Broken(Parrot):
+        def generate(self, prompts: Sequence[str], *, max_new_tokens: int, **_: Any) -> list[str]:
+            raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        run(Broken(), {"talk": examples("talk", "say yes", "say no")})
 
 
 def test_an_unknown_metric_stops_before_anything_is_generated() -> None:

@@ -353,6 +353,10 @@ def test_a_job_that_fails_is_told_and_the_rest_goes_on(pair: Pair, tmp_path: Pat
     report = run_study(recipe(pair, tmp_path, methods=methods), at_once=1, note=notes.append)
     assert any("compositions/all/fixed/pem" in note and "nobody" in note for note in notes)
     assert list(report.comparisons["all"].contests[0][0].methods) == ["own LoRA", "linear"]
+    assert list(report.failed) == ["compositions/all/fixed/pem", "scores/all/fixed/pem"]
+    told = (tmp_path / "study.md").read_text()
+    assert "## Not done" in told
+    assert f"- compositions/all/fixed/pem: {report.failed['compositions/all/fixed/pem']}" in told
     broken = recipe(pair, tmp_path / "b", methods={"pem": {"method": {"expression": "nobody"}}}, own=False)
     with pytest.raises(RunError, match="nothing was scored"):
         run_study(broken, at_once=1)

@@ -3,12 +3,11 @@
 A picture follows from its prompt, its seed and the method alone: neither the batch it was drawn in nor what was drawn
 before it changes it. So a batch that fails is drawn again in smaller pieces, and what fails alone is reported.
 
-Contents: Job, Failure, draw, check_drawn, warnings_as_notes, out_of_memory, options, guidance_of.
+Contents: Job, Failure, draw, check_drawn, warnings_as_notes, options, guidance_of.
 """
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from molecli.backbones.diffusion import Diffusion
 from molecli.catalog import package_folder
 from molecli.errors import RunError, UserError
 from molecli.files.recipe import ImageConfig
+from molecli.functional.memory import freed, out_of_memory
 
 LESS_MEMORY = (
     "Lower --width and --height, or write --set image.branches_at_once=1, --set image.replay=false or --dtype bfloat16."
@@ -123,11 +122,6 @@ def warnings_as_notes(note: Callable[[str], object]) -> Iterator[None]:
         yield
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says that memory ran out, on an accelerator or, in torch's own words, on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def options(image: ImageConfig) -> dict[str, Any]:
     """How pictures are denoised, as `Diffusion.generate` takes it."""
     return image.model_dump(exclude={"branches_at_once"})
@@ -151,10 +145,7 @@ def _attempt(
     except UserError:
         raise
     except Exception as error:
-        # The frames hold the tensors of the batch that failed: the next, smaller one needs their memory.
-        traceback.clear_frames(error.__traceback__)
-        if out_of_memory(error) and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        freed(error)
         return error
     for job, picture in zip(batch, pictures, strict=True):
         keep(job, picture)
