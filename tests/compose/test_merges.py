@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from peft.utils import merge_utils
-from torch import Tensor
+from torch import Tensor, nn
 
 from molecli.compose import METHODS
 from molecli.compose.knots import shared_space
@@ -121,10 +122,51 @@ def test_svd_keeps_the_largest_rank_by_default() -> None:
     assert 0 < error < 1
 
 
-def test_peft_agrees_where_it_truncates_too() -> None:
+def test_svd_is_the_truncated_sum() -> None:
     given = updates()
     U, S, Vt = torch.linalg.svd(linear(given))
     assert close(merged("svd", given, rank=4), U[:, :4] @ torch.diag(S[:4]) @ Vt[:4])
+
+
+def pefts(given: Updates, kind: str, **options: Any) -> Tensor:
+    """What PEFT's `add_weighted_adapter` makes of LoRAs with these factors, which must be of one rank."""
+    rank = len(given.factors[0][0])
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["m"])
+    model = PeftModel(nn.ModuleDict({"m": nn.Linear(D_IN, D_OUT, bias=False)}), config, "0")
+    for number in range(1, len(given.factors)):
+        model.add_adapter(str(number), config)
+    layer: Any = model.base_model.model["m"]
+    for number, (A, B) in enumerate(given.factors):
+        layer.lora_A[str(number)].weight.data = A.float()
+        layer.lora_B[str(number)].weight.data = B.float()
+    names = [str(number) for number in range(len(given.factors))]
+    model.base_model.add_weighted_adapter(names, list(given.weights), "out", combination_type=kind, **options)
+    return layer.get_delta_weight("out").double()
+
+
+def alike(weights: Sequence[float]) -> Updates:
+    return updates([pair(3, seed) for seed in range(len(weights))], weights)
+
+
+def test_peft_agrees_where_it_sums_and_truncates() -> None:
+    given = alike((0.7, 0.4, 1.2))
+    assert close(merged("svd", given, rank=3), pefts(given, "svd", svd_rank=3), 1e-5)
+    assert close(merged("cat", given), pefts(given, "cat"), 1e-5)
+    theirs = pefts(given, "dare_linear_svd", density=1.0, svd_rank=3)
+    assert close(merged("dare", given, density=1.0, rank=3), theirs, 1e-5)
+
+
+def test_pefts_linear_mixes_the_factors_apart_and_is_no_sum() -> None:
+    """peft#3004: √w A and √w B are summed each by itself, whose product has every cross term."""
+    given = alike((0.7, 0.4))
+    theirs, total = pefts(given, "linear"), linear(given)
+    assert float((theirs - total).norm() / total.norm()) > 0.5
+    roots = [w**0.5 for w in given.weights]
+    A = sum(r * a for r, (a, _) in zip(roots, given.factors, strict=True))
+    B = sum(r * b for r, (_, b) in zip(roots, given.factors, strict=True))
+    assert close(theirs, B @ A, 1e-5)  # type: ignore[operator]
+    for name in ("cat", "svd"):
+        assert close(merged(name, given, rank=6), total)
 
 
 # -- TIES and DARE -----------------------------------------------------------------------------------------------------
@@ -189,6 +231,20 @@ def test_dare_keeps_its_share_and_its_expectation() -> None:
     assert kept.item() == pytest.approx(0.25, abs=0.005)
     assert all(bool(torch.isclose(d[d != 0], 4 * x[d != 0]).all()) for d in drawn[:3])
     assert close(torch.stack(drawn).mean(0), x, 0.12)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), WEIGHTS])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_dare_ties_elects_among_what_was_not_dropped(weights: tuple[float, ...], density: float) -> None:
+    given = updates(weights=weights)
+    kept = [
+        drop(update, density, torch.Generator().manual_seed(seed)).numpy()
+        for update, seed in zip(given.dense(), given.seeds, strict=True)
+    ]
+    wanted = naive_ties(kept, weights, 1.0)
+    found = merged("dare_ties", given, density=density, rank=D_IN)
+    assert close(found, torch.from_numpy(wanted))
+    assert not close(found, merged("dare", given, density=density, rank=D_IN), 0.1)
 
 
 def test_dares_mask_follows_the_seed_of_each_lora() -> None:
@@ -262,6 +318,14 @@ def test_polar_leaves_out_directions_that_are_rounding() -> None:
     x = torch.randn(6, 2, dtype=torch.float64)
     doubled = torch.cat([x, x], dim=1)
     assert torch.linalg.matrix_rank(polar(doubled)) == 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_iso_is_its_formula(scale: float) -> None:
+    given = updates(weights=[scale * w for w in WEIGHTS])
+    U, S, Vt = torch.linalg.svd(linear(given), full_matrices=False)
+    rank = int(torch.linalg.matrix_rank(linear(given)))
+    assert close(merged("iso", given), S[:rank].mean() * U[:, :rank] @ Vt[:rank])
 
 
 def test_iso_keeps_the_nuclear_norm_and_is_idempotent() -> None:
