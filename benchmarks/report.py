@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from molecli.engine.study_table import curve_of, draw_curve
+from molecli.engine.study_trials import Choice
 
 HEAD = """# Results
 
 Written by `benchmarks/report.py` from `benchmarks/results/study-*.json`; do not edit. Each table is a `mole study`, on
-the machine named; scores are of the test sets, intervals a paired bootstrap over examples. What is called published is
-the paper's own figure on its own base and data, not measured here.
+the machine named; scores are of the test sets, intervals a paired bootstrap over examples. A setting that is called the
+least or most tried lies at the edge of those it was chosen from: one further out might do better. What is called
+published is the paper's own figure on its own base and data, not measured here.
 """
 
 
@@ -98,10 +100,11 @@ def ahead(margin: Mapping[str, Any]) -> str:
 
 
 def choice(tuned: Mapping[str, Any]) -> str:
-    """What was chosen of how many, and for which method."""
+    """What was chosen, for which method, and whether it lies at the edge of what was tried."""
     values = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in tuned["settings"].items())
-    of = "" if tuned["number"] is None else f" ({tuned['number']} LoRAs)"
-    return f"{tuned['method']}{of} {values}"
+    of = "" if tuned["number"] is None else f" ({tuned['number']} LoRA{'s' * (tuned['number'] != 1)})"
+    edge = Choice(**tuned).edge
+    return f"{tuned['method']}{of} {values}" + (f" ({edge})" if edge else "")
 
 
 def libraries(found: Mapping[str, Any]) -> str:

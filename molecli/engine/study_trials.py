@@ -35,6 +35,15 @@ class Choice:
     settings: Mapping[str, Any]
     tried: Mapping[str, float]
 
+    @property
+    def edge(self) -> str:
+        """`least tried` or `most tried`, where one number was chosen and another might be better still; else empty."""
+        values = list(self.settings.values())
+        if len(values) != 1 or not isinstance(values[0], (int, float)) or len(self.tried) < 2:
+            return ""
+        tried = [float(label.partition("=")[2]) for label in self.tried]
+        return {min(tried): "least tried", max(tried): "most tried"}.get(float(values[0]), "")
+
 
 def trial_jobs(recipe: StudyRecipe) -> list[Job]:
     """A composition and its score for every combination; none where no method is tuned."""
@@ -74,9 +83,10 @@ def choice_table(choices: Sequence[Choice]) -> TextTable:
     """What was chosen, and the held-out average of everything tried."""
     rows = []
     for one in choices:
-        label = one.method if one.number is None else f"{one.method}, {one.number} LoRAs"
+        label = one.method if one.number is None else f"{one.method}, {one.number} LoRA{'s' * (one.number != 1)}"
         tried = "; ".join(f"{settings}: {average:.1f}" for settings, average in one.tried.items())
-        rows.append(TextRow(label, (_label(one.settings), tried)))
+        chosen = f"{_label(one.settings)} ({one.edge})" if one.edge else _label(one.settings)
+        rows.append(TextRow(label, (chosen, tried)))
     return TextTable("method", ("chosen", "average on held-out examples (%)"), tuple(rows))
 
 

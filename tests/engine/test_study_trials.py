@@ -14,7 +14,7 @@ from studies import run_here
 from molecli.engine.data import split_tasks
 from molecli.engine.study import jobs_of, run_study
 from molecli.engine.study_jobs import Job
-from molecli.engine.study_trials import Choice
+from molecli.engine.study_trials import Choice, choice_table
 from molecli.errors import UsageError
 from molecli.files.recipe import RECIPES, DataConfig, StudyRecipe
 
@@ -104,7 +104,7 @@ def test_each_number_of_loras_has_its_own_choice(pair: Pair, tmp_path: Path, in_
     report = run_study(recipe(pair, tmp_path, {"method.scale": [0.001, 1.0]}, "linear", numbers=[1, 2]), at_once=1)
     assert [(one.number, one.method) for one in report.choices] == [(1, "tuned"), (2, "tuned")]
     assert report.choices[0].settings == {"method.scale": 1.0}
-    assert "| tuned, 1 LoRAs | scale=1.0 |" in (tmp_path / "study.md").read_text()
+    assert "| tuned, 1 LoRA | scale=1.0 (most tried) |" in (tmp_path / "study.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -125,3 +125,23 @@ def test_what_cannot_be_chosen(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         recipe(pair, tmp_path, tune, "linear", **changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tried", "edge"),
+    [
+        ({"method.scale": 0.02}, {"scale=0.02": 3.0, "scale=0.1": 1.0}, "least tried"),
+        ({"method.scale": 0.1}, {"scale=0.02": 1.0, "scale=0.1": 3.0}, "most tried"),
+        ({"method.scale": 0.1}, {"scale=0.02": 1.0, "scale=0.1": 3.0, "scale=1": 2.0}, ""),
+        ({"method.scale": 0.1}, {"scale=0.1": 3.0}, ""),
+        ({"method.expression": "a"}, {"expression=a": 3.0, "expression=b": 1.0}, ""),
+        ({"method.scale": 0.1, "method.rank": 2}, {"scale=0.1, rank=2": 3.0, "scale=0.2, rank=2": 1.0}, ""),
+    ],
+)
+def test_a_choice_at_the_edge_of_what_was_tried_says_so(
+    settings: dict[str, Any], tried: dict[str, float], edge: str
+) -> None:
+    choice = Choice(None, "ties", settings, tried)
+    assert choice.edge == edge
+    (row,) = choice_table([choice]).rows
+    assert row.texts[0].endswith(f"({edge})") == bool(edge)
