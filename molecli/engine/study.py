@@ -18,12 +18,13 @@ from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
+from molecli.compose.options import check_keys, told
 from molecli.engine.results import RESULTS_FILE
 from molecli.engine.side_by_side import prepare, run_mole
 from molecli.engine.study_jobs import PHASES, STEPS, Job, text_jobs
 from molecli.engine.study_scenes import scene_jobs
 from molecli.engine.study_table import StudyReport, study_report
-from molecli.engine.study_trials import Choice, chosen, settled, trial_jobs
+from molecli.engine.study_trials import Choice, chosen, settled, trial_jobs, widened
 from molecli.errors import RunError
 from molecli.files.atomic import write_text
 
@@ -37,8 +38,10 @@ Note = Callable[[str], object]
 def jobs_of(recipe: StudyRecipe, choices: Sequence[Choice] = ()) -> list[Job]:
     """The study's commands in order; methods to be tuned are composed as `choices` say, where these are known.
 
-    Raises: UserError for tasks that are not there.
+    Raises: UserError for tasks that are not there, and for a setting that a method does not read.
     """
+    for name, method in recipe.methods.items():
+        check_keys(method.told, told([method.mode]), f"methods.{name}.method")
     if recipe.draws:
         return scene_jobs(recipe)
     return [*trial_jobs(recipe), *text_jobs(recipe, settled(recipe, choices))]
@@ -53,30 +56,49 @@ def run_study(
     was scored.
     """
     prepare()
-    folder, finished = Path(recipe.output) / STEPS, 0
-    jobs, choices, done, failed = jobs_of(recipe), list[Choice](), dict[str, list[str]](), dict[str, str]()
-    for phase in PHASES:
-        if phase == "compositions" and done["trials"]:
-            choices = chosen(recipe, folder, done["trials"])
-            jobs = jobs_of(recipe, choices)
-        now = [job for job in jobs if job.phase == phase]
-        if phase == "compositions":
-            _reuse(folder, [job for job in jobs if job.phase == "candidates"], now)
-        left = [job for job in now if not _done(folder, job)]
-        finished += len(now) - len(left)
-        for job, failure in _run(left, folder, at_once):
-            finished += 1
-            if failure:
-                failed[job.name] = failure
-                note(f"{job.name}: {failure}")
-            if progress is not None:
-                progress(phase, finished, len(jobs))
-        done[phase] = [job.name for job in now if _done(folder, job)]
-    if not done["scores"]:
+    folder = Path(recipe.output) / STEPS
+    work = _Work(folder, at_once, progress, note)
+    work.do(jobs_of(recipe), ("loras", "candidates", "trials"))
+    choices = chosen(recipe, folder, work.done["trials"])
+    for _ in range(recipe.wider):
+        wider = widened(recipe, choices)
+        if wider is None:
+            break
+        recipe = wider
+        work.do(jobs_of(recipe), ("candidates", "trials"))
+        choices = chosen(recipe, folder, work.done["trials"])
+    jobs = jobs_of(recipe, choices)
+    _reuse(folder, jobs)
+    work.do(jobs, ("compositions", "scores", "gates"))
+    if not work.done["scores"]:
         raise RunError(str(folder), "nothing was scored", "Look at the logs there.")
-    report = study_report(recipe, folder, done["scores"], done["gates"], choices, failed)
+    report = study_report(recipe, folder, work.done["scores"], work.done["gates"], choices, work.failed)
     report.write(Path(recipe.output))
     return report
+
+
+class _Work:
+    """Jobs of a study, phase by phase; done: what is, by phase; failed: the name of a job -> why."""
+
+    def __init__(self, folder: Path, at_once: int, progress: Progress | None, note: Note) -> None:
+        self.folder, self.at_once, self.progress, self.note = folder, at_once, progress, note
+        self.done: dict[str, list[str]] = {phase: [] for phase in PHASES}
+        self.failed: dict[str, str] = {}
+
+    def do(self, jobs: Sequence[Job], phases: Sequence[str]) -> None:
+        """Those of these phases that are not done yet, in order; each is told."""
+        for phase in phases:
+            now = [job for job in jobs if job.phase == phase]
+            left = [job for job in now if not _done(self.folder, job) and job.name not in self.failed]
+            finished = sum(job.name in self.failed or _done(self.folder, job) for job in jobs)
+            for job, failure in _run(left, self.folder, self.at_once):
+                finished += 1
+                if failure:
+                    self.failed[job.name] = failure
+                    self.note(f"{job.name}: {failure}")
+                if self.progress is not None:
+                    self.progress(phase, finished, len(jobs))
+            self.done[phase] = [job.name for job in now if _done(self.folder, job)]
 
 
 # -- running them ------------------------------------------------------------------------------------------------------
@@ -118,11 +140,11 @@ def _called(job: Job, folder: Path, environment: dict[str, str]) -> str:
     return ""
 
 
-def _reuse(folder: Path, made: Sequence[Job], wanted: Sequence[Job]) -> None:
+def _reuse(folder: Path, jobs: Sequence[Job]) -> None:
     """A composition that was already made to be tried, with the same settings and seed, is taken from there."""
-    alike = {job.digest: job for job in made if _done(folder, job)}
-    for job in wanted:
-        if job.digest in alike and not _done(folder, job):
+    alike = {job.digest: job for job in jobs if job.phase == "candidates" and _done(folder, job)}
+    for job in jobs:
+        if job.phase == "compositions" and job.digest in alike and not _done(folder, job):
             source = alike[job.digest]
             shutil.copytree(folder / source.name, folder / job.name, dirs_exist_ok=True)
             write_text(folder / f"{job.name}.yaml", job.text)

@@ -6,6 +6,7 @@ it, and a learned one at its learning rate, without a look at the test set.
 
     trial_jobs   the commands          chosen       what was found best -> Choice
     settled      the methods with it   choice_table all that was tried, for the report
+    widened      the recipe with values beyond choices at the edge of what was tried
 """
 
 from __future__ import annotations
@@ -41,8 +42,28 @@ class Choice:
         values = list(self.settings.values())
         if len(values) != 1 or not isinstance(values[0], (int, float)) or len(self.tried) < 2:
             return ""
-        tried = [float(label.partition("=")[2]) for label in self.tried]
-        return {min(tried): "least tried", max(tried): "most tried"}.get(float(values[0]), "")
+        tried = self._values()
+        return {tried[0]: "least tried", tried[-1]: "most tried"}.get(float(values[0]), "")
+
+    @property
+    def beyond(self) -> float | None:
+        """The value beyond the edge, as far from it as its neighbour is, in proportion.
+
+        None for a choice inside or no better than that neighbour, for whole numbers and around zero.
+        """
+        (value,) = self.settings.values() if self.edge else (None,)
+        if not isinstance(value, float) or self._values()[0] <= 0:
+            return None
+        inward = self._values()[1 if self.edge == "least tried" else -2]
+        scores = {_value(label): score for label, score in self.tried.items()}
+        return float(f"{value * value / inward:.2g}") if scores[value] > scores[inward] else None
+
+    def _values(self) -> list[float]:
+        return sorted(map(_value, self.tried))
+
+
+def _value(label: str) -> float:
+    return float(label.partition("=")[2])
 
 
 def trial_jobs(recipe: StudyRecipe) -> list[Job]:
@@ -72,6 +93,18 @@ def chosen(recipe: StudyRecipe, folder: Path, done: Collection[str]) -> list[Cho
             settings = next(settings for settings, _ in places if _label(settings) == best)
             choices.append(Choice(number, name, settings, averages))
     return choices
+
+
+def widened(recipe: StudyRecipe, choices: Sequence[Choice]) -> StudyRecipe | None:
+    """The recipe with one more value to try beyond every choice at an edge; None where all lie inside."""
+    methods = dict(recipe.methods)
+    for one in choices:
+        method = methods[one.method]
+        for key, values in method.tune.items():
+            if one.beyond is not None and one.beyond not in values:
+                tune = {**method.tune, key: [*values, one.beyond]}
+                methods[one.method] = method.model_copy(update={"tune": tune})
+    return recipe.model_copy(update={"methods": methods}) if methods != recipe.methods else None
 
 
 def settled(recipe: StudyRecipe, choices: Sequence[Choice]) -> dict[Column, StudyMethod]:

@@ -104,7 +104,37 @@ def test_each_number_of_loras_has_its_own_choice(pair: Pair, tmp_path: Path, in_
     report = run_study(recipe(pair, tmp_path, {"method.scale": [0.001, 1.0]}, "linear", numbers=[1, 2]), at_once=1)
     assert [(one.number, one.method) for one in report.choices] == [(1, "tuned"), (2, "tuned")]
     assert report.choices[0].settings == {"method.scale": 1.0}
-    assert "| tuned, 1 LoRA | scale=1.0 (most tried) |" in (tmp_path / "study.md").read_text()
+    assert "| tuned, 1 LoRA | scale=1.0 | " in (tmp_path / "study.md").read_text()
+
+
+def test_beyond_a_choice_at_the_edge_more_is_tried(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    given = recipe(pair, tmp_path, {"method.scale": [0.01, 1.0]}, "linear")
+    (choice,) = run_study(given, at_once=1).choices
+    assert list(choice.tried) == ["scale=0.01", "scale=1.0", "scale=100.0"]
+    assert (choice.settings, choice.edge) == ({"method.scale": 1.0}, "")
+    ran = list(in_process)
+    run_study(given, at_once=1)
+    assert in_process == ran  # nothing is done again
+
+    as_listed = recipe(pair, tmp_path / "b", {"method.scale": [0.01, 1.0]}, "linear", wider=0)
+    (choice,) = run_study(as_listed, at_once=1).choices
+    assert (list(choice.tried), choice.edge) == (["scale=0.01", "scale=1.0"], "most tried")
+    assert "| tuned | scale=1.0 (most tried) |" in (tmp_path / "b" / "study.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "tried", "beyond"),
+    [
+        ({"method.scale": 0.02}, {"scale=0.05": 1.0, "scale=0.02": 3.0}, 0.008),
+        ({"method.scale": 0.3}, {"scale=0.1": 1.0, "scale=0.3": 3.0}, 0.9),
+        ({"method.scale": 0.1}, {"scale=0.02": 1.0, "scale=0.1": 3.0, "scale=1": 2.0}, None),
+        ({"method.scale": 0.1}, {"scale=0.1": 3.0, "scale=0.2": 3.0}, None),
+        ({"method.top_k": 1}, {"top_k=1": 3.0, "top_k=2": 1.0}, None),
+        ({"method.scale": 0.0}, {"scale=0.0": 3.0, "scale=0.1": 1.0}, None),
+    ],
+)
+def test_what_lies_beyond_the_edge(settings: dict[str, Any], tried: dict[str, float], beyond: float | None) -> None:
+    assert Choice(None, "ties", settings, tried).beyond == beyond
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,12 @@ class StudyMethod(Section):
         return self.model_copy(update=changed)
 
     @property
+    def told(self) -> list[str]:
+        """The keys of `method` that are written or to be chosen."""
+        tuned = [key.partition(".") for key in self.tune]
+        return [*self.method, *(name for section, _, name in tuned if section == "method")]
+
+    @property
     def fixed(self) -> bool:
         """Whether nothing of it depends on the seed or the data."""
         return self.mode not in get_args(LearnedMode)
@@ -136,6 +142,9 @@ class StudyRecipe(Section):
         default_factory=dict, description="a diffusion base: what ready LoRAs add; read beside them if not given"
     )
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="of the learned methods")
+    wider: int = Field(
+        default=2, ge=0, description="so often a value is added to a method's `tune`, beyond one chosen at the edge"
+    )
     own: bool = Field(
         default=True, description="score each LoRA on its own task too; of pictures there is no such task"
     )
