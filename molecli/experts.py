@@ -40,7 +40,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Expert:
-    """A named, frozen LoRA: its factors by matrix name, and where it came from."""
+    """A named, frozen LoRA: its factors by matrix name, and where it came from.
+
+    absent: its files are not to be found, and its factors have rank 0, which says its matrices and their shapes.
+    """
 
     name: str
     factors: Mapping[str, LowRank]
@@ -48,6 +51,7 @@ class Expert:
     sha256: str = ""
     rank: int = 0
     alpha: float = 0.0
+    absent: bool = False
 
     @property
     def matrices(self) -> tuple[str, ...]:

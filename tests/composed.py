@@ -39,7 +39,7 @@ def save_composed(folder: Path, base: Path, model: Any, loras: Mapping[str, Path
         level=row.level,
         base=str(base),
         base_fingerprint=fingerprint(host),
-        experts=tuple(record_of(expert) for expert in mixture.bank.experts),
+        experts=tuple(record_of(expert) for expert in experts),
         gate=recipe.gate.model_dump(mode="json") if row.level == "site" else None,
         settings={"method": recipe.method.model_dump(mode="json")} if row.level == "output" or row.merges else {},
         recipe=dump_recipe(recipe),

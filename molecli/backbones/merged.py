@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.streams import Streams
-from molecli.errors import MismatchError
+from molecli.errors import MismatchError, UsageError
 from molecli.experts import Expert, ExpertBank, LowRank, Merged
 from molecli.protocols import Reading, Site
 
@@ -40,6 +40,7 @@ class _Whole(nn.Module):
 class MergedMixture(Mixture):
     """The experts of `bank` as the one LoRA that `merge` makes of them, when they are first needed.
 
+    With absent experts it is what `load_state_dict` gave, and merging anew is a UsageError.
     weights [N]: the coefficients that it was made with; what a search finds is set by `reweigh`.
     """
 
@@ -62,6 +63,7 @@ class MergedMixture(Mixture):
     def merged(self) -> Merged:
         """The merged LoRA of the experts that are kept."""
         if self._kept not in self._known:
+            self._check_there()
             self._known[self._kept] = self._merge(self.weights, self._kept)
         return self._known[self._kept]
 
@@ -77,6 +79,8 @@ class MergedMixture(Mixture):
     def mask(self, *names: str) -> None:
         """Switch off exactly the named experts: the others are merged as if these had not been there."""
         off = {self.bank.index(name) for name in names}
+        if off:
+            self._check_there()
         self._kept = tuple(i for i in range(len(self.bank)) if i not in off)
         self._off = not self._kept
         if not self._off:
@@ -105,6 +109,12 @@ class MergedMixture(Mixture):
         factors = {m: LowRank(tensors[f"{_PREFIX}{m}/A"], tensors[f"{_PREFIX}{m}/B"], 1.0) for m in self.bank.matrices}
         self._known = {tuple(range(len(self.bank))): Merged(factors, {})}
         self._rehost()
+
+    def _check_there(self) -> None:
+        gone = [f"no {expert.name} at {expert.source}" for expert in self.bank.experts if expert.absent]
+        if gone:
+            what = f"--mask and --only merge the LoRAs that are left anew, and there is {', '.join(gone)}"
+            raise UsageError("LoRAs", what, "Put it back, or name all of them with --loras.")
 
     def _check_shapes(self, matrix: str, tensors: Mapping[str, Tensor]) -> None:
         like = self.bank.experts[self.bank.present(matrix)[0]].factors[matrix]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from molecli.backbones.hosting import Mixture
@@ -14,10 +16,11 @@ from molecli.backbones.weights import BaseWeights
 from molecli.compose import get_method
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError
-from molecli.experts import Expert, ExpertBank
+from molecli.experts import Expert, ExpertBank, LowRank
 from molecli.files.adapters import LoraLike, LoraSpec, parse_loras, read_expert
-from molecli.files.adapters.source import resolve_source
-from molecli.files.composition import Composition, check_base, check_experts, load_composition
+from molecli.files.adapters.source import is_there, resolve_source
+from molecli.files.adapters.weights import Shape
+from molecli.files.composition import Composition, ExpertRecord, check_base, check_experts, load_composition
 from molecli.files.concepts import Concept, read_concept
 from molecli.files.recipe import GateConfig, MethodConfig
 from molecli.functional.fingerprint import fingerprint, same_base
@@ -98,13 +101,14 @@ def attach_composition(
 ) -> Mixture:
     """The composition on `model`, its base and LoRAs checked; `experts` saves reading the LoRAs again.
 
+    A merged one has its factors: LoRAs that it remembers and that are not to be found are absent, with a warning.
     Raises: MismatchError where base, LoRAs or gates are not those it was made of.
     """
     check_base(composition, fingerprint(model), same_base, base=base)
     if experts is None:
-        own = [LoraSpec(record.name, record.source) for record in composition.experts]
         # A LoRA that only partly matched was accepted when the composition was made; its matrices are compared below.
-        experts = read_experts(model, loras or own, allow_partial=True)
+        found = read_experts(model, loras or specs_of(composition), allow_partial=True)
+        experts = found if loras else _with_absent(composition, found, adaptable_matrices(model))
     check_experts(composition, ExpertBank(experts))
     mixture = build_mixture(
         model,
@@ -118,6 +122,38 @@ def attach_composition(
     )
     mixture.load_state_dict(composition.tensors)
     return mixture
+
+
+def not_found(composition: Composition) -> list[ExpertRecord]:
+    """The LoRAs of a merged composition that are not where they were; of others none, which cannot do without."""
+    if not get_method(composition.mode).merges:
+        return []
+    return [record for record in composition.experts if not is_there(LoraSpec(record.name, record.source))]
+
+
+def specs_of(composition: Composition) -> list[LoraSpec]:
+    """The LoRAs that a composition remembers, less those that it can do without, of which it warns."""
+    gone = not_found(composition)
+    if gone:
+        listed = ", ".join(f"no {record.name} at {record.source}" for record in gone)
+        what = f"the LoRAs of this composition ({composition.mode}) are not all there: {listed}"
+        warnings.warn(f"{what}. It is taken as it was merged; --mask and --only need them", stacklevel=2)
+    return [LoraSpec(record.name, record.source) for record in composition.experts if record not in gone]
+
+
+def _with_absent(composition: Composition, found: Iterable[Expert], shapes: Mapping[str, Shape]) -> list[Expert]:
+    """The composition's experts in its order; those not found are absent ones, on the base's matrices `shapes`."""
+    there = {expert.name: expert for expert in found}
+    return [there.get(record.name) or _absent(record, shapes) for record in composition.experts]
+
+
+def _absent(record: ExpertRecord, shapes: Mapping[str, Shape]) -> Expert:
+    factors = {
+        matrix: LowRank(torch.empty(0, *shapes[matrix][1:]), torch.empty(shapes[matrix][0], 0), 1.0)
+        for matrix in record.matrices
+        if matrix in shapes
+    }
+    return Expert(record.name, factors, record.source, record.sha256, record.rank, record.alpha, absent=True)
 
 
 def _concepts(specs: Sequence[LoraSpec]) -> dict[str, Concept]:

@@ -8,6 +8,7 @@ run_evaluate  recipe -> EvaluationReport: the whole command on a language model;
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch import nn
 
 from molecli.backbones.loading import load_backbone
 from molecli.catalog import BUILTIN_PREFIX, builtin_loras
-from molecli.engine.attach import read_experts
+from molecli.engine.attach import not_found, read_experts
 from molecli.engine.data import Tasks, load_tasks, split_tasks
 from molecli.engine.methods import STATIC, Method, composition_methods, distinct, folder_names, static_methods
 from molecli.engine.results import compare, document, write
@@ -226,8 +227,25 @@ def chosen(
     loras: list[LoraLike] = list(recipe.loras) or recorded_loras(compositions.values())
     if not loras and builtin:
         loras = [LoraSpec(name, str(path)) for name, path in builtin_loras().items()]
-    default = (STATIC if loras else ("base",)) if recipe.eval.baselines or not compositions else ()
-    return loras, recipe.modes or default
+    baselines = not recipe.modes and (recipe.eval.baselines or not compositions)
+    return loras, usual_modes(STATIC, loras, compositions) if baselines else recipe.modes
+
+
+def usual_modes(
+    modes: Sequence[str], loras: Sequence[LoraLike], compositions: Mapping[str, Composition]
+) -> Sequence[str]:
+    """`modes`, which compose `loras`; the base alone without any, and with a warning where some are missing."""
+    gone = missing(loras, compositions.values())
+    if gone:
+        what = f"not all LoRAs are there (no {', no '.join(gone)}): of the fixed methods the base alone is scored"
+        warnings.warn(what, stacklevel=2)
+    return modes if loras and not gone else ("base",)
+
+
+def missing(loras: Iterable[LoraLike], compositions: Iterable[Composition]) -> list[str]:
+    """The names of those LoRAs that are not to be found, and that merged compositions can do without."""
+    gone = {(record.name, record.source) for composition in compositions for record in not_found(composition)}
+    return [lora.name for lora in loras if (lora.name, lora.source) in gone]
 
 
 def recorded_loras(compositions: Iterable[Composition]) -> list[LoraLike]:

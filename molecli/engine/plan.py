@@ -20,6 +20,7 @@ from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
 from molecli.backbones.pipeline import PipelineModules
 from molecli.catalog import BUILTIN_PREFIX
 from molecli.compose import get_method
+from molecli.engine.attach import specs_of
 from molecli.engine.compose import domain_of
 from molecli.engine.data import load_tasks, split_tasks
 from molecli.engine.evaluate import chosen
@@ -30,7 +31,6 @@ from molecli.errors import UsageError
 from molecli.experts import Expert, LowRank
 from molecli.files.adapters import AdapterInfo, Coverage, check_coverage, read_info
 from molecli.files.composition import check_base, load_composition
-from molecli.files.lora_spec import LoraSpec
 from molecli.files.recipe import (
     AdapterConfig,
     ComposeRecipe,
@@ -241,8 +241,7 @@ def _plan_export(recipe: ExportRecipe, *, fetch: bool) -> Plan:
     skeleton = load_skeleton(base)
     shapes = adaptable_matrices(skeleton)
     check_base(composition, fingerprint(skeleton), same_base)
-    recorded = [LoraSpec(record.name, record.source) for record in composition.experts]
-    infos = [read_info(lora) for lora in recipe.loras or recorded]
+    infos = [read_info(lora) for lora in recipe.loras or specs_of(composition)]
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     covered = [check_coverage(info, shapes, allow_partial=True) for info in infos]
     made = {"path": recipe.composition, "mode": composition.mode, "base": base.id, "experts": list(composition.names)}

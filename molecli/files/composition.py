@@ -153,7 +153,7 @@ def find_composition(path: str | Path) -> Path:
 
 
 def check_experts(composition: Composition, bank: ExpertBank) -> None:
-    """Nothing, when `bank` holds exactly the composition's experts, in its order.
+    """Nothing, when `bank` holds exactly the composition's experts, in its order; an absent one is compared by name.
 
     Raises: MismatchError naming the first expert that differs, and how.
     """
@@ -168,6 +168,8 @@ def check_experts(composition: Composition, bank: ExpertBank) -> None:
             raise MismatchError(
                 found.name, f"the composition has {record.name!r} in this place", _expected(composition)
             )
+        if expert.absent:
+            continue
         if found.sha256 != record.sha256:
             what = f"its weights are not those the composition was made with ({_short(found)}, not {_short(record)})"
             raise MismatchError(found.name, what, f"Give the LoRA from {record.source}, or compose again.")

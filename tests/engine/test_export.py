@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from molecli.backbones.loading import load_backbone
+from molecli.compose import METHODS
 from molecli.engine import export as exporting
 from molecli.engine.attach import attach
 from molecli.engine.export import run_export
 from molecli.engine.fixed import fixed_mixture
 from molecli.errors import RunError, UsageError
+from molecli.files.composition import Composition
 from molecli.files.recipe import BaseConfig
 from molecli.protocols import Example
 
@@ -275,6 +277,13 @@ def test_a_router_that_tells_no_weights_is_refused(world_of: Callable[[str], Wor
         "average. Compose them with --mode linear, nla or gated, and export that."
     )
     assert not (world.folder / "out").exists()
+
+
+@pytest.mark.parametrize("mode", [name for name, row in METHODS.items() if row.level == "output"])
+def test_modes_over_the_denoising_steps_are_refused(mode: str, tmp_path: Path) -> None:
+    composition = Composition(mode, "output", "base", "f", (), None, {}, "", {})
+    with pytest.raises(UsageError, match=f"mode {mode} composes the UNet's outputs step by step, which no one adapter"):
+        exporting.export_domain(export_recipe(tmp_path / "run", tmp_path / "out"), composition)
 
 
 def test_a_file_that_says_another_thing_is_found_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

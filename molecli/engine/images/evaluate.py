@@ -14,7 +14,7 @@ from typing import Any
 from molecli.backbones.loading import load_backbone
 from molecli.catalog import BUILTIN_IMAGE_BASE, builtin_loras
 from molecli.engine.attach import read_experts
-from molecli.engine.evaluate import EvaluationReport, recorded_loras
+from molecli.engine.evaluate import EvaluationReport, missing, recorded_loras, usual_modes
 from molecli.engine.images.columns import BASE, Studio, read_concepts
 from molecli.engine.images.drawing import Failure, check_drawn, warnings_as_notes
 from molecli.engine.images.judge import Case, JudgeReport, check_judge, pair_up, run_judge
@@ -75,13 +75,18 @@ def read_setting(recipe: EvaluateRecipe, *, note: Note = lambda text: None) -> S
     loras: list[LoraLike] = list(recipe.loras) or recorded_loras(compositions.values())
     if not loras and builtin:
         loras = [LoraSpec(name, str(path)) for name, path in builtin_loras(BUILTIN_IMAGE_BASE).items()]
-    known = read_concepts(loras, recipe.concepts)
+    gone = missing(loras, compositions.values())
+    known = read_concepts(
+        [lora for lora in loras if lora.name not in gone or lora.name in recipe.concepts], recipe.concepts
+    )
     concepts = {lora.name: known.get(lora.name) for lora in loras}
     bench = load_scenes(recipe.eval, concepts, builtin=builtin, note=note)
     if ALIGNMENTS & bench.asked:
         source_of(recipe.eval.clip, builtin=builtin)
-    default = (DEFAULT_MODES if bench.loras else (BASE,)) if recipe.eval.baselines or not compositions else ()
-    return Setting(base, compositions, paths, loras, concepts, recipe.modes or default, bench)
+    modes: Sequence[str] = recipe.modes
+    if not modes and (recipe.eval.baselines or not compositions):
+        modes = usual_modes(DEFAULT_MODES, [lora for lora in loras if lora.name in bench.loras], compositions)
+    return Setting(base, compositions, paths, loras, concepts, modes, bench)
 
 
 def run_evaluate_pictures(
@@ -214,12 +219,22 @@ def _entrants(recipe: EvaluateRecipe, setting: Setting, backbone: Any) -> list[E
         name: Learned(one, setting.paths[name], studio.composed(name, one, _own(one, recipe.loras)))
         for name, one in setting.compositions.items()
     }
-    return make_lineup(studio, setting.bench, setting.modes, learned, off=switched_off(recipe, setting.loras))
+    entrants = make_lineup(studio, setting.bench, setting.modes, learned, off=switched_off(recipe, setting.loras))
+    if missing(setting.loras, setting.compositions.values()):
+        for entrant in entrants:  # a scene that masks what is missing shows before the first picture
+            for scene in setting.bench.all:
+                entrant.column(scene.loras)
+    return entrants
 
 
 def _own(composition: Composition, loras: Sequence[LoraLike]) -> list[LoraLike]:
-    """The composition's LoRAs: as they were given here, else as it remembers them. Others may be given beside them."""
-    given = {lora.name: lora for lora in loras}
+    """The composition's LoRAs: as they were given here, else as it remembers them; none where none of them was given.
+
+    Others may be given beside them.
+    """
+    given = {lora.name: lora for lora in loras if lora.name in composition.names}
+    if not given:
+        return []
     return [given.get(record.name) or LoraSpec(record.name, record.source) for record in composition.experts]
 
 

@@ -40,6 +40,15 @@ def resolve_source(spec: LoraLike) -> Path:
     raise UsageError(spec.source, "no such built-in LoRA, folder or file", remedy)
 
 
+def is_there(spec: LoraLike) -> bool:
+    """Whether there is a LoRA's file at `spec.source`, on disk or on the hub as far as that can be reached."""
+    try:
+        weights_files(resolve_source(spec))
+    except (UsageError, RunError):
+        return False
+    return True
+
+
 def canonical_source(spec: LoraLike) -> str:
     """`spec.source` in a form that holds from any working folder: local paths made absolute."""
     builtin = builtin_meant(spec.source)

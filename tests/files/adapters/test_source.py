@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from molecli.files.adapters import LoraSpec, parse_lora, resolve_source
-from molecli.files.adapters.source import weights_files
+from molecli.files.adapters.source import is_there, weights_files
 
 PEFT = "adapter_model.safetensors"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -125,6 +125,24 @@ def test_a_single_file_of_any_name_is_downloaded(hub: Any, tmp_path: Path) -> No
     assert asked[1] == ["pixel-art.safetensors"]
     assert files_of_hub(tmp_path) == {"": "pixel-art.safetensors"}  # now from the cache: the list is not needed
     assert len(asked) == 3
+
+
+def test_whether_a_lora_is_there_is_told_without_an_error(hub: Any, tmp_path: Path) -> None:
+    hub("lora.safetensors")
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path / "own", PEFT)
+    there = ("org/lora", "own", f"own/{PEFT}")
+    for source in (*there, "none", "empty", "own/none.safetensors"):
+        assert is_there(LoraSpec("x", source)) == (source in there), source
+
+
+def test_a_lora_on_a_hub_out_of_reach_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise ConnectionError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert not is_there(LoraSpec("x", "org/lora"))
 
 
 def test_several_files_on_the_hub(hub: Any, explained: Any) -> None:
