@@ -9,10 +9,16 @@ from typing import Any
 
 from molecli.errors import UsageError
 
+# The keys of `method.*` that hold in every mode.
+EVERYWHERE = ("layers",)
+
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: `target` is module:attribute, imported when used."""
+    """A row of the table: `target` is module:attribute, imported when used.
+
+    options: the keys of `method.*` that change what it makes, beside those of EVERYWHERE.
+    """
 
     name: str
     level: str
@@ -20,6 +26,12 @@ class Method:
     paper: str
     summary: str
     target: str
+    options: tuple[str, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All keys of `method.*` that it reads."""
+        return (*self.options, *EVERYWHERE)
 
     @property
     def merges(self) -> bool:
@@ -42,6 +54,12 @@ class Method:
         return getattr(import_module(module), attribute)
 
 
+def _merge(name: str, paper: str, summary: str, *options: str, trained: bool = False) -> Method:
+    """The row of a method that makes one LoRA of all: any of them may be scaled, and cut to a rank."""
+    target = f"molecli.compose.{name}:merge"
+    return Method(name, "weights", trained, paper, summary, target, ("scale", "rank", *options))
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -52,6 +70,7 @@ METHODS = {
             "MoLE, ICLR 2024",
             "learned gates weight the LoRAs by the input",
             "molecli.compose.gated:build_gates",
+            (),
         ),
         Method(
             "soup",
@@ -60,6 +79,7 @@ METHODS = {
             "LoRA Soups, 2410.13025",
             "learned weights per site, the same for every input",
             "molecli.compose.soup:build_gates",
+            (),
         ),
         Method(
             "arrow",
@@ -68,6 +88,7 @@ METHODS = {
             "Arrow, 2405.11157",
             "PEFT's: each token to the LoRAs whose first singular vectors it follows",
             "molecli.compose.arrow:peft_config",
+            ("scale", "top_k", "temperature", "seed"),
         ),
         Method(
             "xlora",
@@ -76,29 +97,43 @@ METHODS = {
             "X-LoRA, 2402.07148",
             "PEFT's: a classifier of the base's last hidden states weighs the LoRAs by token",
             "molecli.compose.xlora:peft_config",
+            ("scale", "top_k", "temperature", "xlora_depth", "xlora_size", "layerwise_scalings"),
         ),
-        Method("linear", "weights", False, "MoLE Eq. 1", "the sum of all LoRAs", "molecli.compose.linear:gate"),
         Method(
-            "nla", "weights", False, "MoLE Eq. 2", "the sum with weights that add up to 1", "molecli.compose.nla:gate"
+            "linear", "weights", False, "MoLE Eq. 1", "the sum of all LoRAs", "molecli.compose.linear:gate", ("scale",)
         ),
-        Method("single", "weights", False, "Hu et al. 2021", "one LoRA alone", "molecli.compose.single:gate"),
-        *(
-            Method(name, "weights", trained, paper, summary, f"molecli.compose.{name}:merge")
-            for name, trained, paper, summary in (
-                ("cat", False, "PEFT", "the sum as one LoRA, all ranks side by side"),
-                ("svd", False, "PEFT; Eckart-Young", "the sum as one LoRA of a given rank"),
-                ("magnitude_prune", False, "PEFT", "the sum of the updates' largest entries"),
-                ("ties", False, "TIES, 2306.01708", "entries trimmed, their signs elected, those that agree averaged"),
-                ("dare", False, "DARE, 2311.03099", "random entries dropped, the rest rescaled and summed"),
-                ("dare_ties", False, "2311.03099 with 2306.01708", "DARE's drop, then TIES' election"),
-                ("knots", False, "KnOTS, 2410.19735", "TIES in the updates' shared left space"),
-                ("tsv", False, "TSV-Merge, 2412.00081", "the updates' singular vectors made orthogonal, then summed"),
-                ("iso", False, "Iso-C, 2502.04959", "the sum with its singular values made equal"),
-                ("svdiff", False, "SVDiff, 2303.11305", "shifts of the base's singular values, added"),
-                ("lorahub", True, "LoRAHub, 2307.13269", "one weight per LoRA, searched for without gradients"),
-                ("pem", False, "PEM, 2306.14870", "sums and differences of LoRAs by an expression"),
-            )
+        Method(
+            "nla",
+            "weights",
+            False,
+            "MoLE Eq. 2",
+            "the sum with weights that add up to 1",
+            "molecli.compose.nla:gate",
+            (),  # a scale cancels
         ),
+        Method(
+            "single", "weights", False, "Hu et al. 2021", "one LoRA alone", "molecli.compose.single:gate", ("scale",)
+        ),
+        _merge("cat", "PEFT", "the sum as one LoRA, all ranks side by side"),
+        _merge("svd", "PEFT; Eckart-Young", "the sum as one LoRA of a given rank"),
+        _merge("magnitude_prune", "PEFT", "the sum of the updates' largest entries", "density"),
+        _merge(
+            "ties", "TIES, 2306.01708", "entries trimmed, their signs elected, those that agree averaged", "density"
+        ),
+        _merge("dare", "DARE, 2311.03099", "random entries dropped, the rest rescaled and summed", "density", "seed"),
+        _merge("dare_ties", "2311.03099 with 2306.01708", "DARE's drop, then TIES' election", "density", "seed"),
+        _merge("knots", "KnOTS, 2410.19735", "TIES in the updates' shared left space", "density"),
+        _merge("tsv", "TSV-Merge, 2412.00081", "the updates' singular vectors made orthogonal, then summed"),
+        _merge("iso", "Iso-C, 2502.04959", "the sum with its singular values made equal"),
+        _merge("svdiff", "SVDiff, 2303.11305", "shifts of the base's singular values, added"),
+        _merge(
+            "lorahub",
+            "LoRAHub, 2307.13269",
+            "one weight per LoRA, searched for without gradients",
+            *("evaluations", "examples", "bound", "l1", "on"),
+            trained=True,
+        ),
+        _merge("pem", "PEM, 2306.14870", "sums and differences of LoRAs by an expression", "expression", "on"),
         Method(
             "switch",
             "output",
@@ -106,6 +141,7 @@ METHODS = {
             "Multi-LoRA Composition, 2402.16843",
             "images: the LoRAs take turns over the denoising steps",
             "molecli.compose.switch:Switch",
+            ("scale", "tau", "order"),
         ),
         Method(
             "composite",
@@ -114,6 +150,7 @@ METHODS = {
             "Multi-LoRA Composition, 2402.16843",
             "images: the mean of each LoRA's own prediction at every step",
             "molecli.compose.composite:Composite",
+            ("scale",),
         ),
         Method(
             "w_switch",
@@ -122,6 +159,7 @@ METHODS = {
             "W-Switch, 2606.03792",
             "images: turns as long as the prompt needs each LoRA",
             "molecli.compose.w_switch:WSwitch",
+            ("scale", "tau", "order"),
         ),
         Method(
             "w_composite",
@@ -130,6 +168,7 @@ METHODS = {
             "W-Composite, 2606.03792",
             "images: predictions weighted by the prompt's likeness to each trigger",
             "molecli.compose.w_composite:WComposite",
+            ("scale",),
         ),
         Method(
             "loratorio",
@@ -138,6 +177,7 @@ METHODS = {
             "LoRAtorio, 2508.11624",
             "images: predictions weighted patch by patch by their distance from the base's",
             "molecli.compose.loratorio:Loratorio",
+            ("scale", "base_share"),
         ),
     )
 }

@@ -17,4 +17,4 @@ def merge(updates: Updates, config: MethodConfig) -> Result:
     if config.on == "updates":
         return cat.merge(updates, config)
     weights = updates.vector
-    return *added(updates, weights, weights), 0.0
+    return added(updates, weights, weights, config.rank)

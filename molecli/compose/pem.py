@@ -26,7 +26,7 @@ def merge(updates: Updates, config: MethodConfig) -> Result:
     if config.on == "updates":
         return cat.merge(updates, config)
     weights = updates.vector
-    return *added(updates, weights.abs(), weights), 0.0
+    return added(updates, weights.abs(), weights, config.rank)
 
 
 def coefficients(expression: str | None, names: Sequence[str]) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from molecli.backbones.hosting import Mixture
 from molecli.backbones.layouts import adaptable_matrices, host_of
 from molecli.backbones.weights import BaseWeights
 from molecli.compose import get_method
+from molecli.compose.options import check_options
 from molecli.engine.mixing import build_mixture
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, LowRank
@@ -69,6 +70,8 @@ def attach(
             raise UsageError("attach", f"{name}= says something in mode {of!r} alone", f"Write mode={of!r}.")
     if weights is not None and row.level == "site" and row.trained:
         raise UsageError("attach", f"the gates learn the weights in mode {mode!r}", "Leave weights= out.")
+    if method is not None:
+        check_options(method, [row.name])
     experts = read_experts(model, specs, allow_partial=allow_partial)
     own = {spec.name: spec.weight for spec in specs} | dict(weights or {})
     concepts = _concepts(specs) if row.level == "output" else {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from molecli.backbones.hosting import Mixture
 from molecli.compose import get_method
+from molecli.compose.options import check_options
 from molecli.engine.data import flatten, split_tasks
 from molecli.engine.evaluate import Bench, EvaluationReport, make_bench, make_report, run_methods
 from molecli.engine.inspect import Progress, collect, entropy_course, summarise, write_report
@@ -39,6 +40,7 @@ class TextDomain:
         check_language(recipe.mode, "--mode")
         check_fields(recipe, PICTURE_FIELDS, TEXT_BASE)
         check_method(recipe.method)
+        check_options(recipe.method, [recipe.mode])
         if get_method(recipe.mode).through_peft:
             whose = f"gates are made by, and in mode {recipe.mode} PEFT routes as `method` says"
             check_fields(recipe, ("gate",), whose)

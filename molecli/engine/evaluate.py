@@ -18,6 +18,7 @@ from torch import nn
 
 from molecli.backbones.loading import load_backbone
 from molecli.catalog import BUILTIN_PREFIX, builtin_loras
+from molecli.compose.options import check_options, told
 from molecli.engine.attach import not_found, read_experts
 from molecli.engine.data import Tasks, load_tasks, split_tasks
 from molecli.engine.methods import STATIC, Method, composition_methods, distinct, folder_names, static_methods
@@ -174,8 +175,10 @@ def run_evaluate(
     bench = make_bench(recipe.eval)
     compositions = {name: load_composition(path) for name, path in folder_names(recipe.compositions).items()}
     base = base_of(recipe.base, next(iter(compositions.values()), None))
+    loras, modes = chosen(recipe, compositions, builtin=base.id.startswith(BUILTIN_PREFIX))
+    check_options(recipe.method, told(modes))
     backbone = load_backbone(base, recipe.device)
-    methods = make_methods(recipe, backbone.model, compositions, builtin=base.id.startswith(BUILTIN_PREFIX))
+    methods = make_methods(recipe, backbone.model, compositions, loras, modes)
     singles = [name for name, method in methods.items() if method.single]
     config = recipe.model_dump(mode="json")
 
@@ -202,14 +205,16 @@ def run_evaluate(
 
 
 def make_methods(
-    recipe: EvaluateRecipe, model: nn.Module, compositions: Mapping[str, Composition], *, builtin: bool
+    recipe: EvaluateRecipe,
+    model: nn.Module,
+    compositions: Mapping[str, Composition],
+    loras: Sequence[LoraLike],
+    modes: Sequence[str],
 ) -> dict[str, Method]:
-    """What `recipe` compares, by name, in the order of the table: fixed methods first, compositions last.
+    """What `recipe` compares, by name, in the order of the table: the fixed `modes` first, compositions last.
 
-    Without --modes these are the base, each LoRA alone, linear and nla, unless eval.baselines is off.
     Raises: UsageError, MismatchError.
     """
-    loras, modes = chosen(recipe, compositions, builtin=builtin)
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     needed = loras if set(modes) - {"base"} else []
     experts = read_experts(model, needed, allow_partial=not recipe.loras)
@@ -223,7 +228,10 @@ def make_methods(
 def chosen(
     recipe: EvaluateRecipe, compositions: Mapping[str, Composition], *, builtin: bool
 ) -> tuple[list[LoraLike], Sequence[str]]:
-    """(the LoRAs at hand, the fixed modes to score): those of the recipe, else what it leaves to be chosen."""
+    """(the LoRAs at hand, the fixed modes to score): those of the recipe, else what it leaves to be chosen.
+
+    Without --modes these are the base, each LoRA alone, linear and nla, unless eval.baselines is off.
+    """
     loras: list[LoraLike] = list(recipe.loras) or recorded_loras(compositions.values())
     if not loras and builtin:
         loras = [LoraSpec(name, str(path)) for name, path in builtin_loras().items()]

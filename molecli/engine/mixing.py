@@ -130,8 +130,6 @@ def _merged(
     """The experts as the one LoRA that `chosen` makes of them."""
     if chosen.name == "pem":
         own = own * torch.tensor(pem.coefficients(config.expression, bank.names))
-    elif config.expression is not None:
-        raise UsageError("method.expression", f"it is what mode pem composes by, and the mode is {chosen.name}")
     device, base = next(model.parameters()).device, BaseWeights(model)
 
     @cache

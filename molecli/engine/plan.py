@@ -20,6 +20,7 @@ from molecli.backbones.loading import load_skeleton, pick_device, pick_dtype
 from molecli.backbones.pipeline import PipelineModules
 from molecli.catalog import BUILTIN_PREFIX
 from molecli.compose import get_method
+from molecli.compose.options import check_options, told
 from molecli.engine.attach import specs_of
 from molecli.engine.compose import domain_of
 from molecli.engine.data import load_tasks, split_tasks
@@ -203,6 +204,7 @@ def _plan_evaluate(recipe: EvaluateRecipe, *, fetch: bool) -> Plan:
         sources = {}
     else:
         loras, modes = chosen(recipe, dict(compositions), builtin=base.id.startswith(BUILTIN_PREFIX))
+        check_options(recipe.method, told(modes))
         needed = loras if set(modes) - {"base"} else recipe.loras
         infos, sources = [read_info(lora) for lora in needed], {"evaluate": find_sources(recipe.eval.data)}
         count = _count_examples(recipe.eval.data, fetch=fetch)

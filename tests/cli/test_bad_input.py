@@ -63,6 +63,28 @@ def test_one_name_for_two_loras(refused: Refuse, gated_folder: Any) -> None:
     refused(2, what, loras=f"a={a},a={b}")
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags", "message"),
+    [
+        (
+            "iso",
+            {"density": 0.3, "set": "method.evaluations=4"},
+            "method.density: mode iso does not read it. "
+            "It reads scale, rank, layers; density is for magnitude_prune, ties, dare, dare_ties, knots.",
+        ),
+        (
+            "iso",
+            {"set": "method.evaluations=4"},
+            "method.evaluations: mode iso does not read it. It reads scale, rank, layers; evaluations is for lorahub.",
+        ),
+        ("linear", {"rank": 3}, "method.rank: mode linear does not read it. It reads scale, layers."),
+        ("gated", {"scale": 0.5}, "method.scale: mode gated does not read it. It reads layers."),
+    ],
+)
+def test_a_setting_that_the_mode_does_not_read(refused: Refuse, mode: str, flags: dict[str, Any], message: str) -> None:
+    refused(2, message, mode=mode, **flags)
+
+
 def test_a_lora_that_holds_nan(refused: Refuse, broken_lora: Callable[..., Path]) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[min(tensors)][0, 0] = float("nan")

@@ -367,6 +367,17 @@ def test_pem_adds_negates_and_draws_analogies() -> None:
 
 
 @pytest.mark.parametrize("name", BY_FACTORS)
+def test_a_sum_of_factors_is_cut_to_a_rank(name: str) -> None:
+    given = updates([pair(3, seed) for seed in range(3)], WEIGHTS)
+    whole = merged(name, given)
+    A, B, error = METHODS[name].load()(given, MethodConfig(rank=2))
+    assert A.shape == (2, D_IN)
+    U, S, Vt = torch.linalg.svd(whole)
+    assert close(B @ A, U[:, :2] @ torch.diag(S[:2]) @ Vt[:2])
+    assert error == pytest.approx(float(S[2:].norm() / S.norm()))
+
+
+@pytest.mark.parametrize("name", BY_FACTORS)
 def test_factors_of_different_ranks_cannot_be_added(name: str) -> None:
     with pytest.raises(MismatchError, match=r"ranks 3, 2, 4.*method\.on=updates"):
         merged(name, updates())

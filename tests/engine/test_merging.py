@@ -223,8 +223,6 @@ def test_a_damaged_file_is_refused(written: tuple[str, dict[str, str]], tmp_path
             mixture.load_state_dict({**tensors, key: tensors[key][:, 1:]})
 
 
-def test_an_expression_is_for_pem(model: nn.Module, experts: list[Expert]) -> None:
-    with pytest.raises(UsageError, match=r"method\.expression: .* the mode is ties"):
-        build_mixture(model, experts, mode="ties", method=MethodConfig(expression="a + b"))
+def test_pem_needs_an_expression(model: nn.Module, experts: list[Expert]) -> None:
     with pytest.raises(UsageError, match="none is given"):
         build_mixture(model, experts, mode="pem")

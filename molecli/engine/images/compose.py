@@ -15,6 +15,7 @@ from molecli.backbones.hosting import Mixture
 from molecli.backbones.pipeline import TEXT_ENCODERS
 from molecli.catalog import BUILTIN_PREFIX
 from molecli.compose import get_method
+from molecli.compose.options import check_options, told
 from molecli.engine.images.checkpointing import checkpointed
 from molecli.engine.images.columns import Column, Studio, read_concepts
 from molecli.engine.images.concept_pictures import concept_pictures, concept_rows
@@ -51,6 +52,9 @@ class PictureDomain:
         check_pictures(recipe.mode)
         for mode in recipe.preview:
             check_pictures(mode, "--preview")
+        # A method of the default preview is nobody's wish.
+        shown = recipe.preview if "preview" in recipe.model_fields_set else ()
+        check_options(recipe.method, [recipe.mode, *told(shown)])
         _check_sections(recipe)
         self.recipe, self.note = recipe, note
         found = read_concepts(recipe.loras, recipe.concepts)

@@ -13,6 +13,7 @@ from typing import Any
 
 from molecli.backbones.loading import load_backbone
 from molecli.catalog import BUILTIN_IMAGE_BASE, builtin_loras
+from molecli.compose.options import check_options, told
 from molecli.engine.attach import read_experts
 from molecli.engine.evaluate import EvaluationReport, missing, recorded_loras, usual_modes
 from molecli.engine.images.columns import BASE, Studio, read_concepts
@@ -100,6 +101,7 @@ def run_evaluate_pictures(
     RunError at the end where a picture could not be drawn or the judge gave up, with the others kept.
     """
     setting = read_setting(recipe, note=note)
+    check_options(recipe.method, told(setting.modes))
     backbone: Any = load_backbone(setting.base, recipe.device)
     with warnings_as_notes(note):
         instruments = make_instruments(setting.bench, recipe.eval.clip, device=backbone.device, builtin=setting.builtin)

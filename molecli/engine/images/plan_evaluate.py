@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from molecli.compose.options import check_options, told
 from molecli.engine.images.evaluate import Setting, read_setting, switched_off
 from molecli.engine.images.judge import check_judge
 from molecli.engine.images.lineup import SINGLE
@@ -27,6 +28,7 @@ class ScenePlan:
 def plan_scenes(recipe: EvaluateRecipe) -> ScenePlan:
     """The plan, checked as the run checks it. Raises: UsageError and MismatchError."""
     setting = read_setting(recipe)
+    check_options(recipe.method, told(setting.modes))
     methods = _methods(setting, switched_off(recipe, setting.loras))
     if recipe.judge is not None:
         check_judge(recipe.judge, methods)

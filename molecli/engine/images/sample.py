@@ -19,6 +19,7 @@ from PIL import Image
 from molecli.backbones.diffusion import Diffusion
 from molecli.backbones.loading import load_backbone
 from molecli.catalog import BUILTIN_IMAGE_BASE, builtin_loras
+from molecli.compose.options import check_options, told
 from molecli.engine.attach import read_experts
 from molecli.engine.images.columns import BASE, Column, Studio, masked, read_concepts
 from molecli.engine.images.drawing import Failure, Job, check_drawn, draw, guidance_of, warnings_as_notes
@@ -85,6 +86,7 @@ def run_sample_pictures(
     if not recipe.prompts:
         raise UsageError("prompts", "there is none", "Write at least one.")
     check_fields(recipe, TEXT_FIELDS, PICTURE_BASE)
+    check_options(recipe.method, told(recipe.modes))
     composition = load_composition(recipe.composition) if recipe.composition else None
     backbone: Any = load_backbone(base_of(recipe.base, composition), recipe.device)
     columns = sample_columns(recipe, composition, backbone)

@@ -33,7 +33,7 @@ def _checked_share(text: str) -> str:
 
 
 class MethodConfig(Section):
-    """Settings of the fixed methods: each reads those that it has a use for."""
+    """Settings of the methods: each reads those that its row of `compose.METHODS` names; others are refused."""
 
     scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="factor on every LoRA's weight")
     layers: Annotated[str, AfterValidator(_checked_share)] | None = Field(
@@ -41,9 +41,11 @@ class MethodConfig(Section):
         description="any mode: only the LoRAs' part in this share of the depth acts, in percent, such as 0-20; all of "
         "it when not given",
     )
-    tau: int = Field(default=5, ge=1, description="switch: denoising steps between changes of the LoRA")
+    tau: int = Field(
+        default=5, ge=1, description="switch, w_switch: denoising steps of a LoRA's turn; in w_switch of the longest"
+    )
     order: Annotated[tuple[str, ...], BeforeValidator(as_names)] = Field(
-        default=(), description="switch: LoRAs in turn; their own order when not given"
+        default=(), description="switch, w_switch: LoRAs in turn; their own order when not given"
     )
     base_share: float = Field(default=0.5, ge=0.0, le=1.0, description="loratorio: the base's share of the free half")
     rank: int | None = Field(
@@ -55,11 +57,13 @@ class MethodConfig(Section):
         default=None,
         gt=0.0,
         le=1.0,
-        description="ties, dare, magnitude_prune, knots: share of an update's entries that stay; by default 0.2, "
-        "in dare 0.5",
+        description="magnitude_prune, ties, dare, dare_ties, knots: share of an update's entries that stay; by default "
+        "0.2, in dare and dare_ties 0.5",
     )
     seed: int = Field(
-        default=0, ge=0, description="dare: which entries are dropped; arrow: where the power iterations start"
+        default=0,
+        ge=0,
+        description="dare, dare_ties: which entries are dropped; arrow: where the power iterations start",
     )
     expression: str | None = Field(
         default=None, description="pem: sums and differences of LoRAs, such as 'a + b - c' or '0.5 * a + 0.5 * b'"

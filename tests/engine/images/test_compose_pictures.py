@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from molecli.backbones.loading import load_backbone
+from molecli.compose import get_method
 from molecli.engine import compose
 from molecli.engine.attach import attach, attach_composition
 from molecli.engine.checkpoints import newest_step
@@ -156,7 +157,8 @@ def test_a_composition_of_each_mode_draws_the_same_bits_again(
     make_recipe: Any, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"mode": mode, "train.steps": 1, "train.lr": 0.1}
-    changes |= {"method.scale": 0.8, "method.tau": 1, "method.order": ["sea", "cat", "hat"]}
+    method = {"scale": 0.8, "tau": 1, "order": ["sea", "cat", "hat"]}
+    changes |= {f"method.{key}": value for key, value in method.items() if key in get_method(mode).reads}
     if mode == "single":
         changes["only"] = ["hat"]
     recipe = make_recipe(**changes)
