@@ -10,7 +10,7 @@ from molecli.cli.options import (
     DRY_RUN,
     IMAGE,
     LORAS,
-    MASK,
+    MASKS,
     METHOD,
     OUTPUT,
     SEED_AND_DEVICE,
@@ -50,7 +50,7 @@ FLAGS = (
     Flag("--judge-endpoint", "judge.endpoint", "any --judge flag turns the judge on", metavar="URL"),
     Flag("--judge-model", "judge.model", metavar="MODEL"),
     Flag("--judge-baseline", "judge.baseline", metavar="METHOD"),
-    *MASK,
+    *MASKS,
     *SEED_AND_DEVICE,
     *OUTPUT,
     Switch("--resume", "images: draw and judge only what an earlier run in the output folder left undone"),
@@ -71,6 +71,9 @@ def evaluate(request: Request) -> None:
 
     Writes results.json and samples_<task>.jsonl. A diffusion base draws each scene of a suite by every method from the
     same seeds: the pictures go to drawn/, and sheet.png shows some of them.
+
+    --mask a --mask b,c --mask "" scores every mixture and composition three times, without a, without b and c, and with
+    all LoRAs on; the columns say which. --mask beside --only is every mask with every only.
 
     --compare reads such results back: a table of every method in them, who wins each task and on average, and whether
     the difference to each other method can be told from none (paired bootstrap over the same examples). Runs that share

@@ -5,7 +5,7 @@
     Request           what a command was asked to do
     recipe_command    a command function whose signature is built from flags
 
-Shared flags: BASE, LORAS, GATE, TRAIN, DATA, MASK, IMAGE, METHOD, SEED_AND_DEVICE, OUTPUT, SAVE.
+Shared flags: BASE, LORAS, GATE, TRAIN, DATA, MASK, MASKS, IMAGE, METHOD, SEED_AND_DEVICE, OUTPUT, SAVE.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from molecli.cli import console
 from molecli.cli.console import Console
 from molecli.files.recipe import RECIPES, Recipe, load_recipe
+from molecli.files.recipe.shorthand import as_names
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Flag:
     """A flag that overrides the recipe key `key`; `note` follows the field's description in the help.
 
     `default` replaces the default that the help shows, where the program and not the field decides; "" shows none.
+    `many`: given more than once, it is one list of names for each time.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Flag:
     note: str = ""
     metavar: str | None = None
     default: str | None = None
+    many: bool = False
 
     @property
     def parameter(self) -> str:
@@ -105,6 +108,10 @@ DATA = (
     Flag("--holdout", "data.holdout"),
 )
 MASK = (Flag("--mask", "mask", metavar="NAMES"), Flag("--only", "only", metavar="NAMES"))
+MASKS = (
+    Flag("--mask", "mask", 'given again, one more column of every mixture, "" with all on', metavar="NAMES", many=True),
+    Flag("--only", "only", "may be given again too", metavar="NAMES", many=True),
+)
 IMAGE = (
     Flag("--denoise-steps", "image.steps"),
     Flag("--guidance", "image.guidance"),
@@ -174,7 +181,9 @@ def _request(model: str, flags: Sequence[Flag | Switch], values: dict[str, Any])
         value = values[flag.parameter]
         if isinstance(flag, Switch):
             switches[flag.parameter] = value
-        elif value is not None:
+        elif flag.many and value:
+            overrides[flag.key] = value[0] if len(value) == 1 else [as_names(text) for text in value]
+        elif value is not None and not flag.many:
             overrides[flag.key] = value
     _imply_jsonl(overrides)
     named = {name: bool(switches.pop(name)) for name in ("json", "quiet", "verbose")}
@@ -206,7 +215,7 @@ def _parameter(flag: Flag | Switch, model: type[BaseModel]) -> inspect.Parameter
     shown = default if flag.default is None else flag.default
     if shown is not None and shown is not False and shown not in ("", ()):
         text += f" [default: {shown}]"
-    kind, choices = _kind(found.annotation)
+    kind, choices = (list[str], None) if flag.many else _kind(found.annotation)
     metavar = flag.metavar or choices
     name = f"{flag.name}/--no-{flag.name.lstrip('-')}" if kind is bool and default else flag.name
     return _keyword(flag.parameter, kind | None, typer.Option(name, help=text, metavar=metavar, show_default=False))

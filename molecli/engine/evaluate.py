@@ -219,9 +219,9 @@ def make_methods(
     needed = loras if set(modes) - {"base"} else []
     experts = read_experts(model, needed, allow_partial=not recipe.loras)
     weights = {lora.name: lora.weight for lora in recipe.loras}
-    mask, only = recipe.mask, recipe.only
-    fixed = static_methods(model, experts, modes=modes, weights=weights, method=recipe.method, mask=mask, only=only)
-    learned = composition_methods(model, compositions, loras=recipe.loras, experts=experts, mask=mask, only=only)
+    on = recipe.switched
+    fixed = static_methods(model, experts, modes=modes, weights=weights, method=recipe.method, switched=on)
+    learned = composition_methods(model, compositions, loras=recipe.loras, experts=experts, switched=on)
     return distinct([*fixed, *learned])
 
 

@@ -114,6 +114,9 @@ def run_inspect(
     Raises: UsageError for a composition without gates; MismatchError where base, LoRAs and gates do not fit.
     """
     path = recipe.compositions[0]
+    if len(recipe.switched) > 1:
+        what = f"the gates are looked at with one choice of LoRAs on, and {len(recipe.switched)} are given"
+        raise UsageError("mask, only", what, "Write one list of names.")
     composition = load_composition(path)
     row = get_method(composition.mode)
     if row.level != "site" or not row.trained:
@@ -139,15 +142,16 @@ def _inspect_text(recipe: EvaluateRecipe, composition: Composition, progress: Pr
     backbone = load_backbone(base_of(recipe.base, composition), recipe.device)
     loras: dict[str, Any] = {lora.name: lora.source for lora in recipe.loras}
     with attach(backbone.model, loras=loras or None, composition=path) as mixture:
-        switch(mixture, mask=recipe.mask, only=recipe.only)
-        check_some_on(recipe, mixture)
+        switch_some(recipe, mixture)
         values = collect(backbone, mixture, tasks, batch_size=recipe.eval.batch_size, progress=progress)
         return summarise(values, mixture.names, composition=path, course=entropy_course(path))
 
 
-def check_some_on(recipe: EvaluateRecipe, mixture: Mixture) -> None:
-    """Nothing, when an expert is left to ask. Raises: UsageError."""
-    if set(recipe.mask) >= set(recipe.only or mixture.names):
+def switch_some(recipe: EvaluateRecipe, mixture: Mixture) -> None:
+    """Switches off what the recipe says. Raises: UsageError for an unknown LoRA, and where none is left to ask."""
+    (choice,) = recipe.switched
+    switch(mixture, mask=choice.mask, only=choice.only)
+    if set(choice.mask) >= set(choice.only or mixture.names):
         raise UsageError("--mask", "every LoRA is switched off, and no gate is asked", "Keep one.")
 
 

@@ -24,9 +24,10 @@ from molecli.errors import UsageError
 from molecli.experts import Expert
 from molecli.files.adapters import LoraLike
 from molecli.files.composition import Composition
-from molecli.files.recipe import MethodConfig
+from molecli.files.recipe import MethodConfig, Switched
 
 STATIC = ("base", "single", "linear", "nla")
+ALL_ON = (Switched(),)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,21 @@ class Method:
     single: bool = False
 
 
+@dataclass(frozen=True)
+class _Switching(AbstractContextManager[Mixture]):
+    """A mixture with some LoRAs off while it is attached: the columns of several choices share its memory."""
+
+    mixture: Mixture
+    choice: Switched
+
+    def __enter__(self) -> Mixture:
+        switch(self.mixture, mask=self.choice.mask, only=self.choice.only)
+        return self.mixture.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.mixture.__exit__(*error)
+
+
 def static_methods(
     model: nn.Module,
     experts: Sequence[Expert],
@@ -45,10 +61,9 @@ def static_methods(
     modes: Sequence[str] = STATIC,
     weights: Mapping[str, float] | None = None,
     method: MethodConfig | None = None,
-    mask: Sequence[str] = (),
-    only: Sequence[str] = (),
+    switched: Sequence[Switched] = ALL_ON,
 ) -> list[Method]:
-    """The methods of `modes` that need no training; `mask` and `only` act on the mixtures of several LoRAs.
+    """The methods of `modes` that need no training; each mixture of several LoRAs once for every choice in `switched`.
 
     Raises: UsageError where a mode needs LoRAs and there are none.
     """
@@ -65,7 +80,7 @@ def static_methods(
         else:
             check_language(mode)
             mixture = build_mixture(model, experts, mode=mode, weights=weights, method=method)
-            methods.append(_switched(mode, mixture, mask, only))
+            methods += _columns(mode, mixture, switched)
     return methods
 
 
@@ -82,12 +97,12 @@ def composition_methods(
     *,
     loras: Sequence[LoraLike] = (),
     experts: Sequence[Expert] = (),
-    mask: Sequence[str] = (),
-    only: Sequence[str] = (),
+    switched: Sequence[Switched] = ALL_ON,
 ) -> list[Method]:
-    """One method per composition, under its name here; `experts` already read are not read again.
+    """One method per composition and choice in `switched`, under its name here; `experts` are not read again.
 
-    Raises: MismatchError where a composition does not belong to this model or these LoRAs.
+    Raises: UsageError for a choice that names an unknown LoRA; MismatchError where a composition does not belong to
+    this model or these LoRAs.
     """
     read = {(expert.name, expert.source): expert for expert in experts}
     methods = []
@@ -96,7 +111,7 @@ def composition_methods(
         known = [expert for expert in own if expert is not None]
         given = known if not loras and len(known) == len(own) else None
         mixture = attach_composition(model, composition, loras=list(loras) or None, experts=given)
-        methods.append(_switched(name, mixture, mask, only))
+        methods += _columns(name, mixture, switched)
     return methods
 
 
@@ -112,12 +127,10 @@ def folder_names(paths: Sequence[str]) -> dict[str, str]:
     return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
 
 
-def _switched(name: str, mixture: Mixture, mask: Sequence[str], only: Sequence[str]) -> Method:
-    if not mask and not only:
-        return Method(name, mixture)
-    switch(mixture, mask=tuple(mask), only=tuple(only))
-    kept = f" only {', '.join(only)}" if only else ""
-    return Method(name + kept + (f" without {', '.join(mask)}" if mask else ""), mixture)
+def _columns(name: str, mixture: Mixture, switched: Sequence[Switched]) -> list[Method]:
+    for choice in switched:  # a name that no LoRA has shows before anything is scored
+        switch(mixture, mask=choice.mask, only=choice.only)
+    return [Method(name + choice.label, _Switching(mixture, choice)) for choice in switched]
 
 
 def _folder_name(path: str) -> str:

@@ -208,7 +208,9 @@ def _plan_evaluate(recipe: EvaluateRecipe, *, fetch: bool) -> Plan:
         needed = loras if set(modes) - {"base"} else recipe.loras
         infos, sources = [read_info(lora) for lora in needed], {"evaluate": find_sources(recipe.eval.data)}
         count = _count_examples(recipe.eval.data, fetch=fetch)
-        methods = len(compositions) + sum(len(infos) if mode == "single" else 1 for mode in modes)
+        unmixed = {"base": 1, "single": len(infos)}
+        methods = len(recipe.switched) * (len(compositions) + sum(mode not in unmixed for mode in modes))
+        methods += sum(unmixed.get(mode, 0) for mode in modes)
         passes = methods * ceil(count / recipe.eval.batch_size)
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     covered = [check_coverage(info, shapes, allow_partial=not recipe.loras) for info in infos]

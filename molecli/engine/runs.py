@@ -17,6 +17,7 @@ from typing import Any
 from molecli.engine.evaluate import OWN_LORA
 from molecli.engine.results import RESULTS_FILE, samples_paths
 from molecli.errors import MismatchError, UsageError
+from molecli.files.recipe import choices
 
 # What a method's scores depend on, of the recipe: one name with two settings is not one method.
 SETTINGS = ("base", "loras", "mask", "only", "method", "image")
@@ -167,16 +168,27 @@ def _longest(content: Mapping[str, Any], task: str) -> Any:
 def check_settings(method: str, first: Run, run: Run) -> None:
     """Nothing. Raises: MismatchError where one name stands for two settings."""
     for name in SETTINGS:
-        here, there = (_setting(one.content.get("config"), name) for one in (run, first))
+        here, there = (_setting(one.content.get("config"), name, one.methods[method]) for one in (run, first))
         if here != there:
             what = f"the method {method!r} is also in {first.place}, and `{name}` of their recipes differs"
             raise MismatchError(run.place, what, "Give the last method of each a name: NAME=PATH.")
 
 
-def _setting(config: Any, name: str) -> Any:
+def _setting(config: Any, name: str, method: str) -> Any:
     found = config.get(name) if isinstance(config, dict) else None
+    if name in ("mask", "only") and found is not None:
+        return _own_choice(config, name, method)
     # The same LoRAs from other seeds lie in other folders.
     return [(lora["name"], lora["weight"]) for lora in found or ()] if name == "loras" else found
+
+
+def _own_choice(config: Mapping[str, Any], name: str, method: str) -> list[str]:
+    """The `mask` or `only` of one method: where there are several, its name ends with its own."""
+    several = choices(config.get("mask", ()), config.get("only", ()))
+    if len(several) == 1:
+        return list(getattr(several[0], name))
+    own = [choice for choice in several if choice.label and method.endswith(choice.label)]
+    return list(getattr(max(own, key=lambda choice: len(choice.label)), name)) if own else []
 
 
 def check_examples(task: str, first: Run, run: Run, samples: tuple[Mapping[Key, Sample], Mapping[Key, Sample]]) -> None:

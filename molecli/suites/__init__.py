@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from molecli.errors import UsageError
@@ -95,25 +96,32 @@ def select_tasks(suite: Suite, wanted: Sequence[str] | None, data_dir: str | Non
     Raises: UsageError for a task that the suite lacks, whose file is missing, or where there is none at all.
     """
     there, known = suite.tasks(data_dir), suite.known(data_dir)
-    for task in wanted or ():
-        if task in known and task not in there:
-            raise _not_there(suite, task, data_dir)
+    missing = [task for task in dict.fromkeys(wanted or ()) if task in known and task not in there]
+    if missing:
+        raise _not_there(suite, missing, data_dir)
     if not there and known:
-        raise _not_there(suite, None, data_dir)
+        what = f"no task of the suite {suite.name!r} is there, and these files are missing"
+        raise UsageError(str(data_dir), f"{what}: {_files(suite, known, str(data_dir))}", "Check --data-dir.")
     return selected(suite.name, there, wanted, data_dir)
 
 
-def _not_there(suite: Suite, task: str | None, data_dir: str | None) -> UsageError:
-    """The error for a task without examples at hand (None: for a folder without any)."""
+def _not_there(suite: Suite, tasks: Sequence[str], data_dir: str | None) -> UsageError:
+    """The error for tasks without examples at hand: it names the file of each."""
     if data_dir is None:
-        return UsageError(f"suite {suite.name}", f"the task {task!r} is not on the hub", "Give its files: --data-dir.")
-    first = task or suite.known(data_dir)[0]
-    source = suite.source(first, "test", data_dir)
-    file = "" if source is None else source.place
-    if task is None:
-        what = f"no task of the suite {suite.name!r} is there"
-        return UsageError(str(data_dir), what, f"Check --data-dir: the first would be {file}.")
-    return UsageError(file, f"no such file, and the task {task!r} is read from it", "Check --data-dir.")
+        what = f"the task {tasks[0]!r} is not on the hub"
+        return UsageError(f"suite {suite.name}", what, "Give its files: --data-dir.")
+    if len(tasks) == 1:
+        source = suite.source(tasks[0], "test", data_dir)
+        file = "" if source is None else source.place
+        return UsageError(file, f"no such file, and the task {tasks[0]!r} is read from it", "Check --data-dir.")
+    what = f"these files are missing, which the tasks {', '.join(map(repr, tasks))} are read from"
+    return UsageError(data_dir, f"{what}: {_files(suite, tasks, data_dir)}", "Check --data-dir.")
+
+
+def _files(suite: Suite, tasks: Sequence[str], data_dir: str) -> str:
+    """The file of each task, as it would be called inside `data_dir`."""
+    sources = (suite.source(task, "test", data_dir) for task in tasks)
+    return ", ".join(str(Path(source.place).relative_to(data_dir)) for source in sources if source is not None)
 
 
 def selected(suite: str, known: Sequence[str], wanted: Sequence[str] | None, data_dir: str | None) -> list[str]:

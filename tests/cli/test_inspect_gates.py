@@ -138,3 +138,12 @@ def test_no_composition_is_code_2(mole: Callable[..., Any], tmp_path: Path) -> N
         2,
         f"mole: {tmp_path}/none: no such composition. Name the output folder of mole compose.\n",
     )
+
+
+def test_gates_are_looked_at_with_one_choice_of_loras(
+    mole: Callable[..., Any], gated_folder: Any, tmp_path: Path
+) -> None:
+    ran = mole("inspect-gates", gated_folder.folder, "--set", "mask=[[a],[]]", "--output", tmp_path / "out")
+    what = "the gates are looked at with one choice of LoRAs on, and 2 are given"
+    assert ran == (2, "", f"mole: mask, only: {what}. Write one list of names.\n")
+    assert not (tmp_path / "out").exists()

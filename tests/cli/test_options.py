@@ -63,6 +63,21 @@ def test_own_files_imply_the_suite_that_reads_them() -> None:
     assert request.overrides == {"data.files": ["x.jsonl", "y.jsonl"], "data.suite": "jsonl"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "mask"),
+    [
+        (("--mask", "a,b"), ("a", "b")),
+        (("--mask", ""), ()),
+        (("--mask", "a", "--mask", "b,c", "--mask", ""), (("a",), ("b", "c"), ())),
+    ],
+)
+def test_a_flag_that_may_be_given_again_is_one_list_of_names_for_each_time(
+    arguments: tuple[str, ...], mask: tuple[Any, ...]
+) -> None:
+    recipe: Any = _asked(*arguments, flags=evaluate.FLAGS, command="evaluate").recipe(None)
+    assert (recipe.mask, recipe.only) == (mask, ())
+
+
 def test_a_weighted_lora_is_read_from_the_command_line() -> None:
     recipe: Any = _asked("--loras", "u=p/q@0.5,v=w").recipe(None)
     assert [(lora.name, lora.source, lora.weight) for lora in recipe.loras] == [("u", "p/q", 0.5), ("v", "w", 1.0)]

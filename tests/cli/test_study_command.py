@@ -45,6 +45,7 @@ def test_a_dry_run_lists_the_commands(mole: Any, file: Path) -> None:
     [
         ((), "study: no recipe is named"),
         (("nowhere.yaml",), "nowhere.yaml: no such recipe"),
+        (("paper/table3",), "paper/table3: no such recipe. Write one of: paper/table3-bbh, paper/table3-cbqa, "),
         (("{file}", "--set", "methods.gated.mode=gatd"), "methods.gated.mode"),
         (("{file}", "--set", "numbers=[7]", "--dry-run"), "numbers: 7 LoRAs are to be composed, and there are 2."),
         (("{file}", "--set", "experts.copies=0"), "experts.copies"),

@@ -445,6 +445,22 @@ def test_one_name_for_two_settings_is_refused(tmp_path: Path, setting: str, one:
     assert run_compare([f"a={runs[0]}", f"b={runs[1]}"], samples=0).lines()
 
 
+def test_a_method_of_several_masks_is_that_of_a_run_with_its_own_alone(tmp_path: Path) -> None:
+    def made(name: str, method_name: str, mask: Any) -> str:
+        methods = {method_name: method(0.5, 1)}
+        if name == "both":
+            methods = {"gated": method(0.5, 2), "gated without x": method(0.5, 3)}
+        return save(tmp_path / name, methods, config={"mask": mask, "only": []})
+
+    both = made("both", "", [["x"], []])
+    for name, method_name, mask in (("off", "gated without x", ["x"]), ("on", "gated", [])):
+        report = run_compare([both, made(name, method_name, mask)]).document()
+        assert report["comparisons"][0]["methods"][method_name] == {"runs": 2}
+    other = made("other", "gated", ["x"])
+    what = f"the method 'gated' is also in {both}, and `mask` of their recipes differs"
+    refused(MismatchError, f"{other}: {what}. Give the last method of each a name: NAME=PATH.", [both, other])
+
+
 def test_the_same_loras_from_other_folders_are_one_method(tmp_path: Path) -> None:
     runs = [
         save(

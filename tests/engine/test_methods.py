@@ -16,7 +16,7 @@ from molecli.engine.attach import read_experts
 from molecli.engine.evaluate import run_evaluate
 from molecli.engine.methods import Method, distinct, folder_names
 from molecli.engine.mixing import build_mixture
-from molecli.errors import MismatchError
+from molecli.errors import MismatchError, UsageError
 from molecli.files.adapters import LoraSpec
 from molecli.files.composition import Composition, record_of, save_composition
 from molecli.files.recipe import BaseConfig, EvaluateRecipe, GateConfig
@@ -111,6 +111,42 @@ def test_a_masked_composition_is_the_lora_that_is_left(world: dict[str, Any], tm
     assert list(report["methods"]) == ["up", "down", "first without down"]
     assert outputs(tmp_path, "first without down") == outputs(tmp_path, "up")
     assert outputs(tmp_path, "first without down") != world["said"]["first"]
+
+
+@pytest.mark.parametrize("mode", ["nla", "ties", "arrow"])
+def test_several_masks_are_columns_of_one_run_each_as_in_a_run_of_its_own(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    loads = []
+
+    def load(*args: Any) -> Any:
+        loads.append(args)
+        return load_backbone(*args)
+
+    monkeypatch.setattr("molecli.engine.evaluate.load_backbone", load)
+    report = run(world, tmp_path / "all", ("first",), modes=["base", "single", mode], mask=[["down"], ["up"], []])
+    names = [f"{name}{label}" for name in (mode, "first") for label in (" without down", " without up", "")]
+    assert list(report["methods"]) == ["base", "up", "down", *names]
+    assert len(loads) == 1
+    for label, mask in ((" without down", ["down"]), (" without up", ["up"]), ("", [])):
+        run(world, tmp_path / f"one{label}", ("first",), modes=[mode], mask=mask)
+        for name in (mode, "first"):
+            assert outputs(tmp_path / "all", name + label) == outputs(tmp_path / f"one{label}", name + label)
+    assert len({json.dumps(outputs(tmp_path / "all", f"first{label}")) for label in (" without down", "")}) == 2
+
+
+def test_every_mask_is_scored_with_every_only(world: dict[str, Any], tmp_path: Path) -> None:
+    report = run(world, tmp_path, ("first",), mask=[["up"], []], only=[["down"], []])
+    assert list(report["methods"]) == ["first only down without up", "first without up", "first only down", "first"]
+    assert outputs(tmp_path, "first only down") == outputs(tmp_path, "first without up")
+    assert outputs(tmp_path, "first") == world["said"]["first"]
+
+
+def test_a_wrong_name_in_any_mask_stops_before_scoring(world: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        run(world, tmp_path, ("first",), mask=[["down"], ["left"]])
+    assert str(caught.value) == "left: no such LoRA in this composition. Known: up, down."
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_composition_of_another_base_stops_before_anything_is_scored(

@@ -16,6 +16,7 @@ from molecli.engine.plan import make_plan, plan_lines
 from molecli.engine.train_lora import adapted, trained_parameters
 from molecli.errors import MismatchError, RunError, UsageError
 from molecli.files.recipe import ComposeRecipe, Recipe, load_recipe
+from molecli.suites import load_suite
 
 
 @pytest.fixture
@@ -242,8 +243,10 @@ def test_a_plan_for_tasks_whose_files_are_missing_fails_as_the_run_would(parts: 
     for tasks, message in {
         "snarks": f"{tmp_path}/data/snarks.jsonl: no such file, and the task 'snarks' is read from it. "
         "Check --data-dir.",
-        None: f"{tmp_path}/data: no task of the suite 'bbh' is there. "
-        f"Check --data-dir: the first would be {tmp_path}/data/boolean_expressions.jsonl.",
+        "snarks,navigate": f"{tmp_path}/data: these files are missing, which the tasks 'snarks', 'navigate' are "
+        "read from: snarks.jsonl, navigate.jsonl. Check --data-dir.",
+        None: f"{tmp_path}/data: no task of the suite 'bbh' is there, and these files are missing: "
+        f"{', '.join(f'{task}.jsonl' for task in load_suite('bbh').known())}. Check --data-dir.",
     }.items():
         settings = {"eval.data.suite": "bbh", "eval.data.data_dir": str(tmp_path / "data"), "eval.data.tasks": tasks}
         with pytest.raises(UsageError) as caught:
@@ -255,6 +258,8 @@ def test_an_evaluations_passes_are_those_of_every_method_that_would_run(parts: d
     plan = make_plan(evaluation(parts, **{"eval.data.tasks": "french", "eval.batch_size": 16}))
     # The base, two LoRAs alone, linear and nla, on 64 examples.
     assert plan.passes == {"evaluate": 5 * 4}
+    masked = evaluation(parts, mask=[["french"], []], **{"eval.data.tasks": "french", "eval.batch_size": 16})
+    assert make_plan(masked).passes == {"evaluate": (3 + 2 * 2) * 4}
     alone = make_plan(evaluation(parts, modes="base", **{"eval.data.tasks": "french", "eval.batch_size": 16}))
     assert alone.passes == {"evaluate": 4}
 

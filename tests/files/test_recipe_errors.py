@@ -153,6 +153,19 @@ def test_a_missing_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, expla
     explained(lambda: load_recipe("zzz", "compose"), 2, f"zzz: no such recipe. Known: text/demo. {remedy}")
 
 
+def test_the_beginning_of_names_names_those_recipes(monkeypatch: pytest.MonkeyPatch, explained: Any) -> None:
+    names = ("paper/table3-bbh", "paper/table3-nli", "paper/table9", "paper/table10")
+    monkeypatch.setattr(catalog, "recipes", lambda: dict.fromkeys(names))
+    for name, remedy in {
+        "paper/table3": "Write one of: paper/table3-bbh, paper/table3-nli.",
+        "paper/table3.yaml": "Write one of: paper/table3-bbh, paper/table3-nli.",
+        "paper/table1": "Did you mean 'paper/table10'?",
+        "paper/tabel9": "Did you mean 'paper/table9'?",
+    }.items():
+        message = f"{name}: no such recipe. {remedy} `mole recipe ls` lists them."
+        explained(lambda name=name: load_recipe(name, "study"), 2, message)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

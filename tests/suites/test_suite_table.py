@@ -49,13 +49,37 @@ def test_a_mistyped_task_names_the_nearest_one() -> None:
     assert str(caught.value) == "suite bbh: no task is called 'navigat'. Did you mean 'navigate'?"
 
 
-def test_a_folder_without_any_task_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "folders", "files"),
+    [
+        ("struct2text", (), "test/common_gen.jsonl, test/dart.jsonl, test/e2e_nlg.jsonl, test/web_nlg.jsonl"),
+        ("bbh", (), ", ".join(f"{task}.jsonl" for task in load_suite("bbh").known(None))),
+        (
+            "cbqa+bbh",
+            ("cbqa", "bbh"),
+            "cbqa/test/arc_challenge.jsonl, cbqa/test/arc_easy.jsonl, cbqa/test/natural_questions.jsonl, "
+            "cbqa/test/trivia_qa.jsonl, " + ", ".join(f"bbh/{task}.jsonl" for task in load_suite("bbh").known(None)),
+        ),
+    ],
+)
+def test_a_folder_without_any_task_is_told_every_file(
+    tmp_path: Path, name: str, folders: tuple[str, ...], files: str
+) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir()
     with pytest.raises(UsageError) as caught:
-        select_tasks(load_suite("bbh"), None, str(tmp_path))
-    assert str(caught.value) == (
-        f"{tmp_path}: no task of the suite 'bbh' is there. "
-        f"Check --data-dir: the first would be {tmp_path}/boolean_expressions.jsonl."
-    )
+        select_tasks(load_suite(name), None, f"{tmp_path}/")
+    what = f"no task of the suite {name!r} is there, and these files are missing: {files}"
+    assert str(caught.value) == f"{tmp_path}/: {what}. Check --data-dir."
+
+
+def test_of_the_tasks_asked_for_every_missing_file_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "dart.jsonl").touch()
+    with pytest.raises(UsageError) as caught:
+        select_tasks(load_suite("struct2text"), ["web_nlg", "dart", "e2e_nlg", "web_nlg"], str(tmp_path))
+    what = "these files are missing, which the tasks 'web_nlg', 'e2e_nlg' are read from"
+    assert str(caught.value) == f"{tmp_path}: {what}: test/web_nlg.jsonl, test/e2e_nlg.jsonl. Check --data-dir."
 
 
 @pytest.mark.parametrize(

@@ -240,13 +240,22 @@ def _own(composition: Composition, loras: Sequence[LoraLike]) -> list[LoraLike]:
     return [given.get(record.name) or LoraSpec(record.name, record.source) for record in composition.experts]
 
 
-def switched_off(recipe: EvaluateRecipe, loras: Sequence[LoraLike]) -> list[str]:
-    """The LoRAs that --mask and --only switch off. Raises: UsageError for a name that none has."""
+def switched_off(recipe: EvaluateRecipe, loras: Sequence[LoraLike]) -> dict[str, list[str]]:
+    """The LoRAs that --mask and --only switch off, by what they add to a method's name: nothing where they say one.
+
+    Raises: UsageError for a name that none has.
+    """
     names = [lora.name for lora in loras]
-    for name in (*recipe.mask, *recipe.only):
+    for name in (name for choice in recipe.switched for name in (*choice.mask, *choice.only)):
         if name not in names:
             raise UsageError("--mask", f"no LoRA is called {name!r}", f"There are: {', '.join(names) or 'none'}.")
-    return [name for name in names if name in recipe.mask or (recipe.only and name not in recipe.only)]
+    several = len(recipe.switched) > 1
+    return {
+        choice.label if several else "": [
+            n for n in names if n in choice.mask or (choice.only and n not in choice.only)
+        ]
+        for choice in recipe.switched
+    }
 
 
 def _inside(path: str, folder: Path) -> str:

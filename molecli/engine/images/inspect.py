@@ -15,8 +15,8 @@ from molecli.engine.images.drawing import options, warnings_as_notes
 from molecli.engine.images.gates import Trace, step_report
 from molecli.engine.images.joint import prompts_of
 from molecli.engine.images.record import GateRecorder
-from molecli.engine.inspect import GateReport, Progress, check_some_on, entropy_course
-from molecli.engine.sample import base_of, switch
+from molecli.engine.inspect import GateReport, Progress, entropy_course, switch_some
+from molecli.engine.sample import base_of
 from molecli.errors import UsageError
 from molecli.files.composition import Composition
 from molecli.files.lora_spec import LoraSpec
@@ -38,8 +38,7 @@ def inspect_pictures(
     prompts = recipe.prompts or default_prompts(composition)
     backbone: Any = load_backbone(base_of(recipe.base, composition), recipe.device)
     mixture = attach_composition(backbone.model, composition, loras=list(recipe.loras) or None)
-    switch(mixture, mask=recipe.mask, only=recipe.only)
-    check_some_on(recipe, mixture)
+    switch_some(recipe, mixture)
     seeds = range(recipe.seed, recipe.seed + recipe.eval.images)
     with mixture, warnings_as_notes(note):
         traces = traced(

@@ -2,6 +2,7 @@
 
 Entrant       one column of the table: what draws a scene, and a seal of all that its pictures follow from
 make_lineup   the entrants of a recipe, built and checked before the first picture is drawn
+left_alone    the LoRAs that draw alone
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from molecli.protocols import Scene
 SINGLE = "single"
 DEFAULT_MODES = (BASE, "linear", "nla", "switch", "composite")
 Loras = tuple[str, ...]
+# What stands behind the methods' names -> the LoRAs that are switched off in every scene.
+Off = Mapping[str, Sequence[str]]
+ALL_ON: Off = {"": ()}
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,9 @@ def make_lineup(
     modes: Sequence[str],
     learned: Mapping[str, Learned],
     *,
-    off: Sequence[str] = (),
+    off: Off = ALL_ON,
 ) -> list[Entrant]:
-    """The entrants, fixed methods first; `off` are LoRAs that are switched off in every scene.
+    """The entrants, fixed methods first; every mixture is there once for each entry of `off`.
 
     A composition that has the LoRAs of every scene is a column of its own. Others of one mode make one column: each
     scene is drawn by the smallest of them that has its LoRAs. Raises: UsageError for a scene that none has.
@@ -73,11 +77,14 @@ def make_lineup(
         if mode != BASE and not bench.loras:
             raise UsageError("--modes", f"{mode!r} needs LoRAs, and no scene names one", "Write --modes base.")
         if mode == SINGLE:
-            entrants += [_alone(studio, name) for name in bench.loras if name not in off]
+            entrants += [_alone(studio, name) for name in left_alone(bench.loras, off)]
         else:
-            entrants.append(_fixed(studio, mode, bench, off))
+            # Built once over all LoRAs: what is missing for one of them shows before the first picture.
+            studio.fixed(mode, bench.loras)
+            some_off = ALL_ON if mode == BASE else off
+            entrants += [_fixed(studio, mode, label, names) for label, names in some_off.items()]
     whole = {name: one for name, one in learned.items() if set(bench.loras) <= set(one.names)}
-    entrants += [_composed(name, [one], off) for name, one in whole.items()]
+    entrants += [_composed(name + label, [one], names) for name, one in whole.items() for label, names in off.items()]
     parts: dict[str, list[Learned]] = {}
     for name, one in learned.items():
         if name not in whole:
@@ -85,17 +92,19 @@ def make_lineup(
     for mode, some in parts.items():
         for scene in bench.all:
             _check_covered(some, scene)
-        entrants.append(_composed(mode, some, off))
+        entrants += [_composed(mode + label, some, names) for label, names in off.items()]
     if not entrants:
         raise UsageError("--modes", "nothing is left to draw with", "Name a mode, or switch fewer LoRAs off.")
     names = numbered(entrant.name for entrant in entrants)
     return [replace(entrant, name=name) for entrant, name in zip(entrants, names, strict=True)]
 
 
-def _fixed(studio: Studio, mode: str, bench: SceneBench, off: Sequence[str]) -> Entrant:
-    # Built once over all LoRAs: what is missing for one of them shows before the first picture.
-    studio.fixed(mode, bench.loras)
+def left_alone(loras: Sequence[str], off: Off) -> list[str]:
+    """The LoRAs that draw alone too: those that are not off in every column."""
+    return [name for name in loras if not all(name in names for names in off.values())]
 
+
+def _fixed(studio: Studio, mode: str, label: str, off: Sequence[str]) -> Entrant:
     def column(loras: Loras) -> Column:
         return masked(studio.fixed(mode, loras), mask=[name for name in loras if name in off])
 
@@ -104,7 +113,7 @@ def _fixed(studio: Studio, mode: str, bench: SceneBench, off: Sequence[str]) -> 
             return mode
         return [mode, studio.method.model_dump(mode="json"), _experts(studio, loras), sorted(set(off) & set(loras))]
 
-    return Entrant(mode, column, seal)
+    return Entrant(mode + label, column, seal)
 
 
 def _alone(studio: Studio, name: str) -> Entrant:

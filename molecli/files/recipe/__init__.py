@@ -32,6 +32,7 @@ from molecli.files.recipe.parts import (
 )
 from molecli.files.recipe.presets import PRESETS
 from molecli.files.recipe.study import StudyMethod, StudyRecipe
+from molecli.files.recipe.switched import Switched, choices
 from molecli.files.recipe.table import RECIPES, Recipe
 
 __all__ = [
@@ -62,8 +63,10 @@ __all__ = [
     "SceneConfig",
     "StudyMethod",
     "StudyRecipe",
+    "Switched",
     "TrainConfig",
     "TrainLoraRecipe",
+    "choices",
     "dump_recipe",
     "find_recipe",
     "is_pipeline",

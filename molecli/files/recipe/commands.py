@@ -30,7 +30,8 @@ from molecli.files.recipe.parts import (
     Section,
     TrainConfig,
 )
-from molecli.files.recipe.shorthand import as_loras, as_names
+from molecli.files.recipe.shorthand import as_choices, as_loras, as_names
+from molecli.files.recipe.switched import Switched, choices
 
 MergeMode = Literal[
     "cat", "svd", "magnitude_prune", "ties", "dare", "dare_ties", "knots", "tsv", "iso", "svdiff", "pem"
@@ -40,6 +41,7 @@ StaticMode = Literal["linear", "merge", "nla", MergeMode, "arrow", OutputMode]
 LearnedMode = Literal["gated", "soup", "lorahub", "xlora"]
 Mode = Literal[LearnedMode, "single", StaticMode]
 Loras = Annotated[tuple[LoraConfig, ...], BeforeValidator(as_loras)]
+Choices = Annotated[tuple[str, ...] | tuple[tuple[str, ...], ...], BeforeValidator(as_choices)]
 
 _SEED = "every random choice follows from it"
 _DEVICE = "where the model runs"
@@ -181,11 +183,16 @@ class EvaluateRecipe(Section):
     )
     judge: JudgeConfig | None = Field(default=None, description="a vision-language judge of pairs of pictures")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="how completions are scored")
-    mask: Names = Field(default=(), description=_MASK)
-    only: Names = Field(default=(), description=_ONLY)
+    mask: Choices = Field(default=(), description=_MASK)
+    only: Choices = Field(default=(), description=_ONLY)
     output: str = Field(default="runs/evaluate", min_length=1, description="folder to write")
     seed: int = Field(default=0, ge=0, description=_SEED)
     device: Device = Field(default="auto", description=_DEVICE)
+
+    @property
+    def switched(self) -> tuple[Switched, ...]:
+        """Which LoRAs are on: one choice, or several, each a column of every mixture."""
+        return choices(self.mask, self.only)
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateRecipe:

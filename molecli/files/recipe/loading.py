@@ -5,7 +5,7 @@ Contents: load_recipe, dump_recipe, find_recipe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,13 @@ def find_recipe(path: str | Path) -> Path:
     name = str(path).removesuffix(".yaml")
     if name in shipped:
         return shipped[name]
-    raise UsageError(str(path), "no such recipe", f"{suggestion(name, shipped)} `mole recipe ls` lists them.")
+    raise UsageError(str(path), "no such recipe", f"{_meant(name, shipped)} `mole recipe ls` lists them.")
+
+
+def _meant(name: str, shipped: Collection[str]) -> str:
+    """The remedy for a wrong name: the recipes whose names begin so, where there are several, else the nearest."""
+    begin = [one for one in shipped if name and one.startswith(name)]
+    return f"Write one of: {', '.join(begin)}." if len(begin) > 1 else suggestion(name, begin or shipped)
 
 
 def _command(file: Path | None, tree: Mapping[str, Any], command: str | None) -> str:

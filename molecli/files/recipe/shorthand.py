@@ -33,6 +33,15 @@ def as_names(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def as_choices(value: Any) -> Any:
+    """`a,b` and [a, b] as names; with a list among the items each is one choice of names: [[a], "b,c", []]."""
+    names = as_names(value)
+    if not isinstance(names, (list, tuple)) or not any(isinstance(item, (list, tuple)) for item in names):
+        return names
+    each = [as_names(item) for item in names]
+    return each[0] if len(each) == 1 else each
+
+
 def as_paths(value: Any) -> Any:
     """A file or a list of files as {stem: file}; a mapping stays. Two equal stems stay a list, and are refused."""
     files = [value] if isinstance(value, str) else value

@@ -154,6 +154,73 @@ def test_masked_loras_are_off_in_every_scene(make: Callable[..., EvaluateRecipe]
     assert scores[0] == scores[1]
 
 
+def test_several_masks_are_columns_whose_pictures_are_those_of_runs_of_their_own(
+    make: Callable[..., EvaluateRecipe], picture_world: Any, tmp_path: Path
+) -> None:
+    values = {"modes": ["base", "single", "nla"], "compositions": [str(picture_world.gated)], "eval__images": 1}
+    masks = {" without cat": ["cat"], " without hat, sea": ["hat", "sea"], "": []}
+    together = make(SCENES[:1], mask=list(masks.values()), **values)
+    columns = [f"{name}{label}" for name in ("nla", "gated") for label in masks]
+    assert list(run_evaluate(together)["methods"]) == ["base", "cat", "hat", *columns]
+    drawn = {row["method"]: Path(together.output) / row["picture"] for row in samples(together)}
+    assert len(set(drawn.values())) == 3 + len(columns)
+    digests = {}
+    for label, mask in masks.items():
+        alone = make(SCENES[:1], mask=mask, **values, output=str(tmp_path / f"alone{label}"))
+        run_evaluate(alone)
+        for row in samples(alone):
+            if row["method"] in ("nla", "gated"):
+                name = row["method"] + label
+                with Image.open(Path(alone.output) / row["picture"]) as one, Image.open(drawn[name]) as other:
+                    assert one.tobytes() == other.tobytes(), name
+                    assert one.text["digest"] == other.text["digest"]  # type: ignore[attr-defined]
+                    assert (one.text["method"], other.text["method"]) == (row["method"], name)  # type: ignore[attr-defined]
+                    digests[name] = other.text["digest"]  # type: ignore[attr-defined]
+    assert len(set(digests.values())) == len(columns)
+
+
+def test_going_on_with_another_mask_draws_its_column_alone(
+    make: Callable[..., EvaluateRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    generate = Diffusion.generate
+
+    def counted(self: Diffusion, prompts: Any, **options: Any) -> Any:
+        drawn.extend(prompts)
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(Diffusion, "generate", counted)
+    values = {"modes": ["nla"], "eval__images": 1}
+    first = run_evaluate(make(mask=[["cat"], []], **values))
+    assert len(drawn) == 6
+    drawn.clear()
+    assert dict(run_evaluate(make(mask=[["cat"], []], **values))) == dict(first)
+    assert drawn == []
+    report = run_evaluate(make(mask=[["cat"], ["hat"], []], **values))
+    assert list(report["methods"]) == ["nla without cat", "nla without hat", "nla"]
+    assert len(drawn) == 3
+    drawn.clear()
+    # The column has no mask in its name any more, and the unmasked pictures lie in its place.
+    run_evaluate(make(mask=["cat"], **values))
+    assert len(drawn) == 3
+
+
+def test_the_plan_names_and_counts_what_the_run_draws(make: Callable[..., EvaluateRecipe], picture_world: Any) -> None:
+    from molecli.engine.images.plan_evaluate import plan_scenes
+
+    recipe = make(
+        mask=[["cat"], []],
+        modes=["base", "single", "composite"],
+        compositions=[str(picture_world.gated)],
+        eval__images=1,
+    )
+    plan = plan_scenes(recipe)
+    report = run_evaluate(recipe)
+    assert plan.pictures == 3 * len(report["methods"]) == 3 * (1 + 3 + 2 + 2)
+    # Composite runs each of a scene's 2, 2 and 3 LoRAs, whatever is masked, all else once; two steps each.
+    assert plan.passes == 2 * (3 * (1 + 3 + 2) + 2 * (2 + 2 + 3))
+
+
 def test_going_on_draws_nothing_twice(make: Callable[..., EvaluateRecipe], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     generate = Diffusion.generate
@@ -262,6 +329,7 @@ def test_a_judge_that_cannot_be_asked_is_refused_before_a_picture_is_drawn(
         ),
         ({"eval__data__holdout": 0.5}, "eval.data.holdout: scenes have none: it is for language models. Leave it out."),
         ({"mask": ["dog"]}, "--mask: no LoRA is called 'dog'. There are: cat, hat, sea."),
+        ({"only": [["cat"], ["dog"]]}, "--mask: no LoRA is called 'dog'. There are: cat, hat, sea."),
         ({"eval__data__tasks": ["min"]}, "suite pictures: no task is called 'min'. Did you mean 'mine'?"),
         (
             {"scenes": [{"prompt": "a", "loras": ["cap"]}]},
