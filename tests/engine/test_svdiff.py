@@ -247,10 +247,13 @@ def test_mode_svdiff_adds_shifts_inside_one_relu(
     assert torch.equal(logits(model), base)
 
 
-@pytest.mark.parametrize("mode", ["linear", "cat", "ties", "svdiff"])
-def test_one_adapter_composed_is_itself(mode: str, world: Any, model: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [("linear", {}), ("cat", {}), ("ties", {"density": 1.0}), ("svdiff", {})],
+)
+def test_one_adapter_composed_is_itself(mode: str, method: dict[str, float], world: Any, model: nn.Module) -> None:
     loras = {"a": world[1]["a"]}
-    with attach(model, loras=loras, mode=mode, method=MethodConfig(density=1.0)):
+    with attach(model, loras=loras, mode=mode, method=MethodConfig(**method)):
         assert close(logits(model), by_hand(model, loras, {}), 1e-4)
 
 
