@@ -146,6 +146,12 @@ class Branching(Mixture):
         output = super().done(output, left)
         return output if self._next is None else _with_sample(output, self._combined(_sample(output), self._next))
 
+    def ease(self) -> bool:
+        """From here on half as many branches run in a UNet call, for want of memory. False where it is one already."""
+        most = min(self.branches_at_once or len(self.bank) + 1, len(self.bank) + 1)
+        self.branches_at_once = max(1, most // 2)
+        return self.branches_at_once < most
+
     # -- one denoising step ------------------------------------------------------------------------------------------
 
     @property

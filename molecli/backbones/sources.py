@@ -73,6 +73,22 @@ def find_base(base: BaseSettings) -> Source:
     return Source(base.id, base.id, False, base.gguf_file, base.revision, pipeline)
 
 
+def check_found(base: BaseSettings) -> None:
+    """Nothing, where the base is there: a folder, or on the hub or in its cache. Raises: UserError that says why not.
+
+    Asks for the smallest file that every language model has.
+    """
+    import huggingface_hub
+
+    source = find_base(base)
+    if source.local or source.pipeline:
+        return
+    try:
+        huggingface_hub.hf_hub_download(base.id, base.gguf_file or "config.json", revision=base.revision)
+    except Exception as error:
+        raise explain_hub(source, error, offline=huggingface_hub.is_offline_mode()) from None
+
+
 def explain_hub(source: Source, error: Exception, *, offline: bool) -> UserError:
     """The user's message for a base that the hub did not give."""
     where = f"base {source.name}"

@@ -17,7 +17,7 @@ import yaml
 
 from molecli.backbones.hosting import Mixture
 from molecli.backbones.loading import load_backbone
-from molecli.backbones.sources import find_base
+from molecli.backbones.sources import check_found, find_base
 from molecli.engine.attach import attach
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
@@ -77,6 +77,8 @@ def check_fields(recipe: Recipe, fields: Sequence[str], whose: str) -> None:
     for name in fields:
         default = type(recipe).model_fields[name].get_default(call_default_factory=True)
         if getattr(recipe, name) != default:
+            if whose == TEXT_BASE and (base := getattr(recipe, "base", None)) is not None:
+                check_found(base)  # one that is not to be had looks like no pipeline
             raise UsageError(name, f"it is what {whose}", "Leave it out.")
 
 

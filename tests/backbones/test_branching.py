@@ -67,6 +67,16 @@ def built(backbone: Diffusion, experts: list[Expert], mode: str, **settings: Any
     return mixture
 
 
+def test_eased_a_step_runs_fewer_branches_at_once_with_equal_results(sd: Diffusion) -> None:
+    mixture = built(sd, trio(sd), "loratorio")  # the base and three LoRAs: four branches
+    with mixture:
+        expected = latents(sd)
+        for at_once, more in ((2, True), (1, True), (1, False)):
+            assert mixture.ease() is more
+            assert mixture.branches_at_once == at_once
+            assert close(latents(sd), expected, 1e-4)
+
+
 def latents(backbone: Diffusion, *, steps: int = 3, guidance: float = 3.0, **more: Any) -> Tensor:
     return backbone.pipe(
         PROMPTS, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",

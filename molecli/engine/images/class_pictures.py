@@ -15,7 +15,7 @@ from molecli.engine.images.drawing import Job, check_drawn, draw, guidance_of
 from molecli.engine.images.pictures import CLASS_TASK
 from molecli.engine.images.png import PictureFacts, write_png
 from molecli.errors import UsageError
-from molecli.files.pictures import pictures_in
+from molecli.files.pictures import pictures_in, read_picture
 from molecli.files.recipe import ImageConfig
 from molecli.protocols import Picture
 
@@ -71,7 +71,8 @@ def draw_missing(
     def keep(job: Job, picture: Image.Image) -> None:
         nonlocal done
         scheduler, scale = type(backbone.pipe.scheduler).__name__, guidance_of(image, backbone)
-        facts = PictureFacts(job.prompt, job.seed, "base", image.steps, scale, scheduler, recipe.base.id)
+        dtype = str(backbone.pipe.unet.dtype)[6:]
+        facts = PictureFacts(job.prompt, job.seed, "base", image.steps, scale, scheduler, recipe.base.id, dtype=dtype)
         write_png(folder / job.name, picture, facts)
         done += 1
         if progress is not None:
@@ -99,6 +100,7 @@ def _name(place: int) -> str:
 
 def _check_drawn_alike(file: Path, wanted: dict[str, str]) -> None:
     """Pictures from elsewhere say nothing of how they were drawn, and are taken as they are."""
+    read_picture(file)  # what is broken is said as of every picture
     with Image.open(file) as image:
         found = getattr(image, "text", {})
     for key, value in wanted.items():

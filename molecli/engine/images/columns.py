@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from molecli.backbones.hosting import Mixture
+from molecli.compose import get_method
 from molecli.engine.attach import attach_composition
 from molecli.engine.mixing import build_mixture
 from molecli.engine.sample import switch
@@ -35,11 +36,13 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Column:
-    """A method over a set of LoRAs: its name, its mixture (None: the bare base), and the LoRAs' weights by name."""
+    """A method over a set of LoRAs: its name, its mixture (None: the bare base), the LoRAs' weights by name, and what
+    the method was told, such as switch's tau."""
 
     name: str
     mixture: Mixture | None = None
     loras: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def context(self) -> AbstractContextManager[Any]:
@@ -50,6 +53,11 @@ class Column:
     def prepare(self) -> Callable[[str], object] | None:
         """What must be told each prompt before its pictures; None for a method that looks at none."""
         return self.mixture.prepare if getattr(self.mixture, "reads_prompt", False) else None  # type: ignore[union-attr]
+
+    @property
+    def ease(self) -> Callable[[], bool] | None:
+        """What makes a picture need less memory, and says whether it does; None for a method that runs no branches."""
+        return getattr(self.mixture, "ease", None)
 
 
 @dataclass(frozen=True)
@@ -69,18 +77,19 @@ class Studio:
             return Column(mode)
         chosen = [self._expert(name) for name in names]
         weights = {name: self.weights.get(name, 1.0) for name in names}
-        order = [name for name in self.method.order if name in names]
+        method = self.method.model_copy(update={"order": tuple(name for name in self.method.order if name in names)})
         mixture = build_mixture(
             self.model,
             chosen,
             mode=mode,
             weights=weights,
-            method=self.method.model_copy(update={"order": tuple(order)}),
+            method=method,
             triggers={name: self.concepts[name].trigger for name in names if name in self.concepts},
             kinds={name: self.concepts[name].kind for name in names if name in self.concepts},
             branches_at_once=self.branches_at_once,
         )
-        return Column(mode, mixture, weights)
+        told = method.model_dump(mode="json", include=set(get_method(mode).options))
+        return Column(mode, mixture, weights, told)
 
     def alone(self, name: str) -> Column:
         """The LoRA `name` by itself, with its own weight."""
@@ -110,7 +119,7 @@ def masked(column: Column, *, mask: Sequence[str] = (), only: Sequence[str] = ()
         return column
     switch(column.mixture, mask=tuple(mask), only=tuple(only))
     left = [name for name in column.loras if name not in mask and name in (only or column.loras)]
-    return Column(column.name, column.mixture, {name: column.loras[name] for name in left})
+    return replace(column, loras={name: column.loras[name] for name in left})
 
 
 def recorded_weights(composition: Composition) -> dict[str, float]:

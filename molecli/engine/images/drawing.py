@@ -57,12 +57,14 @@ def draw(
     batch_size: int,
     keep: Callable[[Job, Image.Image], object],
     prepare: Callable[[str], object] | None = None,
+    ease: Callable[[], bool] | None = None,
     note: Callable[[str], object] = lambda text: None,
 ) -> list[Failure]:
     """What could not be drawn; `keep` is given every picture, in the order of `jobs` within a batch.
 
     `prepare(prompt)` is called before each prompt's batches, for methods that look at it; a batch then holds one.
-    `note` is told when batches become smaller. Where not even one picture fits in memory, the rest is not tried.
+    `note` is told when batches become smaller. Where not even one picture fits in memory, `ease()` is asked for less;
+    once it says no, the rest is not tried.
     Raises: UserError, which another picture would not escape either.
     """
     failures: list[Failure] = []
@@ -82,6 +84,9 @@ def draw(
                 note(f"{len(batch)} pictures at once do not fit in memory: drawing {size}")
                 waiting = deque(piece for rest in waiting for piece in _pieces(rest, size))
             waiting.extendleft(reversed(list(_pieces(batch, size))))
+        elif out_of_memory(error) and ease is not None and ease():
+            note("one picture does not fit in memory: drawing it with fewer LoRAs in a UNet call")
+            waiting.appendleft(batch)
         elif out_of_memory(error):
             rest = [batch[0], *(job for others in waiting for job in others)]
             return failures + [Failure(job, _NO_MEMORY, error) for job in rest]

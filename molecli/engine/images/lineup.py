@@ -133,7 +133,7 @@ def _composed(name: str, some: Sequence[Learned], off: Sequence[str]) -> Entrant
         assert one.column.mixture is not None
         # Always told: the scene before may have switched off what this one needs.
         switch(one.column.mixture, mask=tuple(lora for lora in one.names if lora not in on), only=())
-        return Column(name, one.column.mixture, {lora: one.column.loras[lora] for lora in on})
+        return replace(one.column, name=name, loras={lora: one.column.loras[lora] for lora in on})
 
     def seal(loras: Loras) -> Any:
         one, on = kept(loras)

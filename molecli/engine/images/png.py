@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -26,7 +27,8 @@ _QUOTED = re.compile(r"[,:\n\"]")
 class PictureFacts:
     """How one picture was made; `loras` are weights by name, of a learned method the weights its gates started from.
 
-    digest: of all that the picture follows from, where a run that goes on must know its own pictures again.
+    settings: of the method, such as switch's tau; dtype: of the UNet's weights. digest: of all that the picture follows
+    from, where a run that goes on must know its own pictures again.
     """
 
     prompt: str
@@ -38,6 +40,8 @@ class PictureFacts:
     base: str
     negative_prompt: str = ""
     loras: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
     digest: str | None = None
 
 
@@ -49,11 +53,13 @@ def texts(facts: PictureFacts, size: tuple[int, int]) -> dict[str, str]:
         "negative_prompt": facts.negative_prompt,
         "seed": str(facts.seed),
         "method": facts.method,
+        "method_settings": json.dumps(dict(facts.settings)),
         "loras": _lora_list(facts),
         "steps": str(facts.steps),
         "guidance": f"{facts.guidance:g}",
         "scheduler": facts.scheduler,
         "base": facts.base,
+        "dtype": facts.dtype,
         "mole_version": __version__,
         **({"digest": facts.digest} if facts.digest else {}),
     }

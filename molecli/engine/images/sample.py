@@ -177,6 +177,8 @@ def facts_of(prompt: str, seed: int, column: Column, image: ImageConfig, backbon
         seed=seed,
         method=column.name,
         loras=column.loras,
+        settings=column.settings,
+        dtype=str(backbone.pipe.unet.dtype)[6:],
         steps=image.steps,
         guidance=guidance_of(image, backbone),
         scheduler=image.scheduler or type(backbone.pipe.scheduler).__name__,
@@ -215,6 +217,7 @@ def _draw_column(
             batch_size=recipe.batch_size,
             keep=keep,
             prepare=column.prepare,
+            ease=column.ease,
             note=note,
         )
 

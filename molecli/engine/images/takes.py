@@ -110,6 +110,7 @@ def draw_takes(
                 batch_size=stage.batch_size,
                 keep=keep,
                 prepare=column.prepare,
+                ease=column.ease,
                 note=note,
             )
     return found, failures

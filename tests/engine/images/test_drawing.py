@@ -118,6 +118,33 @@ def test_a_mistake_of_the_users_ends_the_run_at_once() -> None:
         drawn(Refusing())
 
 
+def test_a_method_with_branches_is_eased_until_one_picture_fits() -> None:
+    asked, notes = iter([True, True, False]), []
+
+    class Tight(Easel):
+        eased = 0
+
+        def generate(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: Any) -> list[Image.Image]:
+            self.room = int(self.eased == 2)
+            return super().generate(prompts, seeds=seeds, **settings)
+
+    easel = Tight()
+
+    def ease() -> bool:
+        easel.eased += 1
+        return next(asked)
+
+    kept, failures = drawn(easel, batch_size=1, ease=ease, note=notes.append)
+    assert len(kept) == len(JOBS)
+    assert failures == []
+    assert notes == ["one picture does not fit in memory: drawing it with fewer LoRAs in a UNet call"] * 2
+
+    easel = Tight(room=0)
+    easel.eased = 9
+    kept, failures = drawn(easel, batch_size=1, ease=lambda: False)
+    assert (kept, len(failures)) == ({}, len(JOBS))
+
+
 def test_the_settings_reach_the_backbone() -> None:
     seen: list[dict[str, Any]] = []
 

@@ -23,6 +23,8 @@ FACTS = PictureFacts(
     scheduler="euler",
     base="builtin:tiny-sd",
     loras={"teapot": 1.0, "field": 0.8},
+    settings={"tau": 5},
+    dtype="bfloat16",
 )
 # A1111's own reader of its last line.
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -42,11 +44,13 @@ def test_every_fact_is_a_text_entry(tmp_path: Path) -> None:
         "negative_prompt": "blurry",
         "seed": "7",
         "method": "switch",
+        "method_settings": '{"tau": 5}',
         "loras": "teapot: 1, field: 0.8",
         "steps": "20",
         "guidance": "7.5",
         "scheduler": "euler",
         "base": "builtin:tiny-sd",
+        "dtype": "bfloat16",
         "mole_version": __version__,
     }
 

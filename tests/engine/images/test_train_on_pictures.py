@@ -549,3 +549,14 @@ def test_what_is_cut_of_a_long_prompt_is_said_once(make_recipe: Any) -> None:
     said: list[str] = []
     run_train_lora(recipe, note=said.append)
     assert said == ["the text encoder takes 16 tokens, and the prompt is longer. Left out: 'he snow'"]
+
+
+@pytest.mark.parametrize("content", [b"no picture", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"])
+def test_a_broken_picture_of_the_class_is_named(make_recipe: Any, tmp_path: Path, content: bytes) -> None:
+    folder = tmp_path / "class"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(content)
+    with pytest.raises(MismatchError, match=r"a\.png: "):
+        run_train_lora(
+            make_recipe(pictures={"class_prompt": CLASS_PROMPT, "class_dir": str(folder), "class_pictures": 1})
+        )
