@@ -42,7 +42,8 @@ class LowRank:
 class Expert:
     """A named, frozen LoRA: its factors by matrix name, and where it came from.
 
-    absent: its files are not to be found, and its factors have rank 0, which says its matrices and their shapes.
+    absent: its files are not to be found, and its factors have rank 0, which says its matrices and their shapes;
+    left_out: matrices that it adapts and the base does not have.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Expert:
     rank: int = 0
     alpha: float = 0.0
     absent: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def matrices(self) -> tuple[str, ...]:

@@ -108,9 +108,14 @@ def run_compose(
     recipe = domain.recipe
     backbone = load_backbone(recipe.base, accelerator.device)
     experts = read_experts(backbone.model, recipe.loras, allow_partial=recipe.allow_partial)
+    partial_ones = {expert.name: expert.left_out for expert in experts if expert.left_out}
+    for name, left_out in partial_ones.items():
+        note(f"{name}: the base lacks {len(left_out)} of its matrices, such as {left_out[0]}; they are left out")
     mixture = _mixture(recipe, domain, backbone, experts, progress)
     history = _fitted(domain, backbone, mixture, accelerator, resume, progress) if domain.rows else []
     report = ComposeReport(_summary(recipe, digest, mixture, history))
+    if partial_ones:
+        report["left_out"] = partial_ones
     for name, share in report.get("residuals", {}).items():
         if share > MOSTLY:
             note(f"{name}: {share:.1%} of its update is no shift of the base's singular values, and is left out")

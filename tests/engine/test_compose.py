@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pair import Pair, examples, make_pair
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from molecli import __version__
@@ -76,6 +78,24 @@ def same_gates(first: Path, second: Path) -> bool:
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_what_the_base_lacks_of_a_lora_is_told_and_reported(pair: Pair, tmp_path: Path) -> None:
+    wider = tmp_path / "wider"
+    shutil.copytree(pair.loras["up"], wider)
+    (weights,) = wider.glob("*.safetensors")
+    tensors = load_file(weights)
+    more = {key.replace(".layers.0.", ".layers.9."): tensor.clone() for key, tensor in tensors.items()}
+    save_file({**tensors, **more}, weights)
+    other, notes = replace(pair, loras={**pair.loras, "up": str(wider)}), list[str]()
+    report = run_compose(recipe_of(other, tmp_path / "run", "linear", allow_partial=True), note=notes.append)
+    missing = [key for key in more if ".layers.9." in key and key.endswith("lora_A.weight")]
+    (note,) = notes
+    assert note.startswith(f"up: the base lacks {len(missing)} of its matrices, such as model.layers.9.")
+    assert note.endswith("; they are left out")
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert written["left_out"] == {"up": list(report["left_out"]["up"])}
+    assert len(written["left_out"]["up"]) == len(missing)
 
 
 @pytest.mark.parametrize("mode", list(MODES))

@@ -37,7 +37,15 @@ def read_expert(
         factors = shifted_factors(info, info.origin, shifts, base)
     else:
         factors = {name: _low_rank(info.adapted[name], *pair) for name, pair in stored.items()}
-    return Expert(info.name, factors, source=info.source, sha256=info.sha256, rank=info.rank, alpha=info.alpha)
+    return Expert(
+        info.name,
+        factors,
+        source=info.source,
+        sha256=info.sha256,
+        rank=info.rank,
+        alpha=info.alpha,
+        left_out=found.unmatched,
+    )
 
 
 def _factors(info: AdapterInfo, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
