@@ -30,7 +30,10 @@ SHARED = ("base", "own")  # scored once, beside every number
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A comparison for each number of LoRAs, what the recipe says of it, and what failed: a command's name -> why."""
+    """A comparison for each number of LoRAs, what the recipe says of it, and what failed: a command's name -> why.
+
+    recipe: what was written of it, flags included, so that the figures can be made again.
+    """
 
     title: str
     base: str
@@ -41,6 +44,7 @@ class StudyReport:
     looks: Sequence[Look] = ()
     choices: Sequence[Choice] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """The report as JSON holds it."""
@@ -54,6 +58,7 @@ class StudyReport:
             "gates": [asdict(look) for look in self.looks],
             "tuned": [asdict(choice) for choice in self.choices],
             "failed": dict(self.failed),
+            "recipe": dict(self.recipe),
         }
 
     def sections(self) -> list[tuple[str, list[Table], list[str]]]:
@@ -143,6 +148,7 @@ def study_report(
         read_looks(folder, looked),
         choices,
         failed or {},
+        recipe.model_dump(mode="json", exclude_unset=True, exclude={"output", "published"}),
     )
 
 

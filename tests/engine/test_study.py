@@ -354,6 +354,9 @@ def test_a_job_that_fails_is_told_and_the_rest_goes_on(pair: Pair, tmp_path: Pat
     assert any("compositions/all/fixed/pem" in note and "nobody" in note for note in notes)
     assert list(report.comparisons["all"].contests[0][0].methods) == ["own LoRA", "linear"]
     assert list(report.failed) == ["compositions/all/fixed/pem", "scores/all/fixed/pem"]
+    made = json.loads((tmp_path / "study.json").read_text())["recipe"]
+    assert made["methods"]["pem"] == {"mode": "pem", "method": {"expression": "nobody"}}
+    assert StudyRecipe.model_validate(made).methods.keys() == {"linear", "pem"}
     told = (tmp_path / "study.md").read_text()
     assert "## Not done" in told
     assert f"- compositions/all/fixed/pem: {report.failed['compositions/all/fixed/pem']}" in told
