@@ -79,16 +79,22 @@ def outputs(output: Path, method: str) -> list[str]:
     return [row["resps"][0][0] for row in rows if row["method"] == method]
 
 
-def test_many_compositions_are_scored_on_one_load_each_with_its_own_gates(
-    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads = []
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The bases that an evaluation loads, as it does."""
+    loads: list[Any] = []
 
     def load(*args: Any) -> Any:
         loads.append(args)
         return load_backbone(*args)
 
     monkeypatch.setattr("molecli.engine.evaluate.load_backbone", load)
+    return loads
+
+
+def test_many_compositions_are_scored_on_one_load_each_with_its_own_gates(
+    world: dict[str, Any], tmp_path: Path, loads: list[Any]
+) -> None:
     report = run(world, tmp_path, ("first", "second"))
     assert len(loads) == 1
     assert list(report["methods"]) == ["first", "second"]
@@ -115,15 +121,8 @@ def test_a_masked_composition_is_the_lora_that_is_left(world: dict[str, Any], tm
 
 @pytest.mark.parametrize("mode", ["nla", "ties", "arrow"])
 def test_several_masks_are_columns_of_one_run_each_as_in_a_run_of_its_own(
-    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+    world: dict[str, Any], tmp_path: Path, loads: list[Any], mode: str
 ) -> None:
-    loads = []
-
-    def load(*args: Any) -> Any:
-        loads.append(args)
-        return load_backbone(*args)
-
-    monkeypatch.setattr("molecli.engine.evaluate.load_backbone", load)
     report = run(world, tmp_path / "all", ("first",), modes=["base", "single", mode], mask=[["down"], ["up"], []])
     names = [f"{name}{label}" for name in (mode, "first") for label in (" without down", " without up", "")]
     assert list(report["methods"]) == ["base", "up", "down", *names]

@@ -63,6 +63,20 @@ def samples(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(recipe.output) / "samples_mine.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that were drawn, as they are."""
+    drawn: list[str] = []
+    generate = Diffusion.generate
+
+    def counted(self: Diffusion, prompts: Any, **options: Any) -> Any:
+        drawn.extend(prompts)
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(Diffusion, "generate", counted)
+    return drawn
+
+
 def test_the_results_have_the_shape_of_a_language_models(make: Callable[..., EvaluateRecipe]) -> None:
     recipe = make(eval__metrics=["text_alignment", "image_alignment"], **references(Path(make().output).parent))
     report = run_evaluate(recipe)
@@ -180,16 +194,8 @@ def test_several_masks_are_columns_whose_pictures_are_those_of_runs_of_their_own
 
 
 def test_going_on_with_another_mask_draws_its_column_alone(
-    make: Callable[..., EvaluateRecipe], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., EvaluateRecipe], drawn: list[str]
 ) -> None:
-    drawn: list[str] = []
-    generate = Diffusion.generate
-
-    def counted(self: Diffusion, prompts: Any, **options: Any) -> Any:
-        drawn.extend(prompts)
-        return generate(self, prompts, **options)
-
-    monkeypatch.setattr(Diffusion, "generate", counted)
     values = {"modes": ["nla"], "eval__images": 1}
     first = run_evaluate(make(mask=[["cat"], []], **values))
     assert len(drawn) == 6
@@ -221,15 +227,7 @@ def test_the_plan_names_and_counts_what_the_run_draws(make: Callable[..., Evalua
     assert plan.passes == 2 * (3 * (1 + 3 + 2) + 2 * (2 + 2 + 3))
 
 
-def test_going_on_draws_nothing_twice(make: Callable[..., EvaluateRecipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
-    generate = Diffusion.generate
-
-    def counted(self: Diffusion, prompts: Any, **options: Any) -> Any:
-        drawn.extend(prompts)
-        return generate(self, prompts, **options)
-
-    monkeypatch.setattr(Diffusion, "generate", counted)
+def test_going_on_draws_nothing_twice(make: Callable[..., EvaluateRecipe], drawn: list[str]) -> None:
     first = run_evaluate(make())
     assert len(drawn) == 12
     drawn.clear()
