@@ -63,7 +63,7 @@ def study(request: Request) -> None:
     request.console.result(report.document(), report.show)
     if report.failed:
         what = f"{len(report.failed)} commands failed, and what needs them is not in the report"
-        raise RunError(ready.output or "study", what, "Their logs lie in study-steps/; --resume runs them again.")
+        raise RunError(ready.output, what, "Their logs lie in study-steps/; --resume runs them again.")
 
 
 def _at_once() -> int:

@@ -60,14 +60,15 @@ def run_study(
     work = _Work(folder, at_once, progress, note)
     work.do(jobs_of(recipe), ("loras", "candidates", "trials"))
     choices = chosen(recipe, folder, work.done["trials"])
+    tried = recipe
     for _ in range(recipe.wider):
-        wider = widened(recipe, choices)
+        wider = widened(tried, choices)
         if wider is None:
             break
-        recipe = wider
-        work.do(jobs_of(recipe), ("candidates", "trials"))
-        choices = chosen(recipe, folder, work.done["trials"])
-    jobs = jobs_of(recipe, choices)
+        tried = wider
+        work.do(jobs_of(tried), ("candidates", "trials"))
+        choices = chosen(tried, folder, work.done["trials"])
+    jobs = jobs_of(tried, choices)
     _reuse(folder, jobs)
     work.do(jobs, ("compositions", "scores", "gates"))
     if not work.done["scores"]:

@@ -112,6 +112,8 @@ def test_beyond_a_choice_at_the_edge_more_is_tried(pair: Pair, tmp_path: Path, i
     (choice,) = run_study(given, at_once=1).choices
     assert list(choice.tried) == ["scale=0.01", "scale=1.0", "scale=100.0"]
     assert (choice.settings, choice.edge) == ({"method.scale": 1.0}, "")
+    written = json.loads((tmp_path / "study.json").read_text())["recipe"]
+    assert written["methods"]["tuned"]["tune"] == {"method.scale": [0.01, 1.0]}
     ran = list(in_process)
     run_study(given, at_once=1)
     assert in_process == ran  # nothing is done again

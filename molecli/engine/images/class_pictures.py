@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from molecli.engine.images.drawing import Job, check_drawn, draw, guidance_of
+from molecli.engine.images.columns import BASE, Column
+from molecli.engine.images.drawing import Job, check_drawn, draw
 from molecli.engine.images.pictures import CLASS_TASK
-from molecli.engine.images.png import PictureFacts, write_png
+from molecli.engine.images.png import write_png
+from molecli.engine.images.sample import facts_of
 from molecli.errors import UsageError
 from molecli.files.pictures import pictures_in, read_picture
 from molecli.files.recipe import ImageConfig
@@ -70,10 +72,7 @@ def draw_missing(
 
     def keep(job: Job, picture: Image.Image) -> None:
         nonlocal done
-        scheduler, scale = type(backbone.pipe.scheduler).__name__, guidance_of(image, backbone)
-        dtype = str(backbone.pipe.unet.dtype)[6:]
-        facts = PictureFacts(job.prompt, job.seed, "base", image.steps, scale, scheduler, recipe.base.id, dtype=dtype)
-        write_png(folder / job.name, picture, facts)
+        write_png(folder / job.name, picture, facts_of(job.prompt, job.seed, Column(BASE), image, backbone))
         done += 1
         if progress is not None:
             progress("class pictures", done, len(jobs))
