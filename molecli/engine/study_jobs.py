@@ -67,13 +67,22 @@ class Named:
     tasks: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A method with its settings: label says which were chosen for some tasks only, `tasks`; else both are empty."""
+
+    method: StudyMethod
+    label: str = ""
+    tasks: tuple[str, ...] = ()
+
+
 # method -> the LoRAs that it composes
 Cast = Mapping[str, Sequence[Named]]
-# (number of LoRAs, method)
-Column = tuple[int | None, str]
+# (number of LoRAs, method) -> that method as it was chosen; where it was for each task by itself, all that were
+Settled = Mapping[tuple[int | None, str], Sequence[Variant]]
 
 
-def text_jobs(recipe: StudyRecipe, settled: Mapping[Column, StudyMethod]) -> list[Job]:
+def text_jobs(recipe: StudyRecipe, settled: Settled) -> list[Job]:
     """The study's commands in order, but for the choice of settings; `settled`: methods as these were chosen.
 
     Raises: UserError for tasks that are not there.
@@ -85,7 +94,7 @@ def text_jobs(recipe: StudyRecipe, settled: Mapping[Column, StudyMethod]) -> lis
                 raise UsageError(f"groups.{group}", f"no task of the test is {task!r}", suggestion(task, known))
     loras, cast, training = lora_jobs(recipe)
     made = _compositions(recipe, loras, cast, settled)
-    return [*training, *made, *_scores(recipe, loras), *gate_jobs(recipe, made)]
+    return [*training, *made, *_scores(recipe, loras, settled), *gate_jobs(recipe, made)]
 
 
 # -- LoRAs -------------------------------------------------------------------------------------------------------------
@@ -152,17 +161,15 @@ def _needed(recipe: StudyRecipe, loras: list[Named]) -> list[Named]:
 # -- compositions ------------------------------------------------------------------------------------------------------
 
 
-def _compositions(
-    recipe: StudyRecipe, loras: Sequence[Named], cast: Cast, settled: Mapping[Column, StudyMethod]
-) -> list[Job]:
+def _compositions(recipe: StudyRecipe, loras: Sequence[Named], cast: Cast, settled: Settled) -> list[Job]:
     jobs = []
-    for number, (name, written) in product(recipe.numbers or (None,), recipe.methods.items()):
-        method = settled.get((number, name), written)
+    for number, name, variant in _variants(recipe, settled):
+        method = variant.method
         for seed, task in _runs(recipe, method):
             if method.mode == "single":
                 raise UsageError(f"methods.{name}", "single is one LoRA alone", "Write own: true for that column.")
             if method.mode != "base":
-                place = placed("compositions", number, seed, task, name)
+                place = placed("compositions", number, seed, task, variant.label, name)
                 data = plain(recipe.fit) | ({"tasks": [task]} if task else {})
                 learned = {} if method.fixed else {"data": data}
                 tree = composed(recipe, method, cast[name][:number], learned, place, seed)
@@ -208,23 +215,22 @@ def _shared(recipe: StudyRecipe, loras: Sequence[Named], place: str, seed: int |
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def _scores(recipe: StudyRecipe, loras: Sequence[Named]) -> list[Job]:
+def _scores(recipe: StudyRecipe, loras: Sequence[Named], settled: Settled) -> list[Job]:
     jobs, base = [], [name for name, method in recipe.methods.items() if method.mode == "base"]
-    for number in recipe.numbers or (None,):
-        by_task: dict[tuple[int | None, str | None], list[str]] = {}
-        for name, method in recipe.methods.items():
-            for seed, task in _runs(recipe, method):
-                if method.mode == "base":
-                    continue
-                composition = inside(recipe, placed("compositions", number, seed, task, name))
-                if task is None:
-                    place = placed("scores", number, seed, None, name)
-                    jobs.append(scored(recipe, place, [composition]))
-                else:
-                    by_task.setdefault((seed, task), []).append(composition)
-        for (seed, task), compositions in by_task.items():  # one load of the base for all methods of a task
-            place = placed("scores", number, seed, None, str(task))
-            jobs.append(scored(recipe, place, compositions, {"tasks": [task]}))
+    by_task: dict[tuple[int | None, int | None, str], list[str]] = {}
+    for number, name, variant in _variants(recipe, settled):
+        for seed, task in _runs(recipe, variant.method):
+            if variant.method.mode == "base":
+                continue
+            composition = inside(recipe, placed("compositions", number, seed, task, variant.label, name))
+            if task is None:
+                place = placed("scores", number, seed, name, variant.label)
+                some = {"tasks": list(variant.tasks)} if variant.tasks else None
+                jobs.append(scored(recipe, place, [composition], some))
+            else:
+                by_task.setdefault((number, seed, task), []).append(composition)
+    for (number, seed, task), compositions in by_task.items():  # one load of the base for all methods of a task
+        jobs.append(scored(recipe, placed("scores", number, seed, task), compositions, {"tasks": [task]}))
     if base:
         jobs.append(scored(recipe, "scores/base", [], modes=["base"]))
     if recipe.own:
@@ -288,6 +294,12 @@ def _look(recipe: StudyRecipe, job: Job) -> dict[str, Any]:
 
 
 # -- what all are made of ----------------------------------------------------------------------------------------------
+
+
+def _variants(recipe: StudyRecipe, settled: Settled) -> list[tuple[int | None, str, Variant]]:
+    """(number of LoRAs, column, its method as it is to be composed) of all; as written where nothing was chosen."""
+    columns = product(recipe.numbers or (None,), recipe.methods.items())
+    return [(n, name, one) for n, (name, method) in columns for one in settled.get((n, name), [Variant(method)])]
 
 
 def _runs(recipe: StudyRecipe, method: StudyMethod) -> list[tuple[int | None, str | None]]:

@@ -159,7 +159,9 @@ def _group(recipe: StudyRecipe, number: str, rest: Sequence[str]) -> str:
         return number
     if recipe.draws:
         return "/".join(rest[:2])
-    return "/".join(rest) if (rest and rest[0] == "fixed") or not recipe.per_task else (rest[0] if rest else "")
+    # Of what nothing was learned, the method too: it may have a run for each setting, over the tasks that have it.
+    together = rest[:1] if recipe.per_task and rest[:1] != ["fixed"] else rest[:2]
+    return "/".join(together)
 
 
 def _read(recipe: StudyRecipe, path: Path, rest: Sequence[str]) -> Run:
@@ -175,7 +177,7 @@ def _read(recipe: StudyRecipe, path: Path, rest: Sequence[str]) -> Run:
 
 def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs: Sequence[Run]) -> CompareReport:
     """All methods on all tasks; where some tasks have no LoRA, also those that have one, beside these LoRAs; and on
-    each of the recipe's groups of tasks.
+    each of the recipe's groups of tasks; margins are those of the recipe's subject, where it has one.
 
     A contest for each metric that the recipe names, of pictures for every one; else by the main metric of each task.
     """
@@ -191,7 +193,8 @@ def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs
     contests = [
         line_up(some, one, among=name) for name, some, chosen in named for one in chosen_metrics(runs, chosen, metrics)
     ]
-    judgements = [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests]
+    subject = recipe.subject
+    judgements = [(one, judged(one, samples=samples, seed=seed, subject=subject)) for one in contests]
     return CompareReport(parts[0][0], judgements, samples, seed)
 
 

@@ -2,7 +2,8 @@
 
 For each combination of what a method's `tune` lists, a composition is made and scored on examples that `fit.holdout`
 keeps out of training; the best average is what the study composes. So a fixed method is compared at a scale that suits
-it, and a learned one at its learning rate, without a look at the test set.
+it, and a learned one at its learning rate, without a look at the test set. Where a study fits each task by itself, the
+settings of a fixed method are chosen for each by itself too, on the examples that learned ones learn from.
 
     trial_jobs   the commands          chosen       what was found best -> Choice
     settled      the methods with it   choice_table all that was tried, for the report
@@ -12,13 +13,27 @@ it, and a learned one at its learning rate, without a look at the test set.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from molecli.engine.results import RESULTS_FILE
-from molecli.engine.study_jobs import Column, Job, composed, inside, lora_jobs, number_folder, placed, plain, scored
+from molecli.engine.study_jobs import (
+    Job,
+    Settled,
+    Variant,
+    composed,
+    inside,
+    lora_jobs,
+    number_folder,
+    placed,
+    plain,
+    scored,
+    tasks_of,
+)
 from molecli.engine.tables import TextRow, TextTable
 
 if TYPE_CHECKING:
@@ -29,12 +44,16 @@ TRIED_ON = 32  # held-out examples of each task, at most
 
 @dataclass(frozen=True)
 class Choice:
-    """One method at one number of LoRAs: the settings chosen, and the held-out average in percent of each tried."""
+    """One method at one number of LoRAs: the settings chosen, and the held-out average in percent of each tried.
+
+    task: the one they were chosen for and tried on, where each has its own.
+    """
 
     number: int | None
     method: str
     settings: Mapping[str, Any]
     tried: Mapping[str, float]
+    task: str | None = None
 
     @property
     def edge(self) -> str:
@@ -87,40 +106,68 @@ def chosen(recipe: StudyRecipe, folder: Path, done: Collection[str]) -> list[Cho
     choices = []
     for number, name, method in _tuned(recipe):
         places = [(settings, _trial_place(recipe, number, name, settings)) for settings in method.combinations()]
-        averages = {_label(s): _average(folder / place) for s, place in places if place in done}
-        if averages:
+        found = {_label(settings): _found(folder / place) for settings, place in places if place in done}
+        if not found:
+            continue
+        for task in tasks_of(recipe.test.data) if recipe.per_task else [None]:
+            averages = {label: _score(content, task) for label, content in found.items()}
             best = max(averages, key=lambda label: averages[label])
             settings = next(settings for settings, _ in places if _label(settings) == best)
-            choices.append(Choice(number, name, settings, averages))
+            choices.append(Choice(number, name, settings, averages, task))
     return choices
 
 
 def widened(recipe: StudyRecipe, choices: Sequence[Choice]) -> StudyRecipe | None:
-    """The recipe with one more value to try beyond every choice at an edge; None where all lie inside."""
+    """The recipe with one more value to try beyond every choice at an edge; None where all lie inside.
+
+    What was chosen for a task by itself stays: a handful of examples does not tell where its best lies.
+    """
     methods = dict(recipe.methods)
     for one in choices:
         method = methods[one.method]
         for key, values in method.tune.items():
-            if one.beyond is not None and one.beyond not in values:
+            if one.task is None and one.beyond is not None and one.beyond not in values:
                 tune = {**method.tune, key: [*values, one.beyond]}
                 methods[one.method] = method.model_copy(update={"tune": tune})
     return recipe.model_copy(update={"methods": methods}) if methods != recipe.methods else None
 
 
-def settled(recipe: StudyRecipe, choices: Sequence[Choice]) -> dict[Column, StudyMethod]:
+def settled(recipe: StudyRecipe, choices: Sequence[Choice]) -> Settled:
     """The tuned methods as they were chosen."""
-    return {(one.number, one.method): recipe.methods[one.method].at(one.settings) for one in choices}
+    found: dict[tuple[int | None, str], list[Variant]] = {}
+    for number, name, same in _columns(choices):
+        method = recipe.methods[name]
+        for label in dict.fromkeys(_label(one.settings) for one in same):
+            alike = [one for one in same if _label(one.settings) == label]
+            tasks = tuple(one.task for one in alike if one.task is not None)
+            variant = Variant(method.at(alike[0].settings), label if tasks else "", tasks)
+            found.setdefault((number, name), []).append(variant)
+    return found
 
 
 def choice_table(choices: Sequence[Choice]) -> TextTable:
     """What was chosen, and the held-out average of everything tried."""
     rows = []
-    for one in choices:
-        label = one.method if one.number is None else f"{one.method}, {one.number} LoRA{'s' * (one.number != 1)}"
-        tried = "; ".join(f"{settings}: {average:.1f}" for settings, average in one.tried.items())
-        chosen = f"{_label(one.settings)} ({one.edge})" if one.edge else _label(one.settings)
-        rows.append(TextRow(label, (chosen, tried)))
+    for number, name, same in _columns(choices):
+        label = name if number is None else f"{name}, {number} LoRA{'s' * (number != 1)}"
+        averages = {label: fmean(one.tried[label] for one in same) for label in same[0].tried}
+        tried = "; ".join(f"{settings}: {average:.1f}" for settings, average in averages.items())
+        rows.append(TextRow(label, (told(same), tried)))
     return TextTable("method", ("chosen", "average on held-out examples (%)"), tuple(rows))
+
+
+def told(same: Sequence[Choice]) -> str:
+    """The settings chosen for one column: for all tasks, with the edge they lie at; or for how many tasks each."""
+    if same[0].task is None:
+        return f"{_label(same[0].settings)} ({same[0].edge})" if same[0].edge else _label(same[0].settings)
+    counts = Counter(_label(one.settings) for one in same)
+    return ", ".join(f"{label} ({n} task{'s' * (n != 1)})" for label, n in counts.most_common())
+
+
+def _columns(choices: Sequence[Choice]) -> Iterator[tuple[int | None, str, list[Choice]]]:
+    """(number of LoRAs, method, its choices) of every column."""
+    for column in dict.fromkeys((one.number, one.method) for one in choices):
+        yield *column, [one for one in choices if (one.number, one.method) == column]
 
 
 def _tuned(recipe: StudyRecipe) -> list[tuple[int | None, str, StudyMethod]]:
@@ -138,14 +185,23 @@ def _trial_place(recipe: StudyRecipe, number: int | None, name: str, settings: M
 
 
 def _held_out(recipe: StudyRecipe, place: str, composition: str) -> dict[str, Any]:
-    """An evaluation on what `fit` keeps out of training."""
+    """An evaluation on what `fit` keeps out of training; on all of it where each task is fitted by itself, for what is
+    chosen so learns nothing else."""
     fit = {key: value for key, value in plain(recipe.fit).items() if key != "part"}
     limit = min(TRIED_ON, recipe.fit.limit or TRIED_ON)
     data = {**fit, "split": recipe.fit.split, "holdout": recipe.fit.holdout, "limit": limit}
+    if recipe.per_task:
+        data |= {"tasks": tasks_of(recipe.test.data), "holdout": 0.0}
     return scored(recipe, place, [composition], data).tree
 
 
-def _average(folder: Path) -> float:
-    """The mean over tasks of each one's main metric, in percent."""
-    content = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    return float(content["average"][content["model_name"]])
+def _found(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    return content
+
+
+def _score(content: Mapping[str, Any], task: str | None) -> float:
+    """The main metric of a task, or the mean of each task's own, in percent."""
+    if task is None:
+        return float(content["average"][content["model_name"]])
+    return 100 * float(next(value for key, value in content["results"][task].items() if key != "alias"))

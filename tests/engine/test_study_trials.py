@@ -31,6 +31,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 # Next to nothing of `up` answers no prompt; all of it answers half of them.
 WEAK, WHOLE = "0.001 * up", "1.0 * up"
+DOWN = "1.0 * down"
 
 
 def recipe(pair: Pair, output: Path, tune: dict[str, Any], mode: str = "pem", **changes: Any) -> StudyRecipe:
@@ -124,6 +125,45 @@ def test_beyond_a_choice_at_the_edge_more_is_tried(pair: Pair, tmp_path: Path, i
     assert "| tuned | scale=1.0 (most tried) |" in (tmp_path / "b" / "study.md").read_text()
 
 
+def test_of_what_learns_nothing_each_task_has_its_own_choice(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    fit = {"suite": "jsonl", "files": pair.files}
+    given = recipe(pair, tmp_path, {"method.expression": [WEAK, WHOLE, DOWN]}, per_task=True, fit=fit)
+    jobs = in_phase(jobs_of(given), "trials")
+    tried = RECIPES["evaluate"].model_validate(jobs[0].tree).eval.data  # type: ignore[attr-defined]
+    assert (tried.tasks, tried.split, tried.holdout) == (
+        ("up", "down"),
+        "train",
+        0.0,
+    )  # what learned methods learn from
+
+    report = run_study(given, at_once=1)
+    assert [(one.task, one.settings["method.expression"]) for one in report.choices] == [("up", WHOLE), ("down", DOWN)]
+    assert report.choices[0].tried == {
+        f"expression={WEAK}": 0.0,
+        f"expression={WHOLE}": 100.0,
+        f"expression={DOWN}": 0.0,
+    }
+    scores = sorted(name for name in in_process if name.startswith("scores"))
+    assert scores == [f"scores/all/fixed/tuned/expression={one}" for one in (DOWN, WHOLE)]
+    assert report.comparisons["all"].contests[0][0].rows()["average"] == {"tuned": 100.0}
+    text = (tmp_path / "study.md").read_text()
+    assert f"| tuned | expression={WHOLE} (1 task), expression={DOWN} (1 task) | " in text
+    ran = list(in_process)
+    run_study(given, at_once=1)
+    assert in_process == ran  # nothing is done again
+
+
+def test_where_a_tasks_examples_do_not_tell_the_first_is_taken(
+    pair: Pair, tmp_path: Path, in_process: list[str]
+) -> None:
+    fit = {"suite": "jsonl", "files": pair.files}
+    nothing = ["0.002 * up", WEAK]
+    report = run_study(recipe(pair, tmp_path, {"method.expression": nothing}, per_task=True, fit=fit), at_once=1)
+    assert [one.settings["method.expression"] for one in report.choices] == [nothing[0]] * 2
+    wide = recipe(pair, tmp_path / "b", {"method.scale": [0.01, 1.0]}, "linear", per_task=True, fit=fit)
+    assert len(run_study(wide, at_once=1).choices[0].tried) == 2  # no wider: a few examples do not tell the best
+
+
 @pytest.mark.parametrize(
     ("settings", "tried", "beyond"),
     [
@@ -147,7 +187,11 @@ def test_what_lies_beyond_the_edge(settings: dict[str, Any], tried: dict[str, fl
         ({"method.scale": []}, {}, r"no value of method\.scale is listed"),
         ({"method.scael": [1]}, {}, r"methods\.tuned\.method\.scael"),
         ({"method.scale": [1, -1]}, {}, r"methods\.tuned\.method\.scale"),
-        ({"method.scale": [1]}, {"per_task": True}, "one composition of language models"),
+        (
+            {"gate.temperature": [1]},
+            {"per_task": True, "methods": {"tuned": {"mode": "gated", "tune": {"gate.temperature": [1]}}}},
+            "its examples are what this method learns from",
+        ),
         ({"method.scale": [1]}, {"fit": {"suite": "builtin"}}, r"held-out examples, and none are held out.*holdout"),
         ({"method.scale": [1]}, {"methods": {"base": {"mode": "base", "tune": {"method.scale": [1]}}}}, "is not"),
     ],

@@ -65,9 +65,9 @@ class StudyMethod(Section):
     )
     tune: dict[str, list[Any]] = Field(
         default_factory=dict,
-        description="settings to choose on held-out examples of `fit`: method.NAME, gate.NAME or train.NAME -> values",
+        description="settings to choose on held-out examples of `fit`; with per_task, of what learns nothing, on those "
+        "of each task: method.NAME, gate.NAME or train.NAME -> values",
     )
-
     seeds: tuple[int, ...] = Field(default=(), description="in place of the study's: a slow column may have fewer")
 
     def combinations(self) -> list[dict[str, Any]]:
@@ -123,6 +123,10 @@ class StudyRecipe(Section):
     )
     methods: dict[str, StudyMethod] = Field(
         default_factory=dict, description="columns: name -> mode, gate, method and train, as in mole compose"
+    )
+    subject: str = Field(
+        default="",
+        description="the column whose margin over each other one is reported; the best of each row where none is named",
     )
     data_dir: str | None = Field(
         default=None,
@@ -186,6 +190,10 @@ class StudyRecipe(Section):
         for name in self.methods:
             if not _NAME.fullmatch(name):
                 raise UsageError("methods", f"{name!r} is no name for a column", "Leave slashes and points out.")
+        # A language model's base is one column, however many names it has; of pictures each is a method's.
+        columns = [name if self.draws or one.mode != "base" else "base" for name, one in self.methods.items()]
+        if self.subject and self.subject not in columns:
+            raise UsageError("subject", f"no column is called {self.subject!r}", suggestion(self.subject, columns))
         check_distinct([lora.name for lora in self.experts.loras])
         texts: dict[str, Any] = {"numbers": self.numbers, "per_task": self.per_task, "groups": self.groups}
         texts["fit"] = "suite" in self.fit.model_fields_set
@@ -211,10 +219,14 @@ class StudyRecipe(Section):
                 raise UsageError(where, f"{key!r} is no setting", "Write method.scale, gate.temperature, train.lr.")
             if not values:
                 raise UsageError(where, f"no value of {key} is listed", "Write some: [0.5, 1].")
-        if self.draws or self.per_task or method.mode == "base":
-            what = "settings are chosen for one composition of language models on a mixture of tasks, which this is not"
+        if self.draws or method.mode == "base":
+            what = "settings are chosen for a composition of language models, which this is not"
             raise UsageError(where, what, "Leave it out, and write the settings.")
-        if self.fit.holdout == 0:
+        if self.per_task:
+            if not method.fixed:
+                what = "each task is fitted by itself, and its examples are what this method learns from"
+                raise UsageError(where, what, "Leave it out, and write the settings.")
+        elif self.fit.holdout == 0:
             what = "settings are chosen on held-out examples, and none are held out"
             raise UsageError(where, what, "Write fit.holdout: 0.1.")
 
