@@ -72,7 +72,8 @@ def page(studies: Sequence[Path], folder: Path) -> str:
 
 
 def ranked(found: Mapping[str, Any], number: str) -> list[str]:
-    """Of every comparison a table of the methods from the best on, each with the winner's margin over it."""
+    """Of every comparison a table of the methods from the best on, each with the margin of the study's subject, else
+    the winner's, over it."""
     tables = []
     for one in found["comparisons"][number]["comparisons"]:
         row = "average" if "average" in one["scores"] else next(iter(one["scores"]))
@@ -80,7 +81,8 @@ def ranked(found: Mapping[str, Any], number: str) -> list[str]:
         margins = {margin["second"]: margin for margin in verdict["margins"]}
         names = sorted(scores, key=lambda name: -scores[name])
         metric = ", ".join(sorted(set(one["metrics"].values())))
-        heads = [f"{metric}: {len(one['metrics'])} tasks", "average (%)", "runs", f"{verdict['winner']} is ahead by"]
+        first = verdict.get("subject") or verdict["winner"]
+        heads = [f"{metric}: {len(one['metrics'])} tasks", "average (%)", "runs", f"{first} is ahead by"]
         about = [one.get("among", ""), "" if number == "all" else number.replace("-", " ")]
         above = ", ".join(part for part in about if part)
         lines = [f"{above}:\n"] * bool(above) + [f"| {' | '.join(heads)} |", "|---|---:|---:|---:|"]

@@ -72,6 +72,11 @@ class Contest:
             rows[AVERAGE] = {name: fmean(row[name] for row in rows.values()) for name in self.methods}
         return rows
 
+    def sign(self, row: str) -> int:
+        """1 where the best of a row of `rows` has its highest score, -1 where it has the lowest."""
+        metric = next(iter(self.metrics.values())) if row == AVERAGE else self.metrics[row]
+        return 1 if metric_row(metric).direction == "higher" else -1
+
     @property
     def examples(self) -> int:
         """The number of different examples of all tasks."""
@@ -80,7 +85,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Margin:
-    """The winner's score less another's, in points, with the interval; significant: it excludes zero.
+    """One method's score less that of a `second`, in points, with the interval; significant: it excludes zero.
 
     None where nothing was resampled.
     """
@@ -99,14 +104,21 @@ class Margin:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who wins a task, or on average; `tied` score exactly the same; one margin for each other method.
+    """Who wins a task, or on average; `tied` score exactly the same; the margins of one method, for each other one.
 
-    Each task's own LoRA does not compete; it has a margin too.
+    Each task's own LoRA does not compete; it has a margin too. subject: whose margins these are, whoever wins; "" where
+    nobody was named: the winner's.
     """
 
     winner: str
     tied: tuple[str, ...]
     margins: tuple[Margin, ...]
+    subject: str = ""
+
+    @property
+    def winners(self) -> tuple[str, ...]:
+        """The winner and those that score the same."""
+        return (self.winner, *self.tied)
 
 
 def line_up(runs: Sequence[Run], metrics: Mapping[str, str], *, among: str = "") -> Contest:
@@ -168,8 +180,11 @@ def _alone(run: Run, method: str, metrics: Mapping[str, str]) -> float:
     )
 
 
-def judged(contest: Contest, *, samples: int, seed: int) -> dict[str, Verdict]:
-    """Task, and "average" where there are several -> who wins, by how much, and whether it can be told."""
+def judged(contest: Contest, *, samples: int, seed: int, subject: str = "") -> dict[str, Verdict]:
+    """Task, and "average" where there are several -> who wins, by how much, and whether it can be told.
+
+    The margins are those of the method `subject`, or of each row's winner where none is named or it has no score.
+    """
     rows = contest.rows()
     tasks = list(contest.scores)
     draws: dict[str, Tensor] = {}
@@ -177,29 +192,29 @@ def judged(contest: Contest, *, samples: int, seed: int) -> dict[str, Verdict]:
         for method in contest.methods:
             drawn = resampled_scores([contest.scores[task][method] for task in tasks], seed=seed, samples=samples)
             draws[method] = drawn
-    return {row: _verdict(row, scores, tasks, contest, draws) for row, scores in rows.items()}
+    subject = subject if subject in contest.methods else ""
+    return {row: _verdict(row, scores, contest, draws, subject) for row, scores in rows.items()}
 
 
 def _verdict(
-    row: str, scores: Mapping[str, float], tasks: Sequence[str], contest: Contest, draws: Mapping[str, Tensor]
+    row: str, scores: Mapping[str, float], contest: Contest, draws: Mapping[str, Tensor], subject: str
 ) -> Verdict:
-    metric = contest.metrics[tasks[0] if row == AVERAGE else row]
-    sign = 1 if metric_row(metric).direction == "higher" else -1
+    tasks, sign = list(contest.scores), contest.sign(row)
     # Each task's own LoRA knows which task it is at: what a mixture is measured by, not one that could win.
     contenders = [method for method in scores if method != OWN_LORA] or list(scores)
     winner = max(contenders, key=lambda method: sign * scores[method])
+    tied = tuple(one for one in contenders if one != winner and abs(scores[winner] - scores[one]) < 1e-9)
+    first = subject or winner
 
     def margin(method: str) -> Margin:
-        difference = scores[winner] - scores[method]
+        difference = scores[first] - scores[method]
         if not draws:
             return Margin(method, difference)
-        drawn = draws[winner] - draws[method]
+        drawn = draws[first] - draws[method]
         found = central(difference, drawn.mean(dim=0) if row == AVERAGE else drawn[tasks.index(row)], level=LEVEL)
         return Margin(method, difference, found.low, found.high, found.excludes_zero)
 
-    margins = tuple(margin(method) for method in scores if method != winner)
-    tied = tuple(one.second for one in margins if abs(one.difference) < 1e-9 and one.second in contenders)
-    return Verdict(winner, tied, margins)
+    return Verdict(winner, tied, tuple(margin(method) for method in scores if method != first), subject)
 
 
 class CompareReport:
@@ -224,7 +239,7 @@ class CompareReport:
         }
 
     def tables(self) -> list[Table]:
-        """Of each metric the scores and, where there are several methods, the winners' margins."""
+        """Of each metric the scores and, where there are several methods, the margins of the winners or the subject."""
         tables: list[Table] = []
         for contest, verdicts in self.contests:
             tables.append(_score_table(contest))
@@ -264,8 +279,12 @@ def _document(contest: Contest, verdicts: Mapping[str, Verdict]) -> dict[str, An
         "methods": {method: {"runs": count} for method, count in contest.methods.items()},
         "scores": contest.rows(),
         "by_run": {method: dict(runs) for method, runs in contest.by_run.items()},
-        "verdicts": {row: asdict(verdict) for row, verdict in verdicts.items()},
+        "verdicts": {row: _plain(verdict) for row, verdict in verdicts.items()},
     }
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    return {key: value for key, value in asdict(verdict).items() if key != "subject" or value}
 
 
 def _repeated(contest: Contest) -> int:
@@ -298,25 +317,31 @@ def _margin_table(contest: Contest, verdicts: Mapping[str, Verdict]) -> TextTabl
     rows = []
     for row, verdict in verdicts.items():
         cells = {margin.second: str(margin) for margin in verdict.margins}
-        winners = " = ".join((verdict.winner, *verdict.tied))
+        winners = " = ".join(verdict.winners)
         rows.append(TextRow(_row_label(contest, row), (winners, *(cells.get(name, "–") for name in titles))))
-    corner = f"winner − other, {contest.label or 'main metric'}{_among(contest)}"
+    first = next(iter(verdicts.values())).subject or "winner"
+    corner = f"{first} − other, {contest.label or 'main metric'}{_among(contest)}"
     return TextTable(corner, ("winner", *titles.values()), tuple(rows))
 
 
 def _conclusion(contest: Contest, verdicts: Mapping[str, Verdict]) -> str:
     row, verdict = list(verdicts.items())[-1]
     where = f"on average over {len(contest.scores)} tasks{_among(contest)}" if row == AVERAGE else f"on {row}"
-    winners = " and ".join((verdict.winner, *verdict.tied))
+    winners = " and ".join(verdict.winners)
     said = f"{contest.label or 'main metric'}: {winners} {'win alike' if verdict.tied else 'wins'} {where}"
     own = [one for one in verdict.margins if one.second == OWN_LORA]
-    others = [one for one in verdict.margins if one.second not in (*verdict.tied, OWN_LORA)]
-    apart = [one.second for one in others if one.significant]
-    close = [one.second for one in others if one.significant is False]
-    parts = [f"told apart from {', '.join(apart)}"] if apart else []
-    parts += [f"not told apart from {', '.join(close)}"] if close else []
+    alike = verdict.winners if (verdict.subject or verdict.winner) in verdict.winners else ()
+    others = [one for one in verdict.margins if one.second not in (*alike, OWN_LORA)]
+    apart = [one for one in others if one.significant]
+    told = {"told apart from": apart}
+    if verdict.subject:  # a winner is behind nobody, a subject may be
+        ahead = [one for one in apart if contest.sign(row) * one.difference > 0]
+        told = {"ahead of": ahead, "behind": [one for one in apart if one not in ahead]}
+    told["not told apart from"] = [one for one in others if one.significant is False]
+    parts = [f"{how} {', '.join(one.second for one in some)}" for how, some in told.items() if some]
     parts += [f"less each task's own LoRA {str(one).rstrip(' *')}" for one in own]
-    return f"{said}; {'; '.join(parts)}" if parts else said
+    of = f"{verdict.subject} " * bool(verdict.subject)
+    return f"{said}; {of}{'; '.join(parts)}" if parts else said
 
 
 def run_compare(

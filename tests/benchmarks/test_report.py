@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -19,6 +20,21 @@ def test_the_page_is_what_the_results_make_of_it(tmp_path: Path) -> None:
     assert page == (ROOT / "docs" / "results.md").read_text("utf-8"), "run python benchmarks/report.py"
     drawn = {file.name for file in tmp_path.glob("*.png")}
     assert drawn == {file.name for file in (ROOT / "docs").glob("study-*.png")}
+
+
+def test_the_last_column_is_of_the_subject_else_of_the_winner() -> None:
+    def told(first: str, second: str, difference: float, **more: str) -> list[str]:
+        margin = {"second": second, "difference": difference, "low": difference - 1, "high": difference + 1}
+        verdict: dict[str, Any] = {"winner": "soup", "margins": [{**margin, "significant": True}], **more}
+        one = {"metrics": {"sum": "f1"}, "scores": {"sum": {"gated": 50.0, "soup": 52.0}}, "verdicts": {"sum": verdict}}
+        one["methods"] = {"gated": {"runs": 3}, "soup": {"runs": 1}}
+        (table,) = report.ranked({"comparisons": {"all": {"comparisons": [one]}}}, "all")
+        assert table.splitlines()[0] == f"| f1: 1 tasks | average (%) | runs | {first} is ahead by |"
+        return table.splitlines()[2:]
+
+    assert told("soup", "gated", 2.0) == ["| soup | 52.0 | 1 | – |", "| gated | 50.0 | 3 | +2.0 [+1.0, +3.0] * |"]
+    behind = ["| soup | 52.0 | 1 | -2.0 [-3.0, -1.0] * |", "| gated | 50.0 | 3 | – |"]
+    assert told("gated", "soup", -2.0, subject="gated") == behind
 
 
 def test_blind_answers() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from molecli.engine.compare import run_compare
+from molecli.engine.compare import CompareReport, judged, run_compare
 from molecli.engine.evaluate import OWN_LORA, with_own_lora
 from molecli.engine.images.scenes import Take
 from molecli.engine.images.scoring import PictureResult
@@ -19,6 +20,7 @@ from molecli.engine.results import document, write
 from molecli.engine.scoring import TaskResult, score
 from molecli.errors import MismatchError, UsageError
 from molecli.functional.bootstrap import paired_bootstrap
+from molecli.metrics import metric_row
 from molecli.protocols import Example, Scene
 
 TASKS = ("sum", "diff")
@@ -287,6 +289,69 @@ def test_what_is_written_is_what_is_shown(run: str, tmp_path: Path, capsys: pyte
     assert (tmp_path / "out" / "comparison.md").read_text("utf-8") == capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))
     assert written == json.loads(json.dumps(report.document()))
+
+
+# Margins of a method that was named beforehand
+
+
+def of(subject: str, *targets: str, samples: int = 200) -> CompareReport:
+    """The comparison of `targets` with the margins of `subject`."""
+    report = run_compare(targets, samples=0)
+    contests = [(one, judged(one, samples=samples, seed=0, subject=subject)) for one, _ in report.contests]
+    return CompareReport(report.runs, contests, samples, 0)
+
+
+def test_a_subject_that_wins_has_the_margins_of_the_winner(run: str) -> None:
+    report, plain = of("gated", run), run_compare([run], samples=200)
+    assert verdict(report) == {**verdict(plain), "subject": "gated"}
+    assert report.tables()[1].corner == "gated − other, exact_match"
+    assert report.tables()[1].rows == plain.tables()[1].rows
+    assert report.lines()[-1] == "exact_match: gated wins on average over 2 tasks; gated ahead of base, linear"
+
+
+def test_a_subject_that_is_behind_says_so(tmp_path: Path) -> None:
+    near = method(0.5, 3)
+    near[0] = result("sum", [not hit if i == 0 else hit for i, hit in enumerate(hits(0.5, 3))])
+    methods = {"base": method(0.1, 1), "near": near, "linear": method(0.5, 3), "gated": method(0.9, 5)}
+    run = save(tmp_path / "run", {**methods, OWN_LORA: method(1.0, 7)})
+    report = of("linear", run)
+    found, scores = verdict(report), report.document()["comparisons"][0]["scores"]["average"]
+    assert (found["winner"], found["subject"]) == ("gated", "linear")
+    assert {one["second"]: one["difference"] for one in found["margins"]} == {
+        name: pytest.approx(scores["linear"] - scores[name]) for name in ("base", "near", "gated", OWN_LORA)
+    }
+    behind = next(one for one in found["margins"] if one["second"] == "gated")
+    back = next(one for one in verdict(run_compare([run], samples=200))["margins"] if one["second"] == "linear")
+    assert [behind["difference"], behind["low"], behind["high"]] == pytest.approx(
+        [-back["difference"], -back["high"], -back["low"]]
+    )
+    winner, _, _, own, gated, _ = (text for text, _ in report.tables()[1].rows[-1].cells())
+    assert (winner, own, gated[0], gated[-1]) == ("gated", "–", "-", "*")
+    told = "linear ahead of base; behind gated; not told apart from near; less each task's own LoRA -"
+    assert report.lines()[-1].startswith(f"exact_match: gated wins on average over 2 tasks; {told}")
+
+
+def test_ahead_and_behind_go_by_what_is_better(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer_errors = replace(metric_row("exact_match"), direction="lower")
+    monkeypatch.setattr("molecli.engine.compare.metric_row", lambda name: fewer_errors)
+    report = of("linear", run)
+    assert verdict(report)["winner"] == "base"
+    differences = {one["second"]: one["difference"] for one in verdict(report)["margins"]}
+    assert differences["base"] > 0 > differences["gated"]
+    assert report.lines()[-1].endswith("base wins on average over 2 tasks; linear ahead of gated; behind base")
+
+
+def test_a_subject_that_shares_the_win_is_told_from_the_others_alone(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", {"a": method(0.5, 1), "b": method(0.5, 1), "c": method(0.1, 2)})
+    assert of("b", run).lines()[-1] == "exact_match: a and b win alike on average over 2 tasks; b ahead of c"
+    assert of("c", run).lines()[-1] == "exact_match: a and b win alike on average over 2 tasks; c behind a, b"
+
+
+def test_without_a_score_of_the_subject_margins_are_the_winners(run: str) -> None:
+    report, plain = of("not scored", run), run_compare([run], samples=200)
+    assert report.document() == plain.document()
+    assert "subject" not in verdict(plain)
+    assert (report.tables(), report.lines()) == (plain.tables(), plain.lines())
 
 
 # Pictures

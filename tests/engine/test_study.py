@@ -192,6 +192,8 @@ def test_parts_share_nothing_and_leave_nothing_out() -> None:
         ({"methods": {}}, "a study compares methods"),
         ({"methods": {"a/b": {"mode": "linear"}}}, "no name for a column"),
         ({"methods": {"g": {"mode": "gated", "gate": {"granularty": "block"}}}}, r"methods\.g\.gate\.granularty"),
+        ({"subject": "gatde"}, "^subject: no column is called 'gatde'. Did you mean 'gated'"),
+        ({"subject": "none", "methods": {"none": {"mode": "base"}, "nla": None}}, r"called 'none'. Known: base, nla\."),
         ({"numbers": [9]}, "9 LoRAs are to be composed, and there are 2"),
         ({"groups": {"some": ["up", "dwon"]}}, r"groups\.some: no task of the test is 'dwon'.*down"),
         ({"methods": {"single": None}}, "single is one LoRA alone"),
@@ -299,6 +301,28 @@ def test_a_group_of_tasks_has_a_table_of_its_own(pair: Pair, tmp_path: Path, in_
     assert (list(whole.scores), list(group.scores), group.among) == (["up", "down"], ["up"], "the first")
     assert "| exact_match (%), the first | linear |" in (tmp_path / "study.md").read_text()
     assert report.document()["comparisons"]["all"]["comparisons"][1]["among"] == "the first"
+
+
+def test_margins_are_of_the_column_that_the_recipe_names(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    chosen = recipe(pair, tmp_path, methods={"base": None, "linear": None, "nla": None}, groups={"the first": ["up"]})
+    plain = run_study(chosen, at_once=1).document()["comparisons"]["all"]["comparisons"]
+    first = list(in_process)
+    assert all("subject" not in one["verdicts"]["up"] for one in plain)
+    run_study(chosen.model_copy(update={"subject": "base"}), at_once=1)
+    assert in_process == first  # what was scored is read again, nothing else
+    document = json.loads((tmp_path / "study.json").read_text())
+    assert document["recipe"]["subject"] == "base"
+    for one, before in zip(document["comparisons"]["all"]["comparisons"], plain, strict=True):
+        for row, verdict in one["verdicts"].items():
+            assert (verdict["subject"], verdict["winner"]) == ("base", before["verdicts"][row]["winner"])
+            scores = one["scores"][row]
+            differences = {margin["second"]: margin["difference"] for margin in verdict["margins"]}
+            assert differences == {
+                name: pytest.approx(scores["base"] - scores[name]) for name in scores if name != "base"
+            }
+    text = (tmp_path / "study.md").read_text()
+    assert "| base − other, exact_match, the first | winner | base | linear | nla |" in text
+    assert "winner − other" not in text
 
 
 def test_what_the_gates_do_is_told_where_it_is_asked_for(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
