@@ -103,6 +103,9 @@ class InputGate(nn.Module):
         features = self.features(reading)
         if self.observed is not None:
             self.observed.add(features.detach(), reading.valid if features.dim() == 3 else None)
+            # Uniform whatever the weights: drawn ones are for features that are standardised, as these are not yet.
+            even = torch.zeros_like(self.head.get_parameter("bias")).expand(*features.shape[:-1], -1)
+            return gate_values(even, top_k=self.top_k, keep=keep)
         if self._folds and not torch.is_grad_enabled():
             weight, bias = self._folded()
             return gate_values(F.linear(features, weight, bias), top_k=self.top_k, keep=keep)
@@ -204,8 +207,20 @@ def build_gates(
     seq2seq: bool,
     memory_width: int | None = None,
 ) -> dict[str, nn.Module]:
-    """A fresh gate for each site, all uniform; `memory_width` is that of the encoder's output."""
-    return {site.name: _build_gate(config, bank, site, seq2seq, memory_width) for site in sites}
+    """A fresh gate for each site; `memory_width` is that of the encoder's output.
+
+    All are uniform, unless `config.init_std` is the spread of their weights: then torch's global generator draws these.
+    """
+    gates = {site.name: _build_gate(config, bank, site, seq2seq, memory_width) for site in sites}
+    if config.init_std > 0:
+        for gate in gates.values():
+            nn.init.normal_(gate.get_parameter(_weight_of(gate)), std=config.init_std)
+    return gates
+
+
+def _weight_of(gate: nn.Module) -> str:
+    """The parameter that makes a gate's logits: where it is zero, and the bias too, the gate is uniform."""
+    return "logits" if isinstance(gate, StaticGate) else "head.weight"
 
 
 def _build_gate(config: GateConfig, bank: ExpertBank, site: Site, seq2seq: bool, memory_width: int | None) -> nn.Module:

@@ -1,6 +1,7 @@
 """Heads: from a gate's features to one logit per expert (MoLE, Eq. 10).
 
-All start at zero, so that a fresh gate is uniform: training starts at Eq. 2.
+All start at zero, so that a fresh gate is uniform: training starts at Eq. 2. Where `gate.init_std` says otherwise,
+`gated.build_gates` draws their weights.
 """
 
 from __future__ import annotations

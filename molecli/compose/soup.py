@@ -1,7 +1,7 @@
 """Learned static weights per site, no input. Source: LoRA Soups (Prabhakar et al. 2024, 2410.13025), its CAT.
 
 Departs: a softmax with a learnable temperature that starts uniform, as the gates do, where the published code starts at
-random logits; one weight per site of any granularity, per layer there.
+random logits (`gate.init_std` is their spread here); one weight per site of any granularity, per layer there.
 """
 
 from __future__ import annotations

@@ -113,16 +113,17 @@ def attach_composition(
         found = read_experts(model, loras or specs_of(composition), allow_partial=True)
         experts = found if loras else _with_absent(composition, found, adaptable_matrices(model))
     check_experts(composition, ExpertBank(experts))
-    mixture = build_mixture(
-        model,
-        experts,
-        mode=composition.mode,
-        gate=GateConfig.model_validate(composition.gate) if composition.gate else None,
-        only=composition.settings.get("only"),
-        method=MethodConfig.model_validate(composition.settings.get("method", {})),
-        triggers=composition.settings.get("triggers"),
-        kinds=composition.settings.get("kinds"),
-    )
+    with torch.random.fork_rng(devices=[]):  # what fresh gates draw is loaded over: it costs no random number
+        mixture = build_mixture(
+            model,
+            experts,
+            mode=composition.mode,
+            gate=GateConfig.model_validate(composition.gate) if composition.gate else None,
+            only=composition.settings.get("only"),
+            method=MethodConfig.model_validate(composition.settings.get("method", {})),
+            triggers=composition.settings.get("triggers"),
+            kinds=composition.settings.get("kinds"),
+        )
     mixture.load_state_dict(composition.tensors)
     return mixture
 

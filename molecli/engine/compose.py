@@ -145,7 +145,7 @@ def domain_of(recipe: ComposeRecipe, note: Note = lambda text: None) -> Domain:
 def _mixture(
     recipe: ComposeRecipe, domain: Domain, backbone: Backbone, experts: Sequence[Expert], progress: Progress | None
 ) -> Mixture:
-    with seeded(recipe.seed, backbone.device):  # a low-rank head starts at random
+    with seeded(recipe.seed, backbone.device):  # a low-rank head starts at random, and where told every head
         return build_mixture(
             backbone.model,
             experts,

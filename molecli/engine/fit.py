@@ -120,7 +120,7 @@ def _telling(mixture: Mixture, parameters: Mapping[str, nn.Parameter]) -> set[st
 
 @torch.no_grad()
 def calibrate(backbone: Backbone, mixture: Mixture, batches: Batches, task: Task | None = None) -> None:
-    """Standardises each gate's features over the first training batches, with the gates still uniform.
+    """Standardises each gate's features over the first training batches, with the gates uniform.
 
     Every process sees the same whole batches, and where the task draws random numbers the same ones, so that all
     standardise alike.

@@ -40,7 +40,7 @@ def build_mixture(
     branches_at_once: int | None = None,
     told: Told | None = None,
 ) -> Mixture:
-    """The experts on `model`, composed by `mode`, not attached yet; fresh gates are uniform.
+    """The experts on `model`, composed by `mode`, not attached yet; fresh gates start as `gate.init_std` says.
 
     `weights` are the users' coefficients by expert name, 1 where not given; `method`, `triggers` and `kinds` (by expert
     name) are for the modes that act on the denoising steps; `method.layers` holds for all. Methods that merge do so

@@ -265,6 +265,89 @@ def test_a_fresh_gate_is_uniform(reads: str, head: str, normalize: str, bank: Ex
     torch.testing.assert_close(values, torch.full_like(values, 1 / 3))
 
 
+# -- starts ------------------------------------------------------------------------------------------------------------
+
+HEADS = ("full", "per_expert", "low_rank")
+STARTS = [*((reads, head) for reads in ("hidden", "experts") for head in HEADS), ("none", "full")]
+
+
+def fresh(bank: ExpertBank, seed: int = 0, sites: int = 1, **config: Any) -> list[Any]:
+    """Gates as they are built after torch's global generator was given `seed`."""
+    named = [Site(f"layer.{i}", SITE.groups) for i in range(sites)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return list(build_gates(GateConfig(**config), bank, named, seq2seq=False).values())
+
+
+def weight_of(gate: Any) -> Tensor:
+    return gate.logits if isinstance(gate, StaticGate) else gate.head.weight
+
+
+@pytest.mark.parametrize("normalize", ["standardize", "unit"])
+@pytest.mark.parametrize(("reads", "head"), STARTS)
+def test_a_fresh_gates_weights_have_the_spread_that_is_asked_for(
+    reads: str, head: str, normalize: str, bank: ExpertBank
+) -> None:
+    gates = fresh(bank, sites=400, input=reads, head=head, normalize=normalize, temperature=2.0, init_std=0.3)
+    weights = torch.stack([weight_of(gate).detach().flatten() for gate in gates])
+    assert float(weights.std(correction=0)) == pytest.approx(0.3, rel=0.1)
+    assert abs(float(weights.mean())) < 0.05
+    assert len({tuple(row) for row in weights.tolist()}) == len(gates)  # no site is the copy of another
+    assert all(weight_of(gate).requires_grad for gate in gates)
+    for gate in gates:
+        assert gate.log_temperature.item() == pytest.approx(math.log(2.0))
+        assert reads == "none" or getattr(gate.head, "bias", torch.zeros(1)).eq(0).all()
+    values = gates[0](reading(bank))
+    assert float((values - 1 / 3).abs().max()) > 1e-3
+    torch.testing.assert_close(values.sum(-1), torch.ones_like(values[..., 0]))
+
+
+@pytest.mark.parametrize("init_std", [0.01, 0.5])
+@pytest.mark.parametrize("reads", ["hidden", "experts"])
+def test_the_first_logits_of_a_full_head_spread_as_its_weights_do(
+    reads: str, init_std: float, bank: ExpertBank
+) -> None:
+    logits = []
+    for i, gate in enumerate(fresh(bank, sites=300, input=reads, init_std=init_std)):
+        features = draw(20, len(gate.mean), seed=i)  # each of variance 1, as what is standardised
+        logits.append(gate.head(gate._normalized(features)).detach())
+    assert float(torch.cat(logits).std()) == pytest.approx(init_std, rel=0.1)
+
+
+@pytest.mark.parametrize(("reads", "head"), STARTS)
+def test_a_start_follows_the_seed(reads: str, head: str, bank: ExpertBank) -> None:
+    one, again, other = (fresh(bank, seed, sites=2, input=reads, head=head, init_std=0.2) for seed in (4, 4, 5))
+    for gate, same, another in zip(one, again, other, strict=True):
+        assert torch.equal(weight_of(gate), weight_of(same))
+        assert not torch.equal(weight_of(gate), weight_of(another))
+
+
+@pytest.mark.parametrize(("reads", "head"), [start for start in STARTS if start[1] != "low_rank"])
+def test_an_even_start_draws_no_random_number(reads: str, head: str, bank: ExpertBank) -> None:
+    before = torch.get_rng_state()
+    build_gates(GateConfig(input=reads, head=head), bank, [SITE], seq2seq=False)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("reads", ["hidden", "experts"])
+def test_the_first_factors_of_low_rank_are_the_same_at_any_start(reads: str, bank: ExpertBank) -> None:
+    even, drawn = (fresh(bank, sites=2, input=reads, head="low_rank", init_std=std) for std in (0.0, 0.2))
+    for a, b in zip(even, drawn, strict=True):
+        assert torch.equal(a.head.down, b.head.down)
+        assert not a.head.weight.any()
+
+
+@pytest.mark.parametrize("reads", ["hidden", "experts"])
+def test_a_gate_is_even_while_its_features_are_measured(reads: str, bank: ExpertBank) -> None:
+    (gate,) = fresh(bank, input=reads, pool="token", init_std=5.0)
+    gate.observe()
+    values = gate(reading(bank))
+    torch.testing.assert_close(values, torch.full((2, 4, 3), 1 / 3))
+    torch.testing.assert_close(gate(reading(bank), KEEP), torch.tensor([0.5, 0.0, 0.5]).expand(2, 4, 3))
+    gate.settle()
+    assert float((gate(reading(bank)) - 1 / 3).abs().max()) > 0.1
+
+
 # -- temperature, top-k, masks, calibration ----------------------------------------------------------------------------
 
 

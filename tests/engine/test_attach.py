@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ def composed(model: nn.Module, folders: dict[str, str], tmp_path: Path) -> Path:
     return save(mixture, model, tmp_path / "ab")
 
 
-def save(mixture: Mixture, model: nn.Module, folder: Path) -> Path:
+def save(mixture: Mixture, model: nn.Module, folder: Path, settings: GateConfig = GATE) -> Path:
     records = tuple(record_of(expert) for expert in mixture.bank.experts)
-    gate = GATE.model_dump(mode="json")
+    gate = settings.model_dump(mode="json")
     tensors = mixture.state_dict()
     composition = Composition("gated", "site", "BASE", fingerprint(model), records, gate, {}, "a: 1\n", tensors)
     save_composition(folder, composition)
@@ -152,6 +153,36 @@ def test_a_composition_brings_its_loras_or_takes_those_named(
     assert all(gate.shape == (2, 2) and float((gate - 0.5).abs().max()) > 0.05 for gate in gates.values())
     stored = load_file(composed / "composition.safetensors")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in mixture.state_dict().items())
+
+
+@pytest.mark.parametrize("head", ["full", "low_rank"])
+def test_gates_that_start_at_random_are_loaded_as_saved_and_draw_nothing(
+    head: str, model: nn.Module, folders: dict[str, str], tmp_path: Path
+) -> None:
+    settings = GATE.model_copy(update={"init_std": 3.0, "head": head})
+    with attach(model, loras=folders, mode="gated", gate=settings) as mixture:
+        made = logits(model)
+        assert all(float((gate - 0.5).abs().max()) > 1e-3 for gate in mixture.gates().values())
+    folder = save(mixture, model, tmp_path / "ab", settings)
+    before = torch.get_rng_state()
+    with attach(model, composition=folder):
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(logits(model), made)
+
+
+def test_a_composition_from_before_gates_had_a_start_is_loaded(
+    model: nn.Module, folders: dict[str, str], composed: Path
+) -> None:
+    made = load_composition(composed)
+    assert made.gate is not None
+    older = replace(made, gate={key: value for key, value in made.gate.items() if key != "init_std"})
+    assert older != made
+    save_composition(composed.parent / "older", older)
+    seen = []
+    for folder in (composed, composed.parent / "older"):
+        with attach(model, composition=folder):
+            seen.append(logits(model))
+    assert torch.equal(*seen)
 
 
 def test_a_composition_may_be_named_by_its_file(model: nn.Module, composed: Path) -> None:

@@ -161,11 +161,13 @@ def test_the_report_counts_what_was_learned_and_is_in_the_folder(pair: Pair, tmp
     }
 
 
-@pytest.mark.parametrize("head", ["full", "low_rank"])
-def test_the_same_recipe_writes_the_same_bits_and_another_seed_does_not(head: str, pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gate", [{"head": "full"}, {"head": "low_rank"}, {"init_std": 0.5}])
+def test_the_same_recipe_writes_the_same_bits_and_another_seed_does_not(
+    gate: dict[str, Any], pair: Pair, tmp_path: Path
+) -> None:
     for draws, (name, seed) in enumerate((("a", 5), ("b", 5), ("c", 6))):
         torch.rand(draws)  # what happened before in this process must not show
-        run_compose(recipe_of(pair, tmp_path / name, "gated", gate={"head": head}, train={"steps": 2}, seed=seed))
+        run_compose(recipe_of(pair, tmp_path / name, "gated", gate=gate, train={"steps": 2}, seed=seed))
     assert same_gates(tmp_path / "a", tmp_path / "b")
     assert not same_gates(tmp_path / "a", tmp_path / "c")
 

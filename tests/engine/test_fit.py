@@ -237,6 +237,20 @@ def test_gates_standardise_with_the_mean_and_spread_of_the_first_batches(
         assert float(gate.std.max()) > 0.01
 
 
+def test_a_random_start_changes_nothing_of_what_gates_standardise_with(
+    live: Callable[..., tuple[Backbone, Mixture]],
+) -> None:
+    measured = []
+    for init_std in (0.0, 3.0):
+        backbone, mixture = live("llama", granularity="layer", init_std=init_std)
+        with mixture:
+            calibrate(backbone, mixture, Batches(pair.examples(), batch_size=2, seed=1))
+        measured.append([(gate.mean, gate.std) for gate in mixture.gate_modules().values()])
+    for even, drawn in zip(*measured, strict=True):
+        assert torch.equal(even[0], drawn[0])
+        assert torch.equal(even[1], drawn[1])
+
+
 def test_calibration_reads_a_few_batches_and_no_more_than_an_epoch(
     live: Callable[..., tuple[Backbone, Mixture]],
 ) -> None:

@@ -13,7 +13,9 @@ from molecli.files.recipe import RECIPES, load_recipe
 from molecli.files.recipe.commands import Mode
 
 LORAS = {"loras": "x=org/a,y=org/b"}
-GATE_KEYS = "granularity, input, pool, head, head_rank, normalize, temperature, learn_temperature, top_k, absent"
+GATE_KEYS = (
+    "granularity, input, pool, head, head_rank, init_std, normalize, temperature, learn_temperature, top_k, absent"
+)
 
 
 def test_near_finds_the_closest_name() -> None:
@@ -39,6 +41,8 @@ SETS = [
     ("train.lr=.nan", "train.lr is nan, not a finite number. Write for example train.lr: 0.02."),
     ("train.steps=0", "train.steps is 0; it must be at least 1. Write for example train.steps: 300."),
     ("data.holdout=1", "data.holdout is 1; it must be less than 1. Write for example data.holdout: 0.0."),
+    ("gate.init_std=-0.1", "gate.init_std is -0.1; it must be at least 0. Write for example gate.init_std: 0.0."),
+    ("gate.init_std=.inf", "gate.init_std is inf, not a finite number. Write for example gate.init_std: 0.0."),
     ("gate.top_k=two", "gate.top_k is 'two', not a whole number. Write a whole number."),
     ("allow_partial=3", "allow_partial is 3, not true or false. Write for example allow_partial: false."),
     ("output=3", "output is 3, not text. Write for example output: runs/compose."),

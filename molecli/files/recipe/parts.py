@@ -131,6 +131,12 @@ class GateConfig(Section):
     )
     head: Literal["full", "per_expert", "low_rank"] = Field(default="full", description="shape of the gate's weight")
     head_rank: int = Field(default=8, ge=1, description="rank of the low_rank head")
+    init_std: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="spread of a fresh gate's weights, drawn by the seed; 0 starts all experts alike",
+    )
     normalize: Literal["standardize", "unit", "none"] = Field(default="standardize", description="of the gate's input")
     temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="(initial) softmax temperature")
     learn_temperature: bool = Field(default=True, description="learn the temperature, one per gate")
