@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from molecli.engine.study_table import curve_of, draw_curve
-from molecli.engine.study_trials import Choice
+from molecli.engine.study_trials import Choice, choice_table
 
 HEAD = """# Results
 
@@ -67,7 +67,7 @@ def page(studies: Sequence[Path], folder: Path) -> str:
             parts.append(f"![Averages by the number of LoRAs]({curve.name})\n")
         parts += [table for number in found["comparisons"] for table in ranked(found, number)]
         if found["tuned"]:
-            parts.append("Chosen on held-out examples: " + "; ".join(map(choice, found["tuned"])) + ".\n")
+            parts.append(f"Chosen on held-out examples: {chosen(found)}.\n")
     return "\n".join(parts)
 
 
@@ -101,12 +101,10 @@ def ahead(margin: Mapping[str, Any]) -> str:
     return f"{margin['difference']:+.1f} [{margin['low']:+.1f}, {margin['high']:+.1f}]{star}"
 
 
-def choice(tuned: Mapping[str, Any]) -> str:
-    """What was chosen, for which method, and whether it lies at the edge of what was tried."""
-    values = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in tuned["settings"].items())
-    of = "" if tuned["number"] is None else f" ({tuned['number']} LoRA{'s' * (tuned['number'] != 1)})"
-    edge = Choice(**tuned).edge
-    return f"{tuned['method']}{of} {values}" + (f" ({edge})" if edge else "")
+def chosen(found: Mapping[str, Any]) -> str:
+    """What was chosen for every method, and whether it lies at the edge of what was tried."""
+    table = choice_table([Choice(**one) for one in found["tuned"]])
+    return "; ".join(f"{row.label}: {row.texts[0]}" for row in table.rows)
 
 
 def libraries(found: Mapping[str, Any]) -> str:

@@ -298,8 +298,8 @@ def _look(recipe: StudyRecipe, job: Job) -> dict[str, Any]:
 
 def _variants(recipe: StudyRecipe, settled: Settled) -> list[tuple[int | None, str, Variant]]:
     """(number of LoRAs, column, its method as it is to be composed) of all; as written where nothing was chosen."""
-    columns = product(recipe.numbers or (None,), recipe.methods.items())
-    return [(n, name, one) for n, (name, method) in columns for one in settled.get((n, name), [Variant(method)])]
+    written = recipe.methods
+    return [(n, name, one) for n, name in recipe.columns for one in settled.get((n, name), [Variant(written[name])])]
 
 
 def _runs(recipe: StudyRecipe, method: StudyMethod) -> list[tuple[int | None, str | None]]:

@@ -238,13 +238,17 @@ def draw_curve(curve: ScoreTable, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    places = range(len(curve.rows))
-    columns = enumerate(curve.columns)
-    lines = {name: [value for row in curve.rows if (value := row.scores[i]) is not None] for i, name in columns}
-    whole = {name: values for name, values in lines.items() if len(values) == len(curve.rows)}
-    for i, name in enumerate(sorted(whole, key=lambda name: whole[name][-1], reverse=True)):
-        axes.plot(places, whole[name], marker="osD"[i // 10 % 3], label=name)  # colours come again after ten
-    axes.set_xticks(list(places), [row.label for row in curve.rows])
+    # A column may have some of the numbers only.
+    lines = {
+        name: [(x, row.scores[i]) for x, row in enumerate(curve.rows) if row.scores[i] is not None]
+        for i, name in enumerate(curve.columns)
+    }
+    drawn = {name: points for name, points in lines.items() if points}
+    for i, name in enumerate(sorted(drawn, key=lambda name: drawn[name][-1], reverse=True)):
+        axes.plot(
+            *zip(*drawn[name], strict=True), marker="osD"[i // 10 % 3], label=name
+        )  # colours come again after ten
+    axes.set_xticks(range(len(curve.rows)), [row.label for row in curve.rows])
     axes.set_xlabel("LoRAs composed")
     axes.set_ylabel("average (%)")
     figure.legend(fontsize="small", loc="outside right upper")

@@ -171,8 +171,7 @@ def _columns(choices: Sequence[Choice]) -> Iterator[tuple[int | None, str, list[
 
 
 def _tuned(recipe: StudyRecipe) -> list[tuple[int | None, str, StudyMethod]]:
-    numbers = recipe.numbers or (None,)
-    return [(number, name, method) for number in numbers for name, method in recipe.methods.items() if method.tune]
+    return [(number, name, recipe.methods[name]) for number, name in recipe.columns if recipe.methods[name].tune]
 
 
 def _label(settings: Mapping[str, Any]) -> str:

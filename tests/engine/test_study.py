@@ -71,6 +71,16 @@ def test_a_column_may_have_seeds_of_its_own(pair: Pair, tmp_path: Path) -> None:
     assert composed == ["all/seed-7/soup", "all/seed-0/gated", "all/seed-1/gated"]
 
 
+def test_a_column_may_have_some_of_the_numbers(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    methods = {"linear": None, "nla": {"numbers": [1]}}
+    report = run_study(recipe(pair, tmp_path, methods=methods, numbers=[1, 2], own=False), at_once=1)
+    assert [name for name in in_process if name.startswith("compositions/2")] == ["compositions/2-loras/fixed/linear"]
+    assert [None in row.scores for row in report.curve().rows] == [False, True]
+    assert (tmp_path / "study.png").stat().st_size > 1000
+    with pytest.raises(UsageError, match=r"methods\.nla\.numbers: 3 is none of the study's numbers"):
+        recipe(pair, tmp_path, methods={"nla": {"numbers": [3]}}, numbers=[1, 2])
+
+
 def test_learning_on_each_task_by_itself(pair: Pair, tmp_path: Path) -> None:
     jobs = jobs_of(recipe(pair, tmp_path, per_task=True))
     assert "all/seed-0/up/gated" in names(jobs, "compositions")

@@ -69,6 +69,9 @@ class StudyMethod(Section):
         "of each task: method.NAME, gate.NAME or train.NAME -> values",
     )
     seeds: tuple[int, ...] = Field(default=(), description="in place of the study's: a slow column may have fewer")
+    numbers: tuple[int, ...] = Field(
+        default=(), description="those of the study's that this column has; all if not given"
+    )
 
     def combinations(self) -> list[dict[str, Any]]:
         """Every combination of what `tune` lists: key -> value; none where nothing is to be chosen."""
@@ -179,6 +182,12 @@ class StudyRecipe(Section):
         return tree
 
     @property
+    def columns(self) -> list[tuple[int | None, str]]:
+        """(number of LoRAs, method) of all that is composed; the number is None where the study names none."""
+        numbers = self.numbers or (None,)
+        return [(n, name) for n in numbers for name, own in self.methods.items() if not own.numbers or n in own.numbers]
+
+    @property
     def draws(self) -> bool:
         """Whether the base is a diffusion pipeline, by what is to be learned or scored."""
         return bool(self.experts.pictures or self.test.data.scenes) or self.test.data.suite in IMAGE_SUITES
@@ -204,6 +213,9 @@ class StudyRecipe(Section):
                     key, what, "Leave it out: scenes say which LoRAs are composed, and gates learn of these."
                 )
         for name, method in self.methods.items():
+            if strange := [number for number in method.numbers if number not in self.numbers]:
+                what = f"{strange[0]} is none of the study's numbers of LoRAs"
+                raise UsageError(f"methods.{name}.numbers", what, "Write some of those in `numbers`, or add it there.")
             if method.tune:
                 self._check_tuned(name, method)
             if method.mode != "base":
