@@ -27,6 +27,7 @@ PHASES = ("loras", "candidates", "trials", "compositions", "scores", "gates")
 OWN = "own LoRA"  # the column of each LoRA on its own task
 LOOKED_AT = 64  # examples of a task that the gates are looked at on
 _WITH_GATES = ("gated", "soup")
+_WRAPPING = ("xlora",)  # wraps the base in PEFT's own classes, and is slow: others do not wait for it
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _shared(recipe: StudyRecipe, loras: Sequence[Named], place: str, seed: int |
 
 def _scores(recipe: StudyRecipe, loras: Sequence[Named], settled: Settled) -> list[Job]:
     jobs, base = [], [name for name, method in recipe.methods.items() if method.mode == "base"]
-    by_task: dict[tuple[int | None, int | None, str], list[str]] = {}
+    by_task: dict[tuple[int | None, int | None, str, str], list[str]] = {}
     for number, name, variant in _variants(recipe, settled):
         for seed, task in _runs(recipe, variant.method):
             if variant.method.mode == "base":
@@ -228,9 +229,10 @@ def _scores(recipe: StudyRecipe, loras: Sequence[Named], settled: Settled) -> li
                 some = {"tasks": list(variant.tasks)} if variant.tasks else None
                 jobs.append(scored(recipe, place, [composition], some))
             else:
-                by_task.setdefault((number, seed, task), []).append(composition)
-    for (number, seed, task), compositions in by_task.items():  # one load of the base for all methods of a task
-        jobs.append(scored(recipe, placed("scores", number, seed, task), compositions, {"tasks": [task]}))
+                alone = name if variant.method.mode in _WRAPPING else ""
+                by_task.setdefault((number, seed, alone, task), []).append(composition)
+    for (number, seed, alone, task), compositions in by_task.items():  # one load of the base for all methods of a task
+        jobs.append(scored(recipe, placed("scores", number, seed, alone, task), compositions, {"tasks": [task]}))
     if base:
         jobs.append(scored(recipe, "scores/base", [], modes=["base"]))
     if recipe.own:

@@ -159,9 +159,9 @@ def _group(recipe: StudyRecipe, number: str, rest: Sequence[str]) -> str:
         return number
     if recipe.draws:
         return "/".join(rest[:2])
-    # Of what nothing was learned, the method too: it may have a run for each setting, over the tasks that have it.
-    together = rest[:1] if recipe.per_task and rest[:1] != ["fixed"] else rest[:2]
-    return "/".join(together)
+    # Learned on each task, the last part is the task; of what nothing was learned, the method comes second, and perhaps
+    # a setting after it, whose run is over the tasks that have it.
+    return "/".join(rest[:-1] if recipe.per_task and rest[:1] != ["fixed"] else rest[:2])
 
 
 def _read(recipe: StudyRecipe, path: Path, rest: Sequence[str]) -> Run:

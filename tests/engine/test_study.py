@@ -91,6 +91,16 @@ def test_learning_on_each_task_by_itself(pair: Pair, tmp_path: Path) -> None:
     assert scored.tree["eval"]["data"]["tasks"] == ["up"]
 
 
+def test_of_methods_learned_on_each_task_xlora_is_scored_by_itself(pair: Pair, tmp_path: Path) -> None:
+    methods = {"soup": None, "gated": None, "routed": {"mode": "xlora"}}
+    jobs = jobs_of(recipe(pair, tmp_path, per_task=True, methods=methods, own=False))
+    assert names(jobs, "scores") == [f"all/seed-0/{place}" for place in ("up", "down", "routed/up", "routed/down")]
+    run = Path("compositions/all/seed-0/up")
+    told = {job.name: job.tree.get("compositions") for job in jobs}
+    assert told["scores/all/seed-0/up"] == [str(tmp_path / "study-steps" / run / name) for name in ("soup", "gated")]
+    assert told["scores/all/seed-0/routed/up"] == [str(tmp_path / "study-steps" / run / "routed")]
+
+
 def test_loras_of_disjoint_parts_and_numbers_of_them(pair: Pair, tmp_path: Path) -> None:
     experts = {"data": {"suite": "jsonl", "files": pair.files}, "copies": 2}
     jobs = jobs_of(recipe(pair, tmp_path, experts=experts, numbers=[2, 3]))
@@ -375,10 +385,11 @@ def test_a_study_of_numbers_has_a_curve(pair: Pair, tmp_path: Path, in_process: 
 
 
 def test_learned_on_each_task_the_tasks_come_together_again(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
-    report = run_study(recipe(pair, tmp_path, per_task=True), at_once=1)
+    methods = {"linear": None, "gated": {"train": TRAIN}, "xlora": {"train": TRAIN}}
+    report = run_study(recipe(pair, tmp_path, per_task=True, methods=methods, seeds=[0, 1]), at_once=1)
     contest = report.comparisons["all"].contests[0][0]
     assert set(contest.rows()) == {"up", "down", "average"}
-    assert "gated" in contest.methods
+    assert contest.methods == {"own LoRA": 1, "linear": 1, "gated": 2, "xlora": 2}
 
 
 def test_a_job_that_fails_is_told_and_the_rest_goes_on(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
