@@ -1,16 +1,19 @@
-"""The page of results, and what blind answers score."""
+"""The page of results, what blind answers score, and what has the form of an answer."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import chance, report  # noqa: E402
+from benchmarks import answer_form, chance, report  # noqa: E402
 
 
 def test_the_page_is_what_the_results_make_of_it(tmp_path: Path) -> None:
@@ -40,3 +43,25 @@ def test_the_last_column_is_of_the_subject_else_of_the_winner() -> None:
 def test_blind_answers() -> None:
     assert chance.blind(["a", "b", "a"], ["a", "b", "b", "b"]) == (75.0, 25.0)
     assert chance.blind(["c", "a"], ["a", "a", "b", "b"]) == (50.0, 0.0)  # of equals the first
+
+
+def test_what_has_the_form_of_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"a": ["(A)", "(a).", "(B)", "no"], "b": ["no", "no", "no", "no"]}
+    for place, some in (("seed-0/up", ["a"]), ("seed-1/up", ["b"]), ("fixed/b", ["b"])):
+        folder = tmp_path / "study-steps" / "scores" / "all" / place
+        folder.mkdir(parents=True)
+        content = {"model_name": "a", "methods": {name: {} for name in some}, "versions": {}, "metric_versions": {}}
+        (folder / "results.json").write_text(json.dumps({**content, "results": {"up": {}}}), "utf-8")
+        lines = [
+            {"method": m, "prompt": str(i), "target": t, "answers": [t], "resps": [[said[m][i]]]}
+            for m in some
+            for i, t in enumerate(["(A)", "(A)", "(A)", "(B)"])
+        ]
+        (folder / "samples_up.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    answer_form.main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| a | 75.0 | 50.0 | 66.7 | 50.0 |",
+        "| b | 0.0 | 0.0 | – | 100.0 |",
+    ]
+    answer_form.main([str(tmp_path), "--only", "b", "--tasks-of", "a"])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| b | 0.0 | 0.0 | – | 100.0 |"]
