@@ -23,6 +23,7 @@ FLAGS = (
     *BASE,
     Flag("--data-dir", "data_dir", metavar="DIR"),
     Flag("--limit", "test.data.limit"),
+    Switch("--column", "run what this column needs, no more; may be repeated", kind=list[str], metavar="NAME"),
     Switch("--jobs", "commands side by side; by default four a GPU, one without any", kind=int, metavar="N"),
     *SEED_AND_DEVICE,
     *OUTPUT,
@@ -36,20 +37,23 @@ def study(request: Request) -> None:
     """Compare methods: train LoRAs, compose them by every method, score all side by side.
 
     Each step is a mole command of its own, with its recipe and log in study-steps/ of the output folder; --resume does
-    what is not done yet and what failed. Writes study.md, study.json, where the number of LoRAs varies study.png, and
-    where gates are looked at entropy.png.
+    what is not done yet and what failed. Columns may be run apart, on several machines too: put their study-steps
+    together in one folder, and --resume there reports on all. Writes study.md, study.json, where the number of LoRAs
+    varies study.png, and where gates are looked at entropy.png.
     """
     file = recipe_file(request)
     if file is None:
         raise UsageError("study", "no recipe is named", "Name one; `mole recipe ls` lists those that ship.")
     recipe = request.recipe(file)
     assert isinstance(recipe, StudyRecipe)
-    from molecli.engine.study import jobs_of, run_study
+    from molecli.engine.study import check_columns, chosen_jobs, jobs_of, run_study
     from molecli.engine.study_jobs import PHASES
 
+    columns = request.switches["column"] or []
+    check_columns(recipe, columns)
     if request.switches["dry_run"]:
         placed = recipe.model_copy(update={"output": output_folder(recipe, request, file)})
-        jobs = jobs_of(placed)
+        jobs = chosen_jobs(jobs_of(placed), columns)
         document = [{"phase": job.phase, "name": job.name, "recipe": job.tree} for job in jobs]
         by_phase = {phase: sum(job.phase == phase for job in jobs) for phase in PHASES}
         counts = ", ".join(f"{count} {phase}" for phase, count in by_phase.items() if count)
@@ -59,7 +63,7 @@ def study(request: Request) -> None:
     with started(recipe, request, file=file) as ready:
         console = request.console
         at_once = request.switches["jobs"] or _at_once()
-        report = run_study(ready, at_once=at_once, progress=console.progress, note=console.note)
+        report = run_study(ready, at_once=at_once, columns=columns, progress=console.progress, note=console.note)
     request.console.result(report.document(), report.show)
     if report.failed:
         what = f"{len(report.failed)} commands failed, and what needs them is not in the report"

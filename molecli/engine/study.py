@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 from molecli.compose.options import check_keys, told
 from molecli.engine.results import RESULTS_FILE
 from molecli.engine.side_by_side import prepare, run_mole
-from molecli.engine.study_jobs import PHASES, STEPS, Job, text_jobs
+from molecli.engine.study_jobs import OWN, PHASES, STEPS, Job, text_jobs
 from molecli.engine.study_scenes import scene_jobs
 from molecli.engine.study_table import StudyReport, study_report
 from molecli.engine.study_trials import Choice, chosen, settled, trial_jobs, widened
-from molecli.errors import RunError
+from molecli.errors import RunError, UsageError
 from molecli.files.atomic import write_text
+from molecli.files.near import suggestion
 
 if TYPE_CHECKING:
     from molecli.files.recipe.study import StudyRecipe
@@ -48,16 +49,23 @@ def jobs_of(recipe: StudyRecipe, choices: Sequence[Choice] = ()) -> list[Job]:
 
 
 def run_study(
-    recipe: StudyRecipe, *, at_once: int, progress: Progress | None = None, note: Note = lambda text: None
+    recipe: StudyRecipe,
+    *,
+    at_once: int,
+    columns: Sequence[str] = (),
+    progress: Progress | None = None,
+    note: Note = lambda text: None,
 ) -> StudyReport:
     """Runs the jobs, `at_once` side by side over the GPUs there are; the report of what was scored is also written.
 
-    A job that fails is told by `note` and in the report, and what needs it is left out. Raises: RunError where nothing
-    was scored.
+    columns: only the jobs that these need, those of several columns once all are named; the report has what else was
+    done before. A job that fails is told by `note` and in the report, and what needs it is left out.
+    Raises: UsageError for a column that there is not, RunError where nothing was scored.
     """
+    check_columns(recipe, columns)
     prepare()
     folder = Path(recipe.output) / STEPS
-    work = _Work(folder, at_once, progress, note)
+    work = _Work(folder, at_once, frozenset(columns), progress, note)
     work.do(jobs_of(recipe), ("loras", "candidates", "trials"))
     choices = chosen(recipe, folder, work.done["trials"])
     tried = recipe
@@ -78,28 +86,44 @@ def run_study(
     return report
 
 
+def check_columns(recipe: StudyRecipe, columns: Sequence[str]) -> None:
+    """Nothing. Raises: UsageError for a name that is no column of the study."""
+    there = [*recipe.methods, *([OWN] if recipe.own and not recipe.draws else [])]
+    for name in columns:
+        if name not in there:
+            raise UsageError("--column", f"the study has no column {name!r}", suggestion(name, there))
+
+
+def chosen_jobs(jobs: Sequence[Job], columns: Collection[str]) -> list[Job]:
+    """The jobs for these columns alone and those for all; every job where none is named."""
+    return [job for job in jobs if not columns or set(job.columns) <= set(columns)]
+
+
 class _Work:
     """Jobs of a study, phase by phase; done: what is, by phase; failed: the name of a job -> why."""
 
-    def __init__(self, folder: Path, at_once: int, progress: Progress | None, note: Note) -> None:
-        self.folder, self.at_once, self.progress, self.note = folder, at_once, progress, note
+    def __init__(
+        self, folder: Path, at_once: int, columns: Collection[str], progress: Progress | None, note: Note
+    ) -> None:
+        self.folder, self.at_once, self.columns, self.progress, self.note = folder, at_once, columns, progress, note
         self.done: dict[str, list[str]] = {phase: [] for phase in PHASES}
         self.failed: dict[str, str] = {}
 
     def do(self, jobs: Sequence[Job], phases: Sequence[str]) -> None:
         """Those of these phases that are not done yet, in order; each is told."""
+        wanted = chosen_jobs(jobs, self.columns)
         for phase in phases:
-            now = [job for job in jobs if job.phase == phase]
+            now = [job for job in wanted if job.phase == phase]
             left = [job for job in now if not _done(self.folder, job) and job.name not in self.failed]
-            finished = sum(job.name in self.failed or _done(self.folder, job) for job in jobs)
+            finished = sum(job.name in self.failed or _done(self.folder, job) for job in wanted)
             for job, failure in _run(left, self.folder, self.at_once):
                 finished += 1
                 if failure:
                     self.failed[job.name] = failure
                     self.note(f"{job.name}: {failure}")
                 if self.progress is not None:
-                    self.progress(phase, finished, len(jobs))
-            self.done[phase] = [job.name for job in now if _done(self.folder, job)]
+                    self.progress(phase, finished, len(wanted))
+            self.done[phase] = [job.name for job in jobs if job.phase == phase and _done(self.folder, job)]
 
 
 # -- running them ------------------------------------------------------------------------------------------------------

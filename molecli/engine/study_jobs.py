@@ -32,11 +32,12 @@ _WRAPPING = ("xlora",)  # wraps the base in PEFT's own classes, and is slow: oth
 
 @dataclass(frozen=True)
 class Job:
-    """One `mole` command: its place below the study's folder, and its recipe."""
+    """One `mole` command: its place below the study's folder, its recipe, and the columns it is for, () for all."""
 
     phase: str
     name: str
     tree: dict[str, Any]
+    columns: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -103,19 +104,22 @@ def text_jobs(recipe: StudyRecipe, settled: Settled) -> list[Job]:
 
 def lora_jobs(recipe: StudyRecipe) -> tuple[list[Named], Cast, list[Job]]:
     """(the LoRAs, those of every method, the jobs that train them)."""
-    shared, jobs = _trained(recipe, recipe.experts, "loras")
+    shared, jobs = _trained(recipe, recipe.experts, "loras", ())
     cast: dict[str, Sequence[Named]] = {}
     for name, method in recipe.methods.items():
         cast[name] = shared
         if method.experts:
             own = type(recipe.experts).model_validate({**plain(recipe.experts), **method.experts})
-            cast[name], more = _trained(recipe, own, f"own-loras/{name}")
+            cast[name], more = _trained(recipe, own, f"own-loras/{name}", (name,))
             jobs += more
     return shared, cast, jobs
 
 
-def _trained(recipe: StudyRecipe, experts: ExpertsConfig, folder: str) -> tuple[list[Named], list[Job]]:
-    """The LoRAs, first one of every task, then the second of every task, and so on; and the jobs that train them."""
+def _trained(
+    recipe: StudyRecipe, experts: ExpertsConfig, folder: str, columns: tuple[str, ...]
+) -> tuple[list[Named], list[Job]]:
+    """The LoRAs, first one of every task, then the second of every task, and so on; and the jobs that train them, for
+    these columns."""
     if experts.loras:
         return _needed(recipe, [Named(lora.name, lora.source, (lora.name,)) for lora in experts.loras]), []
     named, trees = [], {}
@@ -131,7 +135,7 @@ def _trained(recipe: StudyRecipe, experts: ExpertsConfig, folder: str) -> tuple[
         }
         named.append(Named(name, inside(recipe, place), tasks))
     named = _needed(recipe, named)
-    return named, [Job("loras", f"{folder}/{lora.name}", trees[lora.name]) for lora in named]
+    return named, [Job("loras", f"{folder}/{lora.name}", trees[lora.name], columns) for lora in named]
 
 
 def _lessons(experts: ExpertsConfig, data_dir: str | None) -> Iterable[tuple[str, tuple[str, ...], dict[str, Any]]]:
@@ -174,12 +178,12 @@ def _compositions(recipe: StudyRecipe, loras: Sequence[Named], cast: Cast, settl
                 data = plain(recipe.fit) | ({"tasks": [task]} if task else {})
                 learned = {} if method.fixed else {"data": data}
                 tree = composed(recipe, method, cast[name][:number], learned, place, seed)
-                jobs.append(Job("compositions", place, tree))
+                jobs.append(Job("compositions", place, tree, (name,)))
     if recipe.own:
         for lora in _first(loras):
             place = f"compositions/own/{lora.name}/{OWN}"
             tree = {"mode": "single", "only": [lora.name], **_shared(recipe, [lora], place, recipe.seed)}
-            jobs.append(Job("compositions", place, {"command": "compose", **tree}))
+            jobs.append(Job("compositions", place, {"command": "compose", **tree}, (OWN,)))
     return jobs
 
 
@@ -218,7 +222,7 @@ def _shared(recipe: StudyRecipe, loras: Sequence[Named], place: str, seed: int |
 
 def _scores(recipe: StudyRecipe, loras: Sequence[Named], settled: Settled) -> list[Job]:
     jobs, base = [], [name for name, method in recipe.methods.items() if method.mode == "base"]
-    by_task: dict[tuple[int | None, int | None, str, str], list[str]] = {}
+    by_task: dict[tuple[int | None, int | None, str, str], dict[str, str]] = {}
     for number, name, variant in _variants(recipe, settled):
         for seed, task in _runs(recipe, variant.method):
             if variant.method.mode == "base":
@@ -227,19 +231,20 @@ def _scores(recipe: StudyRecipe, loras: Sequence[Named], settled: Settled) -> li
             if task is None:
                 place = placed("scores", number, seed, name, variant.label)
                 some = {"tasks": list(variant.tasks)} if variant.tasks else None
-                jobs.append(scored(recipe, place, [composition], some))
+                jobs.append(scored(recipe, place, [composition], (name,), some))
             else:
                 alone = name if variant.method.mode in _WRAPPING else ""
-                by_task.setdefault((number, seed, alone, task), []).append(composition)
-    for (number, seed, alone, task), compositions in by_task.items():  # one load of the base for all methods of a task
-        jobs.append(scored(recipe, placed("scores", number, seed, alone, task), compositions, {"tasks": [task]}))
+                by_task.setdefault((number, seed, alone, task), {})[name] = composition
+    for (number, seed, alone, task), made in by_task.items():  # one load of the base for all methods of a task
+        place = placed("scores", number, seed, alone, task)
+        jobs.append(scored(recipe, place, [*made.values()], tuple(made), {"tasks": [task]}))
     if base:
-        jobs.append(scored(recipe, "scores/base", [], modes=["base"]))
+        jobs.append(scored(recipe, "scores/base", [], tuple(base), modes=["base"]))
     if recipe.own:
         for lora in _first(loras):
             there = [task for task in tasks_of(recipe.test.data) if task in lora.tasks]
             composition = inside(recipe, f"compositions/own/{lora.name}/{OWN}")
-            jobs += [scored(recipe, f"scores/own/{task}", [composition], {"tasks": [task]}) for task in there]
+            jobs += [scored(recipe, f"scores/own/{task}", [composition], (OWN,), {"tasks": [task]}) for task in there]
     return jobs
 
 
@@ -247,11 +252,12 @@ def scored(
     recipe: StudyRecipe,
     place: str,
     compositions: Sequence[str],
+    columns: tuple[str, ...],
     data: Mapping[str, Any] | None = None,
     *,
     modes: Sequence[str] = (),
 ) -> Job:
-    """An evaluation as the study's `test` says, on other `data` where some is given."""
+    """An evaluation as the study's `test` says, for these columns, on other `data` where some is given."""
     test = plain(recipe.test)
     test["baselines"], test["bootstrap"] = False, 0
     if data:
@@ -264,7 +270,7 @@ def scored(
         "eval": test,
         **common(recipe, place, recipe.seed),
     }
-    return Job(place.partition("/")[0], place, tree)
+    return Job(place.partition("/")[0], place, tree, columns)
 
 
 # -- gates -------------------------------------------------------------------------------------------------------------
@@ -273,7 +279,8 @@ def scored(
 def gate_jobs(recipe: StudyRecipe, compositions: Sequence[Job]) -> list[Job]:
     """A look at the gates of every composition that has some, where the study asks for it."""
     wanted = [job for job in compositions if recipe.gates and job.tree["mode"] in _WITH_GATES]
-    return [Job("gates", job.name.replace("compositions", "gates", 1), _look(recipe, job)) for job in wanted]
+    places = [job.name.replace("compositions", "gates", 1) for job in wanted]
+    return [Job("gates", place, _look(recipe, job), job.columns) for place, job in zip(places, wanted, strict=True)]
 
 
 def _look(recipe: StudyRecipe, job: Job) -> dict[str, Any]:

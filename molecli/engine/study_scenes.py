@@ -66,7 +66,7 @@ def _learned(
         members = [lora for wanted in chosen for lora in loras if lora.name == wanted]
         # Pictures are scored apart, and the sheet of each composition would show what the scores' sheet does.
         drawn = {**_pictured(recipe, chosen), "preview": []}
-        jobs[chosen] = Job("compositions", place, composed(recipe, method, members, drawn, place, seed))
+        jobs[chosen] = Job("compositions", place, composed(recipe, method, members, drawn, place, seed), (name,))
     return jobs
 
 
@@ -78,7 +78,7 @@ def _drawn(recipe: StudyRecipe, name: str, method: StudyMethod, loras: Sequence[
         **({"method": method.method} if method.method else {}),
         **_pictured(recipe, [lora.name for lora in loras]),
     }
-    return _scored(recipe, placed("scores", None, None, name), tree, None)
+    return _scored(recipe, placed("scores", None, None, name), name, tree, None)
 
 
 def _by_compositions(
@@ -89,11 +89,11 @@ def _by_compositions(
     for number, (task, chosen) in enumerate(sets.items(), start=1):
         paths = [inside(recipe, own[some].name) for some in chosen]
         what = {"compositions": paths, **_pictured(recipe, [lora for some in chosen for lora in some])}
-        jobs.append(_scored(recipe, placed("scores", None, seed, name, f"scenes-{number}"), what, task))
+        jobs.append(_scored(recipe, placed("scores", None, seed, name, f"scenes-{number}"), name, what, task))
     return jobs
 
 
-def _scored(recipe: StudyRecipe, place: str, what: Mapping[str, Any], task: str | None) -> Job:
+def _scored(recipe: StudyRecipe, place: str, column: str, what: Mapping[str, Any], task: str | None) -> Job:
     test = plain(recipe.test)
     test["baselines"], test["bootstrap"] = False, 0
     if task is not None:
@@ -101,7 +101,7 @@ def _scored(recipe: StudyRecipe, place: str, what: Mapping[str, Any], task: str 
         scenes = [one for one in data["scenes"] if (one.get("task") or " + ".join(one["loras"])) == task]
         test["data"] = {**data, "scenes": scenes}
     tree = {"command": "evaluate", "base": plain(recipe.base), **what, "eval": test}
-    return Job("scores", place, {**tree, **common(recipe, place, recipe.seed)})
+    return Job("scores", place, {**tree, **common(recipe, place, recipe.seed)}, (column,))
 
 
 def _pictured(recipe: StudyRecipe, names: Sequence[str]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from molecli.files.atomic import write_text, write_with
 if TYPE_CHECKING:
     from molecli.files.recipe import StudyRecipe
 
+# (number of LoRAs as a folder, what belongs together there)
+Column = tuple[str, str]
 EVERY = "all"  # the only number of a study that names none
 SHARED = ("base", "own")  # scored once, beside every number
 
@@ -32,6 +34,7 @@ SHARED = ("base", "own")  # scored once, beside every number
 class StudyReport:
     """A comparison for each number of LoRAs, what the recipe says of it, and what failed: a command's name -> why.
 
+    partial: what was scored on some of the tasks only, and so is not compared -> on how many.
     recipe: what was written of it, flags included, so that the figures can be made again.
     """
 
@@ -44,6 +47,7 @@ class StudyReport:
     looks: Sequence[Look] = ()
     choices: Sequence[Choice] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
+    partial: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
@@ -58,6 +62,7 @@ class StudyReport:
             "gates": [asdict(look) for look in self.looks],
             "tuned": [asdict(choice) for choice in self.choices],
             "failed": dict(self.failed),
+            "partial": dict(self.partial),
             "recipe": dict(self.recipe),
         }
 
@@ -80,8 +85,8 @@ class StudyReport:
             curve = self.curve() if len(self.comparisons) > 1 else None
             table = beside(self.published, self.comparisons, curve, self.looks)
             parts.append(("Beside the published figures", [table], lines))
-        if self.failed:
-            parts.append(("Not done", [], [f"{name}: {why}" for name, why in self.failed.items()]))
+        if undone := {**self.partial, **self.failed}:
+            parts.append(("Not done", [], [f"{name}: {why}" for name, why in undone.items()]))
         return parts
 
     def curve(self) -> ScoreTable:
@@ -128,11 +133,11 @@ def study_report(
 
     Raises: UsageError, MismatchError where they cannot be compared.
     """
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[Column, list[Run]] = {}
     for name in scored:
         _, number, *rest = name.split("/")
         groups.setdefault((number, _group(recipe, number, rest)), []).append(_read(recipe, folder / name, rest))
-    runs = {key: _joined(some) for key, some in groups.items()}
+    runs, partial = _whole({key: _joined(some) for key, some in groups.items()})
     base = [run for (number, _), run in runs.items() if number == "base"]
     own = [run for (number, _), run in runs.items() if number == "own"]
     found = {}
@@ -148,8 +153,24 @@ def study_report(
         read_looks(folder, looked),
         choices,
         failed or {},
+        partial,
         recipe.model_dump(mode="json", exclude_unset=True, exclude={"output", "published"}),
     )
+
+
+def _whole(runs: Mapping[Column, Run]) -> tuple[dict[Column, Run], dict[str, str]]:
+    """(the runs that have every task, what the others lack): a mean over some of the tasks is not beside one over all.
+
+    Each LoRA on its own task is a column of those tasks that have one.
+    """
+    has = {key: len(run.content["results"]) for key, run in runs.items()}
+    most = max((count for (number, _), count in has.items() if number != "own"), default=0)
+    kept = {key: run for key, run in runs.items() if has[key] == most or key[0] == "own"}
+    left = [(key, run) for key, run in runs.items() if key not in kept]
+    partial = {
+        f"scores/{'/'.join(key)}": f"on {has[key]} of {most} tasks, {', '.join(run.methods)}" for key, run in left
+    }
+    return kept, partial
 
 
 def _group(recipe: StudyRecipe, number: str, rest: Sequence[str]) -> str:

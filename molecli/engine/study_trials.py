@@ -95,9 +95,9 @@ def trial_jobs(recipe: StudyRecipe) -> list[Job]:
             place = placed("candidates", number, seed, name, _label(settings))
             learned = {} if method.fixed else {"data": plain(recipe.fit)}
             tree = composed(recipe, method.at(settings), cast[name][:number], learned, place, seed)
-            jobs.append(Job("candidates", place, tree))
+            jobs.append(Job("candidates", place, tree, (name,)))
             tried = _trial_place(recipe, number, name, settings)
-            jobs.append(Job("trials", tried, _held_out(recipe, tried, inside(recipe, place))))
+            jobs.append(_held_out(recipe, tried, inside(recipe, place), (name,)))
     return jobs
 
 
@@ -183,7 +183,7 @@ def _trial_place(recipe: StudyRecipe, number: int | None, name: str, settings: M
     return "/".join(["trials", number_folder(number), name, _label(settings)])
 
 
-def _held_out(recipe: StudyRecipe, place: str, composition: str) -> dict[str, Any]:
+def _held_out(recipe: StudyRecipe, place: str, composition: str, columns: tuple[str, ...]) -> Job:
     """An evaluation on what `fit` keeps out of training; on all of it where each task is fitted by itself, for what is
     chosen so learns nothing else."""
     fit = {key: value for key, value in plain(recipe.fit).items() if key != "part"}
@@ -191,7 +191,7 @@ def _held_out(recipe: StudyRecipe, place: str, composition: str) -> dict[str, An
     data = {**fit, "split": recipe.fit.split, "holdout": recipe.fit.holdout, "limit": limit}
     if recipe.per_task:
         data |= {"tasks": tasks_of(recipe.test.data), "holdout": 0.0}
-    return scored(recipe, place, [composition], data).tree
+    return scored(recipe, place, [composition], columns, data)
 
 
 def _found(folder: Path) -> dict[str, Any]:

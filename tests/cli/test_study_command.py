@@ -40,9 +40,16 @@ def test_a_dry_run_lists_the_commands(mole: Any, file: Path) -> None:
     assert document[1]["recipe"]["mode"] == "gated"
 
 
+def test_a_dry_run_of_some_columns(mole: Any, file: Path) -> None:
+    lines = mole("study", str(file), "--dry-run", "--column", "gated", "--column", "own LoRA").out.splitlines()
+    assert lines[0] == "6 commands: 3 compositions, 3 scores"
+    assert not any("linear" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("{file}", "--column", "gatde"), "--column: the study has no column 'gatde'. Did you mean 'gated'?"),
         ((), "study: no recipe is named"),
         (("nowhere.yaml",), "nowhere.yaml: no such recipe"),
         (("paper/table3",), "paper/table3: no such recipe. Write one of: paper/table3-bbh, paper/table3-cbqa, "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from studies import run_here
 from molecli.engine.data import part_of
 from molecli.engine.study import jobs_of, run_study
 from molecli.engine.study_jobs import Job
+from molecli.engine.study_table import study_report
 from molecli.errors import RunError, UsageError
 from molecli.files.recipe import RECIPES, StudyRecipe, dump_recipe, load_recipe
 from molecli.suites.jsonl import JsonlSuite
@@ -408,6 +410,47 @@ def test_a_job_that_fails_is_told_and_the_rest_goes_on(pair: Pair, tmp_path: Pat
     broken = recipe(pair, tmp_path / "b", methods={"pem": {"method": {"expression": "nobody"}}}, own=False)
     with pytest.raises(RunError, match="nothing was scored"):
         run_study(broken, at_once=1)
+
+
+def test_columns_run_apart_are_one_study_once_put_together(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    methods = {"base": None, "linear": None, "soup": {"train": TRAIN}, "gated": {"train": TRAIN}}
+
+    def study(**changes: Any) -> StudyRecipe:
+        # A study's commands name what they need by its output folder.
+        return recipe(pair, tmp_path / "run", methods=methods, per_task=True, own=False, **changes)
+
+    first = run_study(study(), at_once=1, columns=["soup", "linear"])
+    assert list(first.comparisons["all"].contests[0][0].methods) == ["linear"]  # soup and gated are scored together
+    assert [name for name in in_process if "gated" in name or "base" in name] == []
+    assert "compositions/all/seed-0/up/soup" in in_process
+    in_process.clear()
+    both = run_study(study(), at_once=1, columns=["soup", "gated"])
+    assert [name for name in in_process if "linear" in name or "/soup" in name or "loras" in name] == []
+    assert set(both.comparisons["all"].contests[0][0].methods) == {"linear", "soup", "gated"}
+    in_process.clear()
+    whole = run_study(study(), at_once=1)
+    assert in_process == ["scores/base"]
+    assert set(whole.comparisons["all"].contests[0][0].methods) == {"base", "linear", "soup", "gated"}
+    with pytest.raises(UsageError, match=r"no column 'sopu'.*soup"):
+        run_study(study(), at_once=1, columns=["sopu"])
+    with pytest.raises(UsageError, match="no column 'own LoRA'"):
+        run_study(study(), at_once=1, columns=["own LoRA"])
+
+
+def test_what_has_some_of_the_tasks_only_is_told_and_not_compared(
+    pair: Pair, tmp_path: Path, in_process: list[str]
+) -> None:
+    methods = {"linear": None, "gated": {"train": TRAIN}, "xlora": {"train": TRAIN}}
+    chosen = recipe(pair, tmp_path, per_task=True, own=False, methods=methods)
+    run_study(chosen, at_once=1)
+    scores = tmp_path / "study-steps" / "scores" / "all"
+    shutil.rmtree(scores / "seed-0" / "xlora" / "down")
+    done = [str(mark.relative_to(tmp_path / "study-steps").with_suffix("")) for mark in scores.rglob("*.done")]
+    left = study_report(chosen, tmp_path / "study-steps", [name for name in done if "xlora/down" not in name])
+    assert left.partial == {"scores/all/seed-0/xlora": "on 1 of 2 tasks, xlora"}
+    assert set(left.comparisons["all"].contests[0][0].methods) == {"linear", "gated"}
+    assert "- scores/all/seed-0/xlora: on 1 of 2 tasks, xlora" in left.markdown()
+    assert left.document()["partial"] == left.partial
 
 
 @pytest.mark.slow
