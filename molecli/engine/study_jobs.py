@@ -177,7 +177,8 @@ def _compositions(recipe: StudyRecipe, loras: Sequence[Named], cast: Cast, settl
                 place = placed("compositions", number, seed, task, variant.label, name)
                 data = plain(recipe.fit) | ({"tasks": [task]} if task else {})
                 learned = {} if method.fixed else {"data": data}
-                tree = composed(recipe, method, cast[name][:number], learned, place, seed)
+                members = [lora for lora in cast[name][:number] if not (recipe.leave_out and task in lora.tasks)]
+                tree = composed(recipe, method, members, learned, place, seed)
                 jobs.append(Job("compositions", place, tree, (name,)))
     if recipe.own:
         for lora in _first(loras):
@@ -312,11 +313,9 @@ def _variants(recipe: StudyRecipe, settled: Settled) -> list[tuple[int | None, s
 
 
 def _runs(recipe: StudyRecipe, method: StudyMethod) -> list[tuple[int | None, str | None]]:
-    """(seed, task) of every composition by the method: one where nothing is learned."""
-    if method.fixed:
-        return [(None, None)]
-    tasks = tasks_of(recipe.test.data) if recipe.per_task else [None]
-    return list(product(method.seeds or recipe.seeds, tasks))
+    """(seed, task) of every composition by the method: one where nothing is learned, and no LoRA left out."""
+    tasks = tasks_of(recipe.test.data) if recipe.per_task and (recipe.leave_out or not method.fixed) else [None]
+    return list(product([None] if method.fixed else method.seeds or recipe.seeds, tasks))
 
 
 def placed(phase: str, number: int | None, seed: int | None, *names: str | None) -> str:

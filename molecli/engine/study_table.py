@@ -182,7 +182,8 @@ def _group(recipe: StudyRecipe, number: str, rest: Sequence[str]) -> str:
         return "/".join(rest[:2])
     # Learned on each task, the last part is the task; of what nothing was learned, the method comes second, and perhaps
     # a setting after it, whose run is over the tasks that have it.
-    return "/".join(rest[:-1] if recipe.per_task and rest[:1] != ["fixed"] else rest[:2])
+    by_task = recipe.leave_out or (recipe.per_task and rest[:1] != ["fixed"])
+    return "/".join(rest[:-1] if by_task else rest[:2])
 
 
 def _read(recipe: StudyRecipe, path: Path, rest: Sequence[str]) -> Run:

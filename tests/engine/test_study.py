@@ -437,6 +437,32 @@ def test_columns_run_apart_are_one_study_once_put_together(pair: Pair, tmp_path:
         run_study(study(), at_once=1, columns=["own LoRA"])
 
 
+def test_each_task_without_its_own_lora(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    loras = [f"{name}{again}={path}" for again in ("", "2") for name, path in pair.loras.items()]
+    methods = {"base": None, "linear": None, "gated": {"train": TRAIN}}
+    changes = {"experts": {"loras": loras}, "methods": methods, "own": False}
+    chosen = recipe(pair, tmp_path, per_task=True, leave_out=True, **changes)
+    made = {job.name: job.tree for job in jobs_of(chosen) if job.phase == "compositions"}
+    for place, others in (("fixed/up/linear", ["down", "up2", "down2"]), ("seed-0/down/gated", ["up", "up2", "down2"])):
+        assert [lora["name"] for lora in made[f"compositions/all/{place}"]["loras"]] == others
+    contest = run_study(chosen, at_once=1).comparisons["all"].contests[0][0]
+    assert set(contest.methods) == {"base", "linear", "gated"}
+    assert set(contest.rows()) == {"up", "down", "average"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_task": False}, "leave_out: LoRAs are left out of the composition of each task"),
+        ({"numbers": [1]}, "leave_out: LoRAs are left out of the composition of each task"),
+        ({"methods": {"linear": {"tune": {"method.scale": [1.0]}}}}, r"methods\.linear\.tune: settings are chosen for"),
+    ],
+)
+def test_what_leaves_nothing_out(pair: Pair, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        recipe(pair, tmp_path, **{"per_task": True, "leave_out": True, **changes})
+
+
 def test_what_has_some_of_the_tasks_only_is_told_and_not_compared(
     pair: Pair, tmp_path: Path, in_process: list[str]
 ) -> None:

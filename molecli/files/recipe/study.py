@@ -140,6 +140,10 @@ class StudyRecipe(Section):
     per_task: bool = Field(
         default=False, description="learn on each task of `test` by itself, as LoRAHub does, instead of on all together"
     )
+    leave_out: bool = Field(
+        default=False,
+        description="with per_task: compose for each task without the LoRAs trained on it, as if there were none",
+    )
     test: EvalConfig = Field(default_factory=EvalConfig, description="what is scored")
     groups: dict[str, Names] = Field(
         default_factory=dict, description="tables of some of the tasks besides: name -> tasks; a language model's"
@@ -196,13 +200,9 @@ class StudyRecipe(Section):
     def _check(self) -> StudyRecipe:
         if not self.methods:
             raise UsageError("methods", "a study compares methods, and none is named", "Write methods: {linear: {}}.")
-        for name in self.methods:
-            if not _NAME.fullmatch(name):
-                raise UsageError("methods", f"{name!r} is no name for a column", "Leave slashes and points out.")
-        # A language model's base is one column, however many names it has; of pictures each is a method's.
-        columns = [name if self.draws or one.mode != "base" else "base" for name, one in self.methods.items()]
-        if self.subject and self.subject not in columns:
-            raise UsageError("subject", f"no column is called {self.subject!r}", suggestion(self.subject, columns))
+        self._check_columns()
+        if self.leave_out:
+            self._check_left_out()
         check_distinct([lora.name for lora in self.experts.loras])
         texts: dict[str, Any] = {"numbers": self.numbers, "per_task": self.per_task, "groups": self.groups}
         texts["fit"] = "suite" in self.fit.model_fields_set
@@ -213,15 +213,35 @@ class StudyRecipe(Section):
                     key, what, "Leave it out: scenes say which LoRAs are composed, and gates learn of these."
                 )
         for name, method in self.methods.items():
-            if strange := [number for number in method.numbers if number not in self.numbers]:
-                what = f"{strange[0]} is none of the study's numbers of LoRAs"
-                raise UsageError(f"methods.{name}.numbers", what, "Write some of those in `numbers`, or add it there.")
             if method.tune:
                 self._check_tuned(name, method)
             if method.mode != "base":
                 for one in (method, *map(method.at, method.combinations())):
                     self._check_method(name, one)
         return self
+
+    def _check_columns(self) -> None:
+        """Nothing. Raises: UsageError for a column's name or number that cannot be, and a subject that is none."""
+        for name, method in self.methods.items():
+            if not _NAME.fullmatch(name):
+                raise UsageError("methods", f"{name!r} is no name for a column", "Leave slashes and points out.")
+            if strange := [number for number in method.numbers if number not in self.numbers]:
+                what = f"{strange[0]} is none of the study's numbers of LoRAs"
+                raise UsageError(f"methods.{name}.numbers", what, "Write some of those in `numbers`, or add it there.")
+        # A language model's base is one column, however many names it has; of pictures each is a method's.
+        columns = [name if self.draws or one.mode != "base" else "base" for name, one in self.methods.items()]
+        if self.subject and self.subject not in columns:
+            raise UsageError("subject", f"no column is called {self.subject!r}", suggestion(self.subject, columns))
+
+    def _check_left_out(self) -> None:
+        """Nothing, where every task has a composition of its own. Raises: UsageError that says why it has none."""
+        if not self.per_task or self.numbers:
+            what = "LoRAs are left out of the composition of each task, and this study composes for all tasks together"
+            raise UsageError("leave_out", what, "Write per_task: true, and no numbers.")
+        for name, method in self.methods.items():
+            if method.tune:
+                what = "settings are chosen for the same LoRAs on every task, and leave_out leaves some out"
+                raise UsageError(f"methods.{name}.tune", what, "Leave it out, and write the settings.")
 
     def _check_tuned(self, name: str, method: StudyMethod) -> None:
         """Nothing, where settings can be chosen. Raises: UsageError that says why not."""
