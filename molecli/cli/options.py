@@ -11,7 +11,7 @@ Shared flags: BASE, LORAS, GATE, TRAIN, DATA, MASK, MASKS, IMAGE, METHOD, SEED_A
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
 
@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from molecli.cli import console
 from molecli.cli.console import Console
 from molecli.files.recipe import RECIPES, Recipe, load_recipe
+from molecli.files.recipe.domains import IMAGE_DEFAULTS
 from molecli.files.recipe.shorthand import as_names
 
 
@@ -161,7 +162,8 @@ def recipe_command(
         def run(**values: Any) -> None:
             function(_request(model or command, everything, values))
 
-        parameters = [_target_parameter(target, many), *(_parameter(flag, recipe_model) for flag in everything)]
+        own = IMAGE_DEFAULTS.get(model or command, {})
+        parameters = [_target_parameter(target, many), *(_parameter(flag, recipe_model, own) for flag in everything)]
         parameters.append(_keyword("set", list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=_SET_HELP)))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -205,7 +207,8 @@ def _target_parameter(target: tuple[str, str], many: bool) -> inspect.Parameter:
     return _keyword("target", list[str] | None if many else str | None, argument)
 
 
-def _parameter(flag: Flag | Switch, model: type[BaseModel]) -> inspect.Parameter:
+def _parameter(flag: Flag | Switch, model: type[BaseModel], pictures: Mapping[str, Any]) -> inspect.Parameter:
+    """`pictures`: the defaults that a diffusion base replaces, by section."""
     if isinstance(flag, Switch):
         kind = flag.kind if flag.kind is bool else flag.kind | None
         option = typer.Option(flag.name, help=flag.help, metavar=flag.metavar, show_default=False)
@@ -214,7 +217,9 @@ def _parameter(flag: Flag | Switch, model: type[BaseModel]) -> inspect.Parameter
     text = "; ".join(part for part in (found.description or "", flag.note) if part)
     shown = default if flag.default is None else flag.default
     if shown is not None and shown is not False and shown not in ("", ()):
-        text += f" [default: {shown}]"
+        own = pictures.get(flag.key.partition(".")[0]) or {}
+        other = own.get(flag.key.partition(".")[2], shown)
+        text += f" [default: {shown}]" if other == shown else f" [default: {shown}; of pictures {other}]"
     kind, choices = (list[str], None) if flag.many else _kind(found.annotation)
     metavar = flag.metavar or choices
     name = f"{flag.name}/--no-{flag.name.lstrip('-')}" if kind is bool and default else flag.name

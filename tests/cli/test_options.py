@@ -12,6 +12,7 @@ from molecli.cli import compose, evaluate, export, inspect_gates, sample, train_
 from molecli.cli.options import Flag, Request, Switch, recipe_command
 from molecli.cli.single import single
 from molecli.files.recipe import RECIPES
+from molecli.files.recipe.domains import IMAGE_DEFAULTS
 
 MODULES = {
     "compose": compose,
@@ -87,3 +88,6 @@ def test_the_help_of_a_flag_is_the_description_and_default_of_its_field(mole: Ca
     field = RECIPES["compose"].model_fields["train"].annotation.model_fields["steps"]  # type: ignore[union-attr]
     text = " ".join(mole("compose", "--help").out.split())
     assert f"--steps N {field.description} [default: {field.default}]" in text
+    of_pictures = IMAGE_DEFAULTS["compose"]["train"]["batch_size"]
+    assert f"[default: 16; of pictures {of_pictures}]" in text
+    assert f"[default: auto; of pictures {IMAGE_DEFAULTS['compose']['gate']['pool']}]" in text
