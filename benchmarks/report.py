@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from molecli.engine.study_table import curve_of, draw_curve
-from molecli.engine.study_trials import Choice, choice_table
+from molecli.engine.study_trials import Choice, choice_table, chosen_on
 
 HEAD = """# Results
 
@@ -67,7 +67,7 @@ def page(studies: Sequence[Path], folder: Path) -> str:
             parts.append(f"![Averages by the number of LoRAs]({curve.name})\n")
         parts += [table for number in found["comparisons"] for table in ranked(found, number)]
         if found["tuned"]:
-            parts.append(f"Chosen on held-out examples: {chosen(found)}.\n")
+            parts.append(f"Chosen on {chosen(found)}.\n")
     return "\n".join(parts)
 
 
@@ -102,9 +102,10 @@ def ahead(margin: Mapping[str, Any]) -> str:
 
 
 def chosen(found: Mapping[str, Any]) -> str:
-    """What was chosen for every method, and whether it lies at the edge of what was tried."""
-    table = choice_table([Choice(**one) for one in found["tuned"]])
-    return "; ".join(f"{row.label}: {row.texts[0]}" for row in table.rows)
+    """What it was tried on; what was chosen for every method, and whether it lies at the edge of what was tried."""
+    choices = [Choice(**one) for one in found["tuned"]]
+    rows = choice_table(choices).rows
+    return f"{chosen_on(choices)}: " + "; ".join(f"{row.label}: {row.texts[0]}" for row in rows)
 
 
 def libraries(found: Mapping[str, Any]) -> str:

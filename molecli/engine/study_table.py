@@ -17,7 +17,7 @@ from molecli.engine.compare import CompareReport, chosen_metrics, judged, line_u
 from molecli.engine.runs import Run, read_run
 from molecli.engine.study_gates import Look, entropy_course_png, look_tables, read_looks
 from molecli.engine.study_published import beside
-from molecli.engine.study_trials import Choice, choice_table
+from molecli.engine.study_trials import Choice, choice_table, chosen_on
 from molecli.engine.tables import AVERAGE, Row, ScoreTable, Table, draw, to_markdown
 from molecli.files.atomic import write_text, write_with
 
@@ -74,7 +74,7 @@ class StudyReport:
         if len(self.comparisons) > 1:
             parts.append(("Average by the number of LoRAs", [self.curve()], []))
         if self.choices:
-            parts.append(("Settings chosen on held-out examples", [choice_table(self.choices)], []))
+            parts.append((f"Settings chosen on {chosen_on(self.choices)}", [choice_table(self.choices)], []))
         if self.looks:
             parts.append(("Gates", list(look_tables(self.looks)), [f"Over {_compositions(self.looks)} each."]))
         if self.published:
@@ -267,9 +267,8 @@ def draw_curve(curve: ScoreTable, path: Path) -> None:
     }
     drawn = {name: points for name, points in lines.items() if points}
     for i, name in enumerate(sorted(drawn, key=lambda name: drawn[name][-1], reverse=True)):
-        axes.plot(
-            *zip(*drawn[name], strict=True), marker="osD"[i // 10 % 3], label=name
-        )  # colours come again after ten
+        marker = "osD"[i // 10 % 3]  # colours come again after ten
+        axes.plot(*zip(*drawn[name], strict=True), marker=marker, label=name)
     axes.set_xticks(range(len(curve.rows)), [row.label for row in curve.rows])
     axes.set_xlabel("LoRAs composed")
     axes.set_ylabel("average (%)")

@@ -6,7 +6,7 @@ it, and a learned one at its learning rate, without a look at the test set. Wher
 settings of a fixed method are chosen for each by itself too, on the examples that learned ones learn from.
 
     trial_jobs   the commands          chosen       what was found best -> Choice
-    settled      the methods with it   choice_table all that was tried, for the report
+    settled      the methods with it   choice_table all that was tried, for the report   chosen_on what it was tried on
     widened      the recipe with values beyond choices at the edge of what was tried
 """
 
@@ -150,13 +150,18 @@ def choice_table(choices: Sequence[Choice]) -> TextTable:
     rows = []
     for number, name, same in _columns(choices):
         label = name if number is None else f"{name}, {number} LoRA{'s' * (number != 1)}"
-        averages = {label: fmean(one.tried[label] for one in same) for label in same[0].tried}
+        averages = {settings: fmean(one.tried[settings] for one in same) for settings in same[0].tried}
         tried = "; ".join(f"{settings}: {average:.1f}" for settings, average in averages.items())
-        rows.append(TextRow(label, (told(same), tried)))
-    return TextTable("method", ("chosen", "average on held-out examples (%)"), tuple(rows))
+        rows.append(TextRow(label, (_told(same), tried)))
+    return TextTable("method", ("chosen", f"average on {chosen_on(choices)} (%)"), tuple(rows))
 
 
-def told(same: Sequence[Choice]) -> str:
+def chosen_on(choices: Sequence[Choice]) -> str:
+    """What settings were chosen by, in words: examples that no method learned from, or those of each task itself."""
+    return "held-out examples" if choices[0].task is None else "each task's training examples"
+
+
+def _told(same: Sequence[Choice]) -> str:
     """The settings chosen for one column: for all tasks, with the edge they lie at; or for how many tasks each."""
     if same[0].task is None:
         return f"{_label(same[0].settings)} ({same[0].edge})" if same[0].edge else _label(same[0].settings)

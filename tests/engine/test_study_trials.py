@@ -147,6 +147,7 @@ def test_of_what_learns_nothing_each_task_has_its_own_choice(pair: Pair, tmp_pat
     assert scores == [f"scores/all/fixed/tuned/expression={one}" for one in (DOWN, WHOLE)]
     assert report.comparisons["all"].contests[0][0].rows()["average"] == {"tuned": 100.0}
     text = (tmp_path / "study.md").read_text()
+    assert "## Settings chosen on each task's training examples" in text
     assert f"| tuned | expression={WHOLE} (1 task), expression={DOWN} (1 task) | " in text
     ran = list(in_process)
     run_study(given, at_once=1)
