@@ -247,15 +247,20 @@ class CompareReport:
                 tables.append(_margin_table(contest, verdicts))
         return tables
 
+    @property
+    def star(self) -> str:
+        """What a star behind a difference says, and how its interval was made."""
+        examples = self.contests[0][0].examples
+        how = f"paired bootstrap, {self.samples} resamples of {examples} examples, seed {self.seed}"
+        return f"* the {100 * LEVEL:.0f}% interval of the difference excludes zero ({how})"
+
     def lines(self) -> list[str]:
         """What the tables mean: how the intervals were made, and who wins on the whole."""
         first = self.contests[0][0]
         repeated = _repeated(first)
         lines = [f"Each score is over {repeated} runs."] if repeated > 1 else []
         if len(first.methods) > 1:
-            if self.samples:
-                how = f"paired bootstrap, {self.samples} resamples of {first.examples} examples, seed {self.seed}"
-                lines.append(f"* the {100 * LEVEL:.0f}% interval of the difference excludes zero ({how})")
+            lines += [self.star] * bool(self.samples)
             lines += [_conclusion(contest, verdicts) for contest, verdicts in self.contests]
         return lines
 

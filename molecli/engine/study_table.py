@@ -1,5 +1,5 @@
-"""What a study found: every method's scores side by side, who wins, the curve over the number of LoRAs, what the gates
-did, and beside the scores the published figures.
+"""What a study found: every method's scores side by side, who wins, the curve over the number of LoRAs and whether a
+method grows along it, what the gates did, and beside the scores the published figures.
 
 Contents: StudyReport, study_report.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from molecli.engine.compare import CompareReport, chosen_metrics, judged, line_up
 from molecli.engine.runs import Run, read_run
 from molecli.engine.study_gates import Look, entropy_course_png, look_tables, read_looks
+from molecli.engine.study_growth import Growth, growth_table, growths
 from molecli.engine.study_published import beside
 from molecli.engine.study_trials import Choice, choice_table, chosen_on
 from molecli.engine.tables import AVERAGE, Row, ScoreTable, Table, draw, to_markdown
@@ -36,6 +37,7 @@ class StudyReport:
 
     partial: what was scored on some of the tasks only, and so is not compared -> on how many.
     recipe: what was written of it, flags included, so that the figures can be made again.
+    growth: of every method, from one number of LoRAs to the next.
     """
 
     title: str
@@ -49,6 +51,7 @@ class StudyReport:
     failed: Mapping[str, str] = field(default_factory=dict)
     partial: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    growth: Sequence[Growth] = ()
 
     def document(self) -> dict[str, Any]:
         """The report as JSON holds it."""
@@ -58,6 +61,7 @@ class StudyReport:
             "device": self.device,
             "versions": dict(next(iter(self.comparisons.values())).runs[0].content.get("libraries", {})),
             "comparisons": {number: report.document() for number, report in self.comparisons.items()},
+            **({"growth": [one.document() for one in self.growth]} if len(self.comparisons) > 1 else {}),
             "published": {"source": self.source, "figures": {r: dict(c) for r, c in self.published.items()}},
             "gates": [asdict(look) for look in self.looks],
             "tuned": [asdict(choice) for choice in self.choices],
@@ -72,7 +76,7 @@ class StudyReport:
         for number, report in self.comparisons.items():
             parts.append(("" if number == EVERY else number.replace("-", " "), report.tables(), report.lines()))
         if len(self.comparisons) > 1:
-            parts.append(("Average by the number of LoRAs", [self.curve()], []))
+            parts.append(("Average by the number of LoRAs", *self._by_number()))
         if self.choices:
             parts.append((f"Settings chosen on {chosen_on(self.choices)}", [choice_table(self.choices)], []))
         if self.looks:
@@ -92,6 +96,15 @@ class StudyReport:
     def curve(self) -> ScoreTable:
         """The methods' averages, a row for each number of LoRAs."""
         return curve_of({number: _averages(report) for number, report in self.comparisons.items()})
+
+    def _by_number(self) -> tuple[list[Table], list[str]]:
+        """(the curve and the steps along it, what these mean)."""
+        if not self.growth:
+            return [self.curve()], []
+        first = next(iter(self.comparisons.values()))
+        what = "a method's average at the larger number less that at the smaller, over the same test examples"
+        lines = [f"more LoRAs less fewer: {what}", *([first.star] if first.samples else [])]
+        return [self.curve(), growth_table(self.growth)], lines
 
     def show(self) -> None:
         """Draws the tables on stdout."""
@@ -155,6 +168,7 @@ def study_report(
         failed or {},
         partial,
         recipe.model_dump(mode="json", exclude_unset=True, exclude={"output", "published"}),
+        growths(found),
     )
 
 

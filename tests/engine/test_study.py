@@ -323,6 +323,7 @@ def test_a_group_of_tasks_has_a_table_of_its_own(pair: Pair, tmp_path: Path, in_
     assert (list(whole.scores), list(group.scores), group.among) == (["up", "down"], ["up"], "the first")
     assert "| exact_match (%), the first | linear |" in (tmp_path / "study.md").read_text()
     assert report.document()["comparisons"]["all"]["comparisons"][1]["among"] == "the first"
+    assert "growth" not in report.document()  # of one number of LoRAs
 
 
 def test_margins_are_of_the_column_that_the_recipe_names(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
@@ -384,6 +385,46 @@ def test_a_study_of_numbers_has_a_curve(pair: Pair, tmp_path: Path, in_process: 
     assert [row.label for row in curve.rows] == ["1", "2"]
     assert curve.columns == ("linear", "nla")
     assert (tmp_path / "study.png").stat().st_size > 1000
+
+
+def test_a_study_of_numbers_tells_whether_a_method_grows(
+    pair: Pair, tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = recipe(pair, tmp_path, methods={"base": None, "linear": None, "iso": None}, numbers=[1, 2])
+    document = run_study(chosen, at_once=1).document()
+    assert json.loads((tmp_path / "study.json").read_text())["growth"] == document["growth"]
+    scores = tmp_path / "study-steps" / "scores"
+
+    def average(number: int, method: str) -> float:
+        rows = [
+            [json.loads(line)["exact_match"] for line in file.read_text().splitlines()]
+            for file in (scores / f"{number}-loras" / "fixed" / method).glob("samples_*.jsonl")
+        ]
+        assert len(rows) == 2
+        return 100 * sum(sum(some) / len(some) for some in rows) / 2
+
+    found = {one["method"]: one for one in document["growth"]}
+    assert list(found) == ["linear", "iso"]  # base and own LoRA are what they are at every number
+    text = (tmp_path / "study.md").read_text()
+    part = text[text.index("## Average by the number of LoRAs") :].splitlines()
+    at = part.index("| more LoRAs less fewer | 1 → 2 |")
+    for line, (method, one) in zip(part[at + 2 :], found.items(), strict=False):
+        assert (one["from"], one["to"]) == ("1-loras", "2-loras")
+        assert one["difference"] == pytest.approx(average(2, method) - average(1, method))
+        assert one["low"] <= one["difference"] <= one["high"]
+        star = " *" * one["significant"]
+        assert line == f"| {method} | {one['difference']:+.1f} [{one['low']:+.1f}, {one['high']:+.1f}]{star} |"
+    assert {name: one["significant"] for name, one in found.items()} == {"linear": False, "iso": True}
+    assert part[at + 5].startswith("- more LoRAs less fewer: a method's average at the larger number")
+    assert part[at + 6].startswith("- * the 95% interval of the difference excludes zero (paired bootstrap, 50 resam")
+
+    done = list(in_process)
+    plain = chosen.model_copy(update={"test": chosen.test.model_copy(update={"bootstrap": 0})})
+    run_study(plain, at_once=1).show()
+    assert in_process == done
+    shown = capsys.readouterr().out
+    assert f"| iso | {found['iso']['difference']:+.1f} |" in shown
+    assert "interval" not in shown
 
 
 def test_learned_on_each_task_the_tasks_come_together_again(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
