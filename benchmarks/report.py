@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from molecli.engine.study_growth import Growth, growth_table
 from molecli.engine.study_table import curve_of, draw_curve
 from molecli.engine.study_trials import Choice, choice_table, chosen_on
+from molecli.engine.tables import to_markdown
 
 HEAD = """# Results
 
@@ -65,6 +67,9 @@ def page(studies: Sequence[Path], folder: Path) -> str:
             numbers = found["comparisons"].items()
             draw_curve(curve_of({n: average(report["comparisons"][0]) for n, report in numbers}), curve)
             parts.append(f"![Averages by the number of LoRAs]({curve.name})\n")
+        if found.get("growth"):  # older results have none
+            parts.append("Averages at more LoRAs less those at fewer, * where the interval excludes zero:\n")
+            parts.append(to_markdown(growth_table([Growth.read(one) for one in found["growth"]])))
         parts += [table for number in found["comparisons"] for table in ranked(found, number)]
         if found["tuned"]:
             parts.append(f"Chosen on {chosen(found)}.\n")

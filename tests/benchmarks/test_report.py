@@ -40,6 +40,28 @@ def test_the_last_column_is_of_the_subject_else_of_the_winner() -> None:
     assert told("gated", "soup", -2.0, subject="gated") == behind
 
 
+def test_steps_between_numbers_of_loras_are_on_the_page_where_they_were_measured(tmp_path: Path) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "study-scale.json").read_text("utf-8"))
+    found.pop("growth", None)
+    (tmp_path / "study-scale.json").write_text(json.dumps(found), "utf-8")
+    older = report.page([tmp_path / "study-scale.json"], tmp_path)
+    step = {"method": "gated", "from": "8-loras", "to": "24-loras", "difference": 13.2, "low": 11.0, "high": 15.4}
+    back = {"method": "gated", "from": "24-loras", "to": "48-loras", "difference": -0.2, "low": -1.0, "high": 0.6}
+    bare = {"method": "nla", "from": "24-loras", "to": "48-loras", "difference": 1.5, "low": None, "high": None}
+    stars = (True, False, None)
+    found["growth"] = [{**one, "significant": star} for one, star in zip((step, back, bare), stars, strict=True)]
+    (tmp_path / "study-scale.json").write_text(json.dumps(found), "utf-8")
+    page = report.page([tmp_path / "study-scale.json"], tmp_path)
+    before, table, after = page.partition(
+        "Averages at more LoRAs less those at fewer, * where the interval excludes zero:\n\n"
+        "| more LoRAs less fewer | 8 → 24 | 24 → 48 |\n|---|---:|---:|\n"
+        "| gated | +13.2 [+11.0, +15.4] * | -0.2 [-1.0, +0.6] |\n| nla | – | +1.5 |\n\n"
+    )
+    assert table
+    assert before.endswith("![Averages by the number of LoRAs](study-scale-curve.png)\n\n")
+    assert before + after == older
+
+
 def test_blind_answers() -> None:
     assert chance.blind(["a", "b", "a"], ["a", "b", "b", "b"]) == (75.0, 25.0)
     assert chance.blind(["c", "a"], ["a", "a", "b", "b"]) == (50.0, 0.0)  # of equals the first
