@@ -24,7 +24,7 @@ from molecli.engine.side_by_side import prepare, run_mole
 from molecli.engine.study_jobs import OWN, PHASES, STEPS, Job, text_jobs
 from molecli.engine.study_scenes import scene_jobs
 from molecli.engine.study_table import StudyReport, study_report
-from molecli.engine.study_trials import Choice, chosen, settled, trial_jobs, widened
+from molecli.engine.study_trials import Choice, Grid, chosen, listed, settled, trial_jobs, widened
 from molecli.errors import RunError, UsageError
 from molecli.files.atomic import write_text
 from molecli.files.near import suggestion
@@ -36,8 +36,9 @@ Progress = Callable[[str, int, int], None]
 Note = Callable[[str], object]
 
 
-def jobs_of(recipe: StudyRecipe, choices: Sequence[Choice] = ()) -> list[Job]:
-    """The study's commands in order; methods to be tuned are composed as `choices` say, where these are known.
+def jobs_of(recipe: StudyRecipe, choices: Sequence[Choice] = (), grid: Grid | None = None) -> list[Job]:
+    """The study's commands in order; methods to be tuned are composed as `choices` say, where these are known, which
+    are chosen from `grid`, else from what the recipe lists.
 
     Raises: UserError for tasks that are not there, and for a setting that a method does not read.
     """
@@ -45,7 +46,7 @@ def jobs_of(recipe: StudyRecipe, choices: Sequence[Choice] = ()) -> list[Job]:
         check_keys(method.told, told([method.mode]), f"methods.{name}.method")
     if recipe.draws:
         return scene_jobs(recipe)
-    return [*trial_jobs(recipe), *text_jobs(recipe, settled(recipe, choices))]
+    return [*trial_jobs(recipe, listed(recipe) if grid is None else grid), *text_jobs(recipe, settled(recipe, choices))]
 
 
 def run_study(
@@ -67,16 +68,16 @@ def run_study(
     folder = Path(recipe.output) / STEPS
     work = _Work(folder, at_once, frozenset(columns), progress, note)
     work.do(jobs_of(recipe), ("loras", "candidates", "trials"))
-    choices = chosen(recipe, folder, work.done["trials"])
-    tried = recipe
+    grid = listed(recipe)
+    choices = chosen(recipe, grid, folder, work.done["trials"])
     for _ in range(recipe.wider):
-        wider = widened(tried, choices)
+        wider = widened(grid, choices)
         if wider is None:
             break
-        tried = wider
-        work.do(jobs_of(tried), ("candidates", "trials"))
-        choices = chosen(tried, folder, work.done["trials"])
-    jobs = jobs_of(tried, choices)
+        grid = wider
+        work.do(jobs_of(recipe, grid=grid), ("candidates", "trials"))
+        choices = chosen(recipe, grid, folder, work.done["trials"])
+    jobs = jobs_of(recipe, choices, grid)
     _reuse(folder, jobs)
     work.do(jobs, ("compositions", "scores", "gates"))
     if not work.done["scores"]:

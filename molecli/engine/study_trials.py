@@ -5,9 +5,9 @@ keeps out of training; the best average is what the study composes. So a fixed m
 it, and a learned one at its learning rate, without a look at the test set. Where a study fits each task by itself, the
 settings of a fixed method are chosen for each by itself too, on the examples that learned ones learn from.
 
+    Grid         what is to be tried   listed       what the recipe lists    widened   more, beyond choices at an edge
     trial_jobs   the commands          chosen       what was found best -> Choice
     settled      the methods with it   choice_table all that was tried, for the report   chosen_on what it was tried on
-    widened      the recipe with values beyond choices at the edge of what was tried
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from molecli.engine.tables import TextRow, TextTable
 if TYPE_CHECKING:
     from molecli.files.recipe.study import StudyMethod, StudyRecipe
 
+# (number of LoRAs, method) -> that method, its `tune` with every value that is to be tried there
+Grid = Mapping[tuple[int | None, str], "StudyMethod"]
 TRIED_ON = 32  # held-out examples of each task, at most
 
 
@@ -85,11 +87,16 @@ def _value(label: str) -> float:
     return float(label.partition("=")[2])
 
 
-def trial_jobs(recipe: StudyRecipe) -> list[Job]:
+def listed(recipe: StudyRecipe) -> Grid:
+    """What the recipe lists, the same at every number of LoRAs."""
+    return {(number, name): recipe.methods[name] for number, name in recipe.columns if recipe.methods[name].tune}
+
+
+def trial_jobs(recipe: StudyRecipe, grid: Grid) -> list[Job]:
     """A composition and its score for every combination; none where no method is tuned."""
     jobs = []
-    _, cast, _ = lora_jobs(recipe) if any(method.tune for method in recipe.methods.values()) else ([], {}, [])
-    for number, name, method in _tuned(recipe):
+    _, cast, _ = lora_jobs(recipe) if grid else ([], {}, [])
+    for (number, name), method in grid.items():
         for settings in method.combinations():
             seed = None if method.fixed else (method.seeds or recipe.seeds)[0]
             place = placed("candidates", number, seed, name, _label(settings))
@@ -101,10 +108,10 @@ def trial_jobs(recipe: StudyRecipe) -> list[Job]:
     return jobs
 
 
-def chosen(recipe: StudyRecipe, folder: Path, done: Collection[str]) -> list[Choice]:
+def chosen(recipe: StudyRecipe, grid: Grid, folder: Path, done: Collection[str]) -> list[Choice]:
     """The best of every tuned method, of the trials `done` in `folder`; the first named where several are equal."""
     choices = []
-    for number, name, method in _tuned(recipe):
+    for (number, name), method in grid.items():
         places = [(settings, _trial_place(recipe, number, name, settings)) for settings in method.combinations()]
         found = {_label(settings): _found(folder / place) for settings, place in places if place in done}
         if not found:
@@ -117,19 +124,20 @@ def chosen(recipe: StudyRecipe, folder: Path, done: Collection[str]) -> list[Cho
     return choices
 
 
-def widened(recipe: StudyRecipe, choices: Sequence[Choice]) -> StudyRecipe | None:
-    """The recipe with one more value to try beyond every choice at an edge; None where all lie inside.
+def widened(grid: Grid, choices: Sequence[Choice]) -> Grid | None:
+    """The grid with one more value to try beyond every choice at an edge, at its number of LoRAs; None where all lie
+    inside.
 
     What was chosen for a task by itself stays: a handful of examples does not tell where its best lies.
     """
-    methods = dict(recipe.methods)
+    wider = dict(grid)
     for one in choices:
-        method = methods[one.method]
+        method = wider[one.number, one.method]
         for key, values in method.tune.items():
             if one.task is None and one.beyond is not None and one.beyond not in values:
                 tune = {**method.tune, key: [*values, one.beyond]}
-                methods[one.method] = method.model_copy(update={"tune": tune})
-    return recipe.model_copy(update={"methods": methods}) if methods != recipe.methods else None
+                wider[one.number, one.method] = method.model_copy(update={"tune": tune})
+    return wider if wider != grid else None
 
 
 def settled(recipe: StudyRecipe, choices: Sequence[Choice]) -> Settled:
@@ -173,10 +181,6 @@ def _columns(choices: Sequence[Choice]) -> Iterator[tuple[int | None, str, list[
     """(number of LoRAs, method, its choices) of every column."""
     for column in dict.fromkeys((one.number, one.method) for one in choices):
         yield *column, [one for one in choices if (one.number, one.method) == column]
-
-
-def _tuned(recipe: StudyRecipe) -> list[tuple[int | None, str, StudyMethod]]:
-    return [(number, name, recipe.methods[name]) for number, name in recipe.columns if recipe.methods[name].tune]
 
 
 def _label(settings: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from studies import run_here
 from molecli.engine.data import split_tasks
 from molecli.engine.study import jobs_of, run_study
 from molecli.engine.study_jobs import Job
-from molecli.engine.study_trials import Choice, choice_table
+from molecli.engine.study_trials import Choice, choice_table, listed, widened
 from molecli.errors import UsageError
 from molecli.files.recipe import RECIPES, DataConfig, StudyRecipe
 
@@ -123,6 +123,21 @@ def test_beyond_a_choice_at_the_edge_more_is_tried(pair: Pair, tmp_path: Path, i
     (choice,) = run_study(as_listed, at_once=1).choices
     assert (list(choice.tried), choice.edge) == (["scale=0.01", "scale=1.0"], "most tried")
     assert "| tuned | scale=1.0 (most tried) |" in (tmp_path / "b" / "study.md").read_text()
+
+
+def test_more_is_tried_at_the_number_whose_choice_lies_at_the_edge(pair: Pair, tmp_path: Path) -> None:
+    grid = listed(recipe(pair, tmp_path, {"method.scale": [0.1, 0.5, 1.0]}, "linear", numbers=[1, 2]))
+    choices = [
+        Choice(1, "tuned", {"method.scale": 0.5}, {"scale=0.1": 1.0, "scale=0.5": 3.0, "scale=1.0": 2.0}),
+        Choice(2, "tuned", {"method.scale": 0.1}, {"scale=0.1": 3.0, "scale=0.5": 2.0, "scale=1.0": 1.0}),
+    ]
+    wider = widened(grid, choices)
+    assert wider is not None
+    assert {number: method.tune["method.scale"] for (number, _), method in wider.items()} == {
+        1: [0.1, 0.5, 1.0],
+        2: [0.1, 0.5, 1.0, 0.02],
+    }
+    assert widened(grid, choices[:1]) is None
 
 
 def test_of_what_learns_nothing_each_task_has_its_own_choice(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
