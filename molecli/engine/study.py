@@ -111,17 +111,26 @@ class _Work:
         self.failed: dict[str, str] = {}
 
     def do(self, jobs: Sequence[Job], phases: Sequence[str]) -> None:
-        """Those of these phases that are not done yet, in order; each is told."""
+        """Those of these phases that are not done yet, in order; each is told.
+
+        What is the same but for its place is made once: learned again on a GPU, it would not come out alike.
+        """
         wanted = chosen_jobs(jobs, self.columns)
         for phase in phases:
             now = [job for job in wanted if job.phase == phase]
             left = [job for job in now if not _done(self.folder, job) and job.name not in self.failed]
             finished = sum(job.name in self.failed or _done(self.folder, job) for job in wanted)
-            for job, failure in _run(left, self.folder, self.at_once):
-                finished += 1
-                if failure:
-                    self.failed[job.name] = failure
-                    self.note(f"{job.name}: {failure}")
+            alike: dict[str, list[Job]] = {}
+            for job in left:
+                alike.setdefault(job.digest, []).append(job)
+            for job, failure in _run([same[0] for same in alike.values()], self.folder, self.at_once):
+                for one in alike[job.digest]:
+                    finished += 1
+                    if failure:
+                        self.failed[one.name] = failure
+                        self.note(f"{one.name}: {failure}")
+                    elif one is not job:
+                        _copy(self.folder, job, one)
                 if self.progress is not None:
                     self.progress(phase, finished, len(wanted))
             self.done[phase] = [job.name for job in jobs if job.phase == phase and _done(self.folder, job)]
@@ -171,10 +180,14 @@ def _reuse(folder: Path, jobs: Sequence[Job]) -> None:
     alike = {job.digest: job for job in jobs if job.phase == "candidates" and _done(folder, job)}
     for job in jobs:
         if job.phase == "compositions" and job.digest in alike and not _done(folder, job):
-            source = alike[job.digest]
-            shutil.copytree(folder / source.name, folder / job.name, dirs_exist_ok=True)
-            write_text(folder / f"{job.name}.yaml", job.text)
-            write_text(_mark(folder, job), job.digest + "\n")
+            _copy(folder, alike[job.digest], job)
+
+
+def _copy(folder: Path, source: Job, job: Job) -> None:
+    """What `source` made becomes what `job` did, too."""
+    shutil.copytree(folder / source.name, folder / job.name, dirs_exist_ok=True)
+    write_text(folder / f"{job.name}.yaml", job.text)
+    write_text(_mark(folder, job), job.digest + "\n")
 
 
 def _done(folder: Path, job: Job) -> bool:

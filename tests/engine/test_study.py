@@ -258,6 +258,28 @@ def test_a_study_ends_in_tables_and_goes_on_where_it_was(pair: Pair, tmp_path: P
     assert in_process[len(first) :] == ["compositions/all/seed-1/gated", "scores/all/seed-1/gated"]
 
 
+def test_two_columns_of_one_setting_are_learned_once(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    one, more = {"mode": "gated", "train": TRAIN}, {"mode": "gated", "train": {**TRAIN, "steps": 4}}
+    methods = {"this": one, "that": one, "longer": more}
+    report = run_study(recipe(pair, tmp_path, methods=methods, own=False, seeds=[0, 1]), at_once=1)
+    composed = [name.removeprefix("compositions/all/") for name in in_process if name.startswith("compositions")]
+    assert composed == ["seed-0/this", "seed-1/this", "seed-0/longer", "seed-1/longer"]
+    rows = report.comparisons["all"].contests[0][0].rows()
+    assert rows["average"]["this"] == rows["average"]["that"]
+    files = [tmp_path / f"study-steps/compositions/all/seed-1/{name}/composition.safetensors" for name in methods]
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+
+
+def test_where_a_setting_fails_every_column_of_it_does(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
+    wrong = {"mode": "pem", "method": {"expression": "up + elsewhere"}}
+    methods = {"linear": None, "this": wrong, "that": wrong}
+    report = run_study(recipe(pair, tmp_path, methods=methods, own=False), at_once=1)
+    assert [name for name in in_process if name.startswith("compositions")][-1] == "compositions/all/fixed/this"
+    why = {report.failed[f"compositions/all/fixed/{name}"] for name in ("this", "that")}
+    assert len(why) == 1
+    assert "elsewhere" in why.pop()
+
+
 def test_published_figures_stand_beside_those_of_here(
     pair: Pair, tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
