@@ -53,7 +53,7 @@ SETS = [
         "mode=gatd",
         f"mode is 'gatd', not one of {', '.join(get_args(Mode))}. Did you mean 'gated'?",
     ),
-    ("preset=papr", "preset is 'papr', not one of paper. Did you mean 'paper'?"),
+    ("preset=papr", "preset is 'papr', not one of paper, few-shot. Did you mean 'paper'?"),
     (
         "data.suite=bbh+nil",
         "data.suite is 'bbh+nil', which names no suite 'nil'. Did you mean 'nli'?",

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from molecli import catalog
+from molecli.catalog import BUILTIN_IMAGE_BASE
+from molecli.errors import UsageError
 from molecli.files.recipe import (
     PRESETS,
     RECIPES,
@@ -18,6 +20,7 @@ from molecli.files.recipe import (
     LoraConfig,
     LoraTrainConfig,
     SampleRecipe,
+    StudyRecipe,
     TrainConfig,
     TrainLoraRecipe,
     dump_recipe,
@@ -27,6 +30,7 @@ from molecli.files.recipe import (
 from molecli.files.recipe.parts import Section
 
 LORAS = {"loras": "x=org/a,y=org/b@0.5"}
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -74,6 +78,20 @@ def test_the_paper_preset_lies_below_explicit_values() -> None:
     assert (train.lr, train.steps, train.batch_size, train.balance) == (1e-5, 800, 12, 0.5)
     assert train.schedule == "constant"
     assert compose(preset="paper", gate={"input": "hidden"}).gate.input == "hidden"
+
+
+def test_the_few_shot_preset_is_the_column_that_was_measured() -> None:
+    study = load_recipe(STUDIES / "unseen.yaml")
+    assert isinstance(study, StudyRecipe)
+    column = study.methods["gated by matrix and token"]
+    measured = compose(gate=column.gate, train=column.train)
+    preset = compose(preset="few-shot", train={"checkpoint_every": column.train["checkpoint_every"]})
+    assert preset.model_dump(exclude={"preset"}) == measured.model_dump(exclude={"preset"})
+
+
+def test_a_preset_of_language_models_is_refused_on_a_diffusion_base() -> None:
+    with pytest.raises(UsageError, match=r"few-shot is not for a diffusion base\. Leave it out, or write paper\."):
+        load_recipe(None, "compose", {**LORAS, "base": {"id": BUILTIN_IMAGE_BASE}, "preset": "few-shot"})
 
 
 @pytest.mark.parametrize("command", PRESETS)

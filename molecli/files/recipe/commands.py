@@ -30,6 +30,7 @@ from molecli.files.recipe.parts import (
     Section,
     TrainConfig,
 )
+from molecli.files.recipe.presets import Preset
 from molecli.files.recipe.shorthand import as_choices, as_loras, as_names
 from molecli.files.recipe.switched import Switched, choices
 
@@ -71,7 +72,7 @@ class ComposeRecipe(Section):
     """`mole compose`: trained LoRAs into one composition."""
 
     command: Literal["compose"] = "compose"
-    preset: Literal["paper"] | None = Field(default=None, description="a named set of values below the explicit ones")
+    preset: Preset | None = Field(default=None, description="a named set of values below the explicit ones")
     base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
     loras: Loras = Field(default=(), description="the experts, in order; the built-in ones when the base is built in")
     mode: Mode = Field(

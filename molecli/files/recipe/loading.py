@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from molecli.errors import UsageError
 from molecli.files.near import suggestion
 from molecli.files.recipe.domains import adapter_defaults, image_base, image_defaults
 from molecli.files.recipe.explain import explain
-from molecli.files.recipe.presets import IMAGE_PRESETS, PRESETS
+from molecli.files.recipe.presets import IMAGE_PRESETS, PRESETS, Preset
 from molecli.files.recipe.shorthand import expanded
 from molecli.files.recipe.study import StudyRecipe
 from molecli.files.recipe.table import RECIPES, Recipe
@@ -44,8 +44,7 @@ def load_recipe(
     spelled = [(where, expanded(layer, changes=where == "--set")) for where, layer in layers]
     explicit = merged({"command": command}, *(layer for _, layer in reversed(spelled)))
     image = image_base(explicit)
-    presets = IMAGE_PRESETS if image is not None else PRESETS
-    preset = presets.get(command, {}).get(str(explicit.get("preset")), {})
+    preset = _preset(command, explicit.get("preset"), IMAGE_PRESETS if image is not None else PRESETS)
     domain = {"base": {"id": image}, **image_defaults(command, image)} if image is not None else {}
     adapter = adapter_defaults(explicit, image)
     model = RECIPES[command]
@@ -53,6 +52,15 @@ def load_recipe(
         return model.model_validate(merged(domain, adapter, preset, explicit))
     except ValidationError as error:
         raise explain(error, model, spelled) from None
+
+
+def _preset(command: str, name: Any, presets: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The values of the preset; none where none is named. Raises: UsageError for one of another kind of base."""
+    there = presets.get(command, {})
+    if there and name in get_args(Preset) and name not in there:
+        remedy = f"Leave it out, or write {' or '.join(there)}."
+        raise UsageError("preset", f"{name} is not for a diffusion base", remedy)
+    return there.get(str(name), {})
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+Preset = Literal["paper", "few-shot"]
 # command -> preset -> values
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "compose": {
@@ -18,6 +19,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "schedule": "constant",
                 "warmup_steps": 0,
             },
+        },
+        # A handful of examples of a task that no LoRA was trained on: what benchmarks/studies/unseen-choice.yaml chose
+        # without a test set, and unseen.yaml found best on BIG-Bench Hard with five examples of each task.
+        "few-shot": {
+            "gate": {"granularity": "matrix", "pool": "token"},
+            "train": {"steps": 40, "batch_size": 5, "warmup_steps": 5},
         },
     },
 }

@@ -28,6 +28,7 @@ from molecli.files.recipe.parts import (
     Section,
     TrainConfig,
 )
+from molecli.files.recipe.presets import Preset
 from molecli.files.recipe.shorthand import as_loras
 
 _NAME = re.compile(r"[^/\\.\x00]+")
@@ -54,7 +55,7 @@ class StudyMethod(Section):
     """One column of a study: what `mole compose` is told beside LoRAs and data."""
 
     mode: Mode | Literal["base"] = Field(default="gated", description="the composition method, or base for none")
-    preset: Literal["paper"] | None = Field(default=None, description="as in mole compose")
+    preset: Preset | None = Field(default=None, description="as in mole compose")
     gate: dict[str, Any] = Field(default_factory=dict, description="as in mole compose")
     method: dict[str, Any] = Field(default_factory=dict, description="as in mole compose")
     train: dict[str, Any] = Field(default_factory=dict, description="as in mole compose")
