@@ -46,8 +46,9 @@ def study(request: Request) -> None:
         raise UsageError("study", "no recipe is named", "Name one; `mole recipe ls` lists those that ship.")
     recipe = request.recipe(file)
     assert isinstance(recipe, StudyRecipe)
-    from molecli.engine.study import check_columns, chosen_jobs, jobs_of, run_study
+    from molecli.engine.study import check_columns, jobs_of, run_study
     from molecli.engine.study_jobs import PHASES
+    from molecli.engine.study_work import chosen_jobs
 
     columns = request.switches["column"] or []
     check_columns(recipe, columns)

@@ -4,36 +4,29 @@
                  settings are to be chosen, compositions, scores, gates
     run_study    recipe -> StudyReport: runs those that are not done yet, some side by side, and tells the scores
 
-Every job is a recipe of its own in study-steps/, with its log, that anybody can run again by hand. A job is done once
-<name>.done holds the digest of its recipe, so that a study that was killed, or whose recipe grew, goes on.
+Every job is a recipe of its own in study-steps/, with its log, that anybody can run again by hand. A column waits for
+its own jobs only: a slow one does not hold up the others.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from molecli.compose.options import check_keys, told
-from molecli.engine.results import RESULTS_FILE
-from molecli.engine.side_by_side import prepare, run_mole
+from molecli.engine.side_by_side import prepare
 from molecli.engine.study_jobs import OWN, PHASES, STEPS, Job, text_jobs
 from molecli.engine.study_scenes import scene_jobs
 from molecli.engine.study_table import StudyReport, study_report
 from molecli.engine.study_trials import Choice, Grid, chosen, listed, settled, trial_jobs, widened
+from molecli.engine.study_work import Note, Progress, Work, chosen_jobs
 from molecli.errors import RunError, UsageError
-from molecli.files.atomic import write_text
 from molecli.files.near import suggestion
 
 if TYPE_CHECKING:
     from molecli.files.recipe.study import StudyRecipe
-
-Progress = Callable[[str, int, int], None]
-Note = Callable[[str], object]
 
 
 def jobs_of(recipe: StudyRecipe, choices: Sequence[Choice] = (), grid: Grid | None = None) -> list[Job]:
@@ -66,23 +59,17 @@ def run_study(
     check_columns(recipe, columns)
     prepare()
     folder = Path(recipe.output) / STEPS
-    work = _Work(folder, at_once, frozenset(columns), progress, note)
-    work.do(jobs_of(recipe), ("loras", "candidates", "trials"))
-    grid = listed(recipe)
-    choices = chosen(recipe, grid, folder, work.done["trials"])
-    for _ in range(recipe.wider):
-        wider = widened(grid, choices)
-        if wider is None:
-            break
-        grid = wider
-        work.do(jobs_of(recipe, grid=grid), ("candidates", "trials"))
-        choices = chosen(recipe, grid, folder, work.done["trials"])
+    work = Work(folder, at_once, progress, note)
+    try:
+        grid = _all_lanes(recipe, work, columns)
+    finally:
+        work.close()
+    choices = chosen(recipe, grid, folder, work.done(jobs_of(recipe, grid=grid), "trials"))
     jobs = jobs_of(recipe, choices, grid)
-    _reuse(folder, jobs)
-    work.do(jobs, ("compositions", "scores", "gates"))
-    if not work.done["scores"]:
+    scores = work.done(jobs, "scores")
+    if not scores:
         raise RunError(str(folder), "nothing was scored", "Look at the logs there.")
-    report = study_report(recipe, folder, work.done["scores"], work.done["gates"], choices, work.failed)
+    report = study_report(recipe, folder, scores, work.done(jobs, "gates"), choices, work.failed)
     report.write(Path(recipe.output))
     return report
 
@@ -95,106 +82,76 @@ def check_columns(recipe: StudyRecipe, columns: Sequence[str]) -> None:
             raise UsageError("--column", f"the study has no column {name!r}", suggestion(name, there))
 
 
-def chosen_jobs(jobs: Sequence[Job], columns: Collection[str]) -> list[Job]:
-    """The jobs for these columns alone and those for all; every job where none is named."""
-    return [job for job in jobs if not columns or set(job.columns) <= set(columns)]
+# -- columns side by side ----------------------------------------------------------------------------------------------
 
 
-class _Work:
-    """Jobs of a study, phase by phase; done: what is, by phase; failed: the name of a job -> why."""
-
-    def __init__(
-        self, folder: Path, at_once: int, columns: Collection[str], progress: Progress | None, note: Note
-    ) -> None:
-        self.folder, self.at_once, self.columns, self.progress, self.note = folder, at_once, columns, progress, note
-        self.done: dict[str, list[str]] = {phase: [] for phase in PHASES}
-        self.failed: dict[str, str] = {}
-
-    def do(self, jobs: Sequence[Job], phases: Sequence[str]) -> None:
-        """Those of these phases that are not done yet, in order; each is told.
-
-        What is the same but for its place is made once: learned again on a GPU, it would not come out alike.
-        """
-        wanted = chosen_jobs(jobs, self.columns)
-        for phase in phases:
-            now = [job for job in wanted if job.phase == phase]
-            left = [job for job in now if not _done(self.folder, job) and job.name not in self.failed]
-            finished = sum(job.name in self.failed or _done(self.folder, job) for job in wanted)
-            alike: dict[str, list[Job]] = {}
-            for job in left:
-                alike.setdefault(job.digest, []).append(job)
-            for job, failure in _run([same[0] for same in alike.values()], self.folder, self.at_once):
-                for one in alike[job.digest]:
-                    finished += 1
-                    if failure:
-                        self.failed[one.name] = failure
-                        self.note(f"{one.name}: {failure}")
-                    elif one is not job:
-                        _copy(self.folder, job, one)
-                if self.progress is not None:
-                    self.progress(phase, finished, len(wanted))
-            self.done[phase] = [job.name for job in jobs if job.phase == phase and _done(self.folder, job)]
-
-
-# -- running them ------------------------------------------------------------------------------------------------------
-
-
-def _run(jobs: Sequence[Job], folder: Path, at_once: int) -> Any:
-    """(job, what went wrong or "") of every job, as they finish."""
-    import torch
-
-    slots: Queue[int] = Queue()
-    for slot in range(at_once):
-        slots.put(slot)
-    gpus, threads = torch.cuda.device_count(), max(1, (os.cpu_count() or 1) // at_once)
-
-    def one(job: Job) -> tuple[Job, str]:
-        slot = slots.get()
+def _all_lanes(recipe: StudyRecipe, work: Work, columns: Sequence[str]) -> Grid:
+    """Does what each column needs, all of them at the same time, and what several are scored in once these are there;
+    all that was tried, by columns that are not to be run too."""
+    lanes = _lanes(recipe)
+    running = {key: lane for key, lane in lanes.items() if not columns or key[1] in columns}
+    shared = [job for job in chosen_jobs(jobs_of(recipe), columns) if job.shared]
+    waiting = {name for job in shared for name in job.columns}
+    for key, lane in running.items():
+        work.plan(str(key), _own_jobs(lane))
+    work.plan("shared", shared)
+    with ThreadPoolExecutor(len(running) or 1) as pool:
         try:
-            environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-            return job, _called(job, folder, environment)
-        finally:
-            slots.put(slot)
-
-    with ThreadPoolExecutor(at_once) as pool:
-        yield from pool.map(one, jobs)
-
-
-def _called(job: Job, folder: Path, environment: dict[str, str]) -> str:
-    """What went wrong, "" if nothing did; recipe, log and the mark of being done lie beside the job's folder."""
-    record = folder / f"{job.name}.yaml"
-    write_text(record, job.text)
-    log = folder / f"{job.name}.log"
-    code = run_mole([job.command, str(record), *job.arguments, "--overwrite"], log, environment)
-    if code:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return f"exit {code}: {lines[-1] if lines else 'no message'}"
-    write_text(_mark(folder, job), job.digest + "\n")
-    return ""
+            ends = {key: pool.submit(_lane, lane, work, str(key)) for key, lane in running.items()}
+            for key, end in ends.items():
+                if key[1] in waiting:
+                    end.result()
+            work.do(shared, PHASES)
+            grids = [ends[key].result() if key in ends else _tried(lane, work)[0] for key, lane in lanes.items()]
+        except BaseException:
+            work.close()  # or the others would go on
+            raise
+    return {key: method for grid in grids for key, method in grid.items()}
 
 
-def _reuse(folder: Path, jobs: Sequence[Job]) -> None:
-    """A composition that was already made to be tried, with the same settings and seed, is taken from there."""
-    alike = {job.digest: job for job in jobs if job.phase == "candidates" and _done(folder, job)}
-    for job in jobs:
-        if job.phase == "compositions" and job.digest in alike and not _done(folder, job):
-            _copy(folder, alike[job.digest], job)
+def _lanes(recipe: StudyRecipe) -> dict[tuple[int | None, str], StudyRecipe]:
+    """(number of LoRAs, column) -> the study of that column alone."""
+    alone = {"own": False, "subject": ""}
+    found = {
+        (number, name): recipe.model_copy(
+            update={**alone, "methods": {name: recipe.methods[name]}, "numbers": () if number is None else (number,)}
+        )
+        for number, name in recipe.columns
+    }
+    if recipe.own and not recipe.draws:
+        found[None, OWN] = recipe.model_copy(update={"methods": {}})
+    return found
 
 
-def _copy(folder: Path, source: Job, job: Job) -> None:
-    """What `source` made becomes what `job` did, too."""
-    shutil.copytree(folder / source.name, folder / job.name, dirs_exist_ok=True)
-    write_text(folder / f"{job.name}.yaml", job.text)
-    write_text(_mark(folder, job), job.digest + "\n")
+def _own_jobs(lane: StudyRecipe, choices: Sequence[Choice] = (), grid: Grid | None = None) -> list[Job]:
+    return [job for job in jobs_of(lane, choices, grid) if not job.shared]
 
 
-def _done(folder: Path, job: Job) -> bool:
-    mark = _mark(folder, job)
-    made = folder / job.name / RESULTS_FILE if job.phase in ("trials", "scores") else folder / job.name
-    return mark.is_file() and mark.read_text().strip() == job.digest and made.exists()
+def _lane(lane: StudyRecipe, work: Work, name: str) -> Grid:
+    """Does what one column needs, from its LoRAs to its scores; all that was tried for it."""
+
+    def try_out(grid: Grid) -> None:
+        jobs = _own_jobs(lane, grid=grid)
+        work.plan(name, jobs)
+        work.do(jobs, ("loras", "candidates", "trials"))
+
+    grid, choices = _tried(lane, work, try_out)
+    jobs = _own_jobs(lane, choices, grid)
+    work.plan(name, jobs)
+    work.do(jobs, ("compositions", "scores", "gates"))
+    return grid
 
 
-def _mark(folder: Path, job: Job) -> Path:
-    return folder / f"{job.name}.done"
+def _tried(
+    lane: StudyRecipe, work: Work, try_out: Callable[[Grid], object] = lambda grid: None
+) -> tuple[Grid, list[Choice]]:
+    """(all that was tried for a column, what was chosen): what the recipe lists, and what lies beyond its edges."""
+    grid, choices = listed(lane), list[Choice]()
+    for left in range(lane.wider, -1, -1):
+        try_out(grid)
+        choices = chosen(lane, grid, work.folder, work.done(jobs_of(lane, grid=grid), "trials"))
+        wider = widened(grid, choices) if left else None
+        if wider is None:
+            break
+        grid = wider
+    return grid, choices

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,16 @@ _WRAPPING = ("xlora",)  # wraps the base in PEFT's own classes, and is slow: oth
 
 @dataclass(frozen=True)
 class Job:
-    """One `mole` command: its place below the study's folder, its recipe, and the columns it is for, () for all."""
+    """One `mole` command: its place below the study's folder, its recipe, and the columns it is for, () for all.
+
+    shared: other columns are scored by it too, where the study has such.
+    """
 
     phase: str
     name: str
     tree: dict[str, Any]
     columns: tuple[str, ...] = ()
+    shared: bool = False
 
     @property
     def command(self) -> str:
@@ -238,7 +242,8 @@ def _scores(recipe: StudyRecipe, loras: Sequence[Named], settled: Settled) -> li
                 by_task.setdefault((number, seed, alone, task), {})[name] = composition
     for (number, seed, alone, task), made in by_task.items():  # one load of the base for all methods of a task
         place = placed("scores", number, seed, alone, task)
-        jobs.append(scored(recipe, place, [*made.values()], tuple(made), {"tasks": [task]}))
+        job = scored(recipe, place, [*made.values()], tuple(made), {"tasks": [task]})
+        jobs.append(replace(job, shared=not alone))
     if base:
         jobs.append(scored(recipe, "scores/base", [], tuple(base), modes=["base"]))
     if recipe.own:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from molecli.engine import study
+from molecli.engine import study_work
 from molecli.engine.study_jobs import Job
 
 STUDY = """\
@@ -71,8 +71,8 @@ def test_a_command_that_failed_ends_the_study_with_code_1_after_its_report(
     def unlucky(job: Job, folder: Path, environment: dict[str, str]) -> str:
         return "exit 1: mole: memory ran out" if "gated" in job.name else called(job, folder, environment)
 
-    called = study._called
-    monkeypatch.setattr(study, "_called", unlucky)
+    called = study_work.called
+    monkeypatch.setattr(study_work, "called", unlucky)
     out = file.parent / "out"
     result = mole("study", str(file), "--output", str(out), "--quiet")
     assert result.code == 1
@@ -82,7 +82,7 @@ def test_a_command_that_failed_ends_the_study_with_code_1_after_its_report(
         "compositions/all/seed-0/gated",
         "scores/all/seed-0/gated",
     }
-    monkeypatch.setattr(study, "_called", called)
+    monkeypatch.setattr(study_work, "called", called)
     result = mole("study", str(file), "--output", str(out), "--quiet", "--resume")
     assert result.code == 0
     assert "gated" in result.out

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from molecli.engine import study
+from molecli.engine import study, study_work
 from molecli.engine.compose import run_compose
 from molecli.engine.evaluate import run_evaluate
 from molecli.engine.inspect import run_inspect
@@ -37,9 +37,9 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             _RUNS[job.command](load_recipe(record))
         except UsageError as error:
             return str(error)
-        write_text(study._mark(folder, job), job.digest + "\n")
+        write_text(study_work.mark_of(folder, job), job.digest + "\n")
         return ""
 
-    monkeypatch.setattr(study, "_called", called)
+    monkeypatch.setattr(study_work, "called", called)
     monkeypatch.setattr(study, "prepare", lambda: None)
     return made

@@ -1,0 +1,141 @@
+"""Runs a study's commands: so many side by side, each once, whichever of its columns ask for it.
+
+Work    jobs in, failures and progress told; a job waits for those of the phases before it among those it came with
+
+A job is done once <name>.done holds the digest of its recipe, so that a study that was killed, or whose recipe grew,
+goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from threading import Lock
+
+from molecli.engine.results import RESULTS_FILE
+from molecli.engine.side_by_side import run_mole
+from molecli.engine.study_jobs import Job
+from molecli.files.atomic import write_text
+
+Progress = Callable[[str, int, int], None]
+Note = Callable[[str], object]
+
+
+class Work:
+    """Jobs of a study in `folder`, `at_once` side by side over the GPUs there are. failed: the name of a job -> why.
+
+    Many threads may call it. What is the same but for its place is made once: learned again on a GPU, it would not come
+    out alike.
+    """
+
+    def __init__(self, folder: Path, at_once: int, progress: Progress | None, note: Note) -> None:
+        self.folder, self.progress, self.note = folder, progress, note
+        self.failed: dict[str, str] = {}
+        self._pool = ThreadPoolExecutor(at_once)
+        self._slots: Queue[int] = Queue()
+        for slot in range(at_once):
+            self._slots.put(slot)
+        self._threads = max(1, (os.cpu_count() or 1) // at_once)
+        self._made: dict[str, tuple[Job, Future[str]]] = {}  # digest -> who makes it
+        self._planned: dict[str, frozenset[str]] = {}
+        self._over: set[str] = set()
+        self._lock = Lock()
+
+    def plan(self, whose: str, jobs: Sequence[Job]) -> None:
+        """What is to be done for a column, in place of what was planned for it: progress is told of all that is."""
+        with self._lock:
+            self._planned[whose] = frozenset(job.name for job in jobs)
+
+    def do(self, jobs: Sequence[Job], phases: Sequence[str]) -> None:
+        """Those of these phases that are not done yet, phase after phase."""
+        for phase in phases:
+            started = [(job, *self._start(job)) for job in jobs if job.phase == phase]
+            for job, maker, future in started:
+                failure = future.result()
+                with self._lock:
+                    if not failure and maker.name != job.name and not self.is_done(job):
+                        copy(self.folder, maker, job)
+                    self._tell(job, failure)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether its mark and what it makes are there."""
+        mark = mark_of(self.folder, job)
+        place = self.folder / job.name
+        made = place / RESULTS_FILE if job.phase in ("trials", "scores") else place
+        return mark.is_file() and mark.read_text().strip() == job.digest and made.exists()
+
+    def done(self, jobs: Sequence[Job], phase: str) -> list[str]:
+        """The names of those of a phase that are done."""
+        return [job.name for job in jobs if job.phase == phase and self.is_done(job)]
+
+    def close(self) -> None:
+        """Begins nothing more; what runs ends."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _start(self, job: Job) -> tuple[Job, Future[str]]:
+        """(the job that makes the same, its failure or "" to come)."""
+        with self._lock:
+            if self.is_done(job):
+                future: Future[str] = Future()
+                future.set_result("")
+                self._made.setdefault(job.digest, (job, future))
+                return job, future
+            if job.digest not in self._made:
+                self._made[job.digest] = job, self._pool.submit(self._one, job)
+            return self._made[job.digest]
+
+    def _one(self, job: Job) -> str:
+        import torch
+
+        slot, gpus = self._slots.get(), torch.cuda.device_count()
+        try:
+            environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+            return called(job, self.folder, environment)
+        finally:
+            self._slots.put(slot)
+
+    def _tell(self, job: Job, failure: str) -> None:
+        if failure and job.name not in self.failed:
+            self.failed[job.name] = failure
+            self.note(f"{job.name}: {failure}")
+        if job.name not in self._over:
+            self._over.add(job.name)
+            if self.progress is not None:
+                planned: frozenset[str] = frozenset().union(*self._planned.values())
+                self.progress(job.phase, len(self._over & planned), len(planned))
+
+
+def called(job: Job, folder: Path, environment: dict[str, str]) -> str:
+    """What went wrong, "" if nothing did; recipe, log and the mark of being done lie beside the job's folder."""
+    record = folder / f"{job.name}.yaml"
+    write_text(record, job.text)
+    log = folder / f"{job.name}.log"
+    code = run_mole([job.command, str(record), *job.arguments, "--overwrite"], log, environment)
+    if code:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return f"exit {code}: {lines[-1] if lines else 'no message'}"
+    write_text(mark_of(folder, job), job.digest + "\n")
+    return ""
+
+
+def copy(folder: Path, maker: Job, job: Job) -> None:
+    """What `maker` made becomes what `job` did, too."""
+    shutil.copytree(folder / maker.name, folder / job.name, dirs_exist_ok=True)
+    write_text(folder / f"{job.name}.yaml", job.text)
+    write_text(mark_of(folder, job), job.digest + "\n")
+
+
+def mark_of(folder: Path, job: Job) -> Path:
+    """The file that says with which recipe the job was done."""
+    return folder / f"{job.name}.done"
+
+
+def chosen_jobs(jobs: Sequence[Job], columns: Collection[str]) -> list[Job]:
+    """The jobs for these columns alone and those for all; every job where none is named."""
+    return [job for job in jobs if not columns or set(job.columns) <= set(columns)]
