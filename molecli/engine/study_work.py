@@ -95,7 +95,7 @@ class Work:
         try:
             environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
             if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+                environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot % gpus)
             return called(job, self.folder, environment)
         finally:
             self._slots.put(slot)
@@ -109,6 +109,12 @@ class Work:
             if self.progress is not None:
                 planned: frozenset[str] = frozenset().union(*self._planned.values())
                 self.progress(job.phase, len(self._over & planned), len(planned))
+
+
+def _gpu(number: int) -> str:
+    """What CUDA calls that one of the GPUs that this command may use: a user may have left it some of them."""
+    left = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return left[number] if left else str(number)
 
 
 def called(job: Job, folder: Path, environment: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import pytest
@@ -572,6 +572,28 @@ def test_a_lora_that_several_columns_need_is_trained_once(pair: Pair, tmp_path: 
     run_study(recipe(pair, tmp_path, experts=experts, methods=methods, own=False, numbers=[1, 2]), at_once=1)
     assert sorted(name for name in in_process if name.startswith("loras")) == ["loras/down", "loras/up"]
     assert len(in_process) == len(set(in_process))
+
+
+@pytest.mark.parametrize(
+    ("left", "used"), [("", {"0", "1"}), ("2, 3", {"2", "3"}), ("GPU-a,GPU-b", {"GPU-a", "GPU-b"})]
+)
+def test_jobs_are_spread_over_the_gpus_that_the_study_may_use(
+    pair: Pair, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch, left: str, used: set[str]
+) -> None:
+    seen: set[str] = set()
+    called = study_work.called
+
+    def noted(job: Job, folder: Path, environment: dict[str, str]) -> str:
+        seen.add(environment["CUDA_VISIBLE_DEVICES"])
+        with one_at_a_time:
+            return called(job, folder, environment)
+
+    one_at_a_time = Lock()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", left)
+    monkeypatch.setattr(study_work, "called", noted)
+    run_study(recipe(pair, tmp_path, methods={"linear": None, "nla": None}), at_once=2)
+    assert seen == used
 
 
 def test_an_error_in_one_column_ends_the_study(
