@@ -41,14 +41,14 @@ class Work:
             self._slots.put(slot)
         self._threads = max(1, (os.cpu_count() or 1) // at_once)
         self._made: dict[str, tuple[Job, Future[str]]] = {}  # digest -> who makes it
-        self._planned: dict[str, frozenset[str]] = {}
-        self._over: set[str] = set()
+        self._planned: dict[str, frozenset[tuple[str, str]]] = {}  # (phase, name)
+        self._over: set[tuple[str, str]] = set()
         self._lock = Lock()
 
     def plan(self, whose: str, jobs: Sequence[Job]) -> None:
-        """What is to be done for a column, in place of what was planned for it: progress is told of all that is."""
+        """What is to be done for a column, in place of what was planned for it; progress is told phase by phase."""
         with self._lock:
-            self._planned[whose] = frozenset(job.name for job in jobs)
+            self._planned[whose] = frozenset((job.phase, job.name) for job in jobs)
 
     def do(self, jobs: Sequence[Job], phases: Sequence[str]) -> None:
         """Those of these phases that are not done yet, phase after phase."""
@@ -104,10 +104,10 @@ class Work:
         if failure and job.name not in self.failed:
             self.failed[job.name] = failure
             self.note(f"{job.name}: {failure}")
-        if job.name not in self._over:
-            self._over.add(job.name)
+        if (job.phase, job.name) not in self._over:
+            self._over.add((job.phase, job.name))
             if self.progress is not None:
-                planned: frozenset[str] = frozenset().union(*self._planned.values())
+                planned = {one for jobs in self._planned.values() for one in jobs if one[0] == job.phase}
                 self.progress(job.phase, len(self._over & planned), len(planned))
 
 
