@@ -47,8 +47,7 @@ def study(request: Request) -> None:
     recipe = request.recipe(file)
     assert isinstance(recipe, StudyRecipe)
     from molecli.engine.study import check_columns, jobs_of, run_study
-    from molecli.engine.study_jobs import PHASES
-    from molecli.engine.study_work import chosen_jobs
+    from molecli.engine.study_jobs import PHASES, chosen_jobs
 
     columns = request.switches["column"] or []
     check_columns(recipe, columns)

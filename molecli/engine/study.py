@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from molecli.compose.options import check_keys, told
 from molecli.engine.side_by_side import prepare
-from molecli.engine.study_jobs import OWN, PHASES, STEPS, Job, text_jobs
+from molecli.engine.study_jobs import OWN, PHASES, STEPS, Job, chosen_jobs, text_jobs
 from molecli.engine.study_scenes import scene_jobs
 from molecli.engine.study_table import StudyReport, study_report
 from molecli.engine.study_trials import Choice, Grid, chosen, listed, settled, trial_jobs, widened
-from molecli.engine.study_work import Note, Progress, Work, chosen_jobs
+from molecli.engine.study_work import Note, Progress, Work
 from molecli.errors import RunError, UsageError
 from molecli.files.near import suggestion
 
@@ -93,11 +93,11 @@ def _all_lanes(recipe: StudyRecipe, work: Work, columns: Sequence[str]) -> Grid:
     shared = [job for job in chosen_jobs(jobs_of(recipe), columns) if job.shared]
     waiting = {name for job in shared for name in job.columns}
     for key, lane in running.items():
-        work.plan(str(key), _own_jobs(lane))
+        work.plan(key, _own_jobs(lane))
     work.plan("shared", shared)
     with ThreadPoolExecutor(len(running) or 1) as pool:
         try:
-            ends = {key: pool.submit(_lane, lane, work, str(key)) for key, lane in running.items()}
+            ends = {key: pool.submit(_lane, key, lane, work) for key, lane in running.items()}
             for key, end in ends.items():
                 if key[1] in waiting:
                     end.result()
@@ -127,17 +127,17 @@ def _own_jobs(lane: StudyRecipe, choices: Sequence[Choice] = (), grid: Grid | No
     return [job for job in jobs_of(lane, choices, grid) if not job.shared]
 
 
-def _lane(lane: StudyRecipe, work: Work, name: str) -> Grid:
+def _lane(key: tuple[int | None, str], lane: StudyRecipe, work: Work) -> Grid:
     """Does what one column needs, from its LoRAs to its scores; all that was tried for it."""
 
     def try_out(grid: Grid) -> None:
         jobs = _own_jobs(lane, grid=grid)
-        work.plan(name, jobs)
+        work.plan(key, jobs)
         work.do(jobs, ("loras", "candidates", "trials"))
 
     grid, choices = _tried(lane, work, try_out)
     jobs = _own_jobs(lane, choices, grid)
-    work.plan(name, jobs)
+    work.plan(key, jobs)
     work.do(jobs, ("compositions", "scores", "gates"))
     return grid
 

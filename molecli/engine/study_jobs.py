@@ -2,12 +2,13 @@
 
 Job         one command           lora_jobs   the LoRAs, and the jobs that train them
 Named       one LoRA              text_jobs   all of a study on a language model
+                                  chosen_jobs those for some of the columns
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -101,6 +102,11 @@ def text_jobs(recipe: StudyRecipe, settled: Settled) -> list[Job]:
     loras, cast, training = lora_jobs(recipe)
     made = _compositions(recipe, loras, cast, settled)
     return [*training, *made, *_scores(recipe, loras, settled), *gate_jobs(recipe, made)]
+
+
+def chosen_jobs(jobs: Sequence[Job], columns: Collection[str]) -> list[Job]:
+    """The jobs for these columns alone and those for all; every job where none is named."""
+    return [job for job in jobs if not columns or set(job.columns) <= set(columns)]
 
 
 # -- LoRAs -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Runs a study's commands: so many side by side, each once, whichever of its columns ask for it.
 
-Work    jobs in, failures and progress told; a job waits for those of the phases before it among those it came with
+Work      jobs in, failures and progress told; a job waits for those of the phases before it among those it came with
+called    one job, as a process of its own
 
 A job is done once <name>.done holds the digest of its recipe, so that a study that was killed, or whose recipe grew,
 goes on.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -41,11 +42,11 @@ class Work:
             self._slots.put(slot)
         self._threads = max(1, (os.cpu_count() or 1) // at_once)
         self._made: dict[str, tuple[Job, Future[str]]] = {}  # digest -> who makes it
-        self._planned: dict[str, frozenset[tuple[str, str]]] = {}  # (phase, name)
+        self._planned: dict[Hashable, frozenset[tuple[str, str]]] = {}  # (phase, name)
         self._over: set[tuple[str, str]] = set()
         self._lock = Lock()
 
-    def plan(self, whose: str, jobs: Sequence[Job]) -> None:
+    def plan(self, whose: Hashable, jobs: Sequence[Job]) -> None:
         """What is to be done for a column, in place of what was planned for it; progress is told phase by phase."""
         with self._lock:
             self._planned[whose] = frozenset((job.phase, job.name) for job in jobs)
@@ -101,6 +102,7 @@ class Work:
             self._slots.put(slot)
 
     def _tell(self, job: Job, failure: str) -> None:
+        """Says that a job is over, once; by who holds the lock."""
         if failure and job.name not in self.failed:
             self.failed[job.name] = failure
             self.note(f"{job.name}: {failure}")
@@ -140,8 +142,3 @@ def copy(folder: Path, maker: Job, job: Job) -> None:
 def mark_of(folder: Path, job: Job) -> Path:
     """The file that says with which recipe the job was done."""
     return folder / f"{job.name}.done"
-
-
-def chosen_jobs(jobs: Sequence[Job], columns: Collection[str]) -> list[Job]:
-    """The jobs for these columns alone and those for all; every job where none is named."""
-    return [job for job in jobs if not columns or set(job.columns) <= set(columns)]
