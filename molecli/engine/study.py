@@ -4,8 +4,8 @@
                  settings are to be chosen, compositions, scores, gates
     run_study    recipe -> StudyReport: runs those that are not done yet, some side by side, and tells the scores
 
-Every job is a recipe of its own in study-steps/, with its log, that anybody can run again by hand. A column waits for
-its own jobs only: a slow one does not hold up the others.
+Every job is a recipe of its own in study-steps/, with its log, that anybody can run again by hand. A job waits for
+those only that make what it reads: a slow column or seed does not hold up the others.
 """
 
 from __future__ import annotations

@@ -52,7 +52,17 @@ class Job:
     @property
     def arguments(self) -> list[str]:
         """What else is written behind the recipe: inspect-gates saves nothing that it is not told to."""
-        return ["--output", self.tree["output"]] if self.phase == "gates" else []
+        return ["--output", self.output] if self.phase == "gates" else []
+
+    @property
+    def output(self) -> str:
+        """The folder that it makes."""
+        return str(self.tree["output"])
+
+    @property
+    def reads(self) -> list[str]:
+        """The folders of LoRAs and compositions that it is made of, which other jobs may make."""
+        return [*(lora["source"] for lora in self.tree.get("loras", ())), *self.tree.get("compositions", ())]
 
     @property
     def text(self) -> str:

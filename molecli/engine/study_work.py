@@ -1,6 +1,6 @@
 """Runs a study's commands: so many side by side, each once, whichever of its columns ask for it.
 
-Work      jobs in, failures and progress told; a job waits for those of the phases before it among those it came with
+Work      jobs in, failures and progress told; a job waits for those alone that make what it reads
 called    one job, as a process of its own
 
 A job is done once <name>.done holds the digest of its recipe, so that a study that was killed, or whose recipe grew,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import Queue
 from threading import Lock
@@ -52,15 +52,18 @@ class Work:
             self._planned[whose] = frozenset((job.phase, job.name) for job in jobs)
 
     def do(self, jobs: Sequence[Job], phases: Sequence[str]) -> None:
-        """Those of these phases that are not done yet, phase after phase."""
-        for phase in phases:
-            started = [(job, *self._start(job)) for job in jobs if job.phase == phase]
-            for job, maker, future in started:
-                failure = future.result()
-                with self._lock:
-                    if not failure and maker.name != job.name and not self.is_done(job):
-                        copy(self.folder, maker, job)
-                    self._tell(job, failure)
+        """Those of these phases that are not done yet, each as soon as what it reads is made, if it ever is."""
+        waiting = [job for phase in phases for job in jobs if job.phase == phase]
+        ahead = {job.output for job in waiting}
+        running: list[tuple[Job, Job, Future[str]]] = []
+        while ahead:
+            running += [(job, *self._start(job)) for job in waiting if ahead.isdisjoint(job.reads)]
+            waiting = [job for job in waiting if not ahead.isdisjoint(job.reads)]
+            over, _ = wait({future for *_, future in running}, return_when=FIRST_COMPLETED)
+            for job, maker, future in [one for one in running if one[2] in over]:
+                self._end(job, maker, future.result())
+                ahead.remove(job.output)
+            running = [one for one in running if one[2] not in over]
 
     def is_done(self, job: Job) -> bool:
         """Whether its mark and what it makes are there."""
@@ -100,6 +103,13 @@ class Work:
             return called(job, self.folder, environment)
         finally:
             self._slots.put(slot)
+
+    def _end(self, job: Job, maker: Job, failure: str) -> None:
+        """What another job made is this one's too, if it was made; and that it is over is said."""
+        with self._lock:
+            if not failure and maker.name != job.name and not self.is_done(job):
+                copy(self.folder, maker, job)
+            self._tell(job, failure)
 
     def _tell(self, job: Job, failure: str) -> None:
         """Says that a job is over, once; by who holds the lock."""

@@ -16,7 +16,7 @@ from studies import run_here
 from molecli.engine import study_work
 from molecli.engine.data import part_of
 from molecli.engine.study import jobs_of, run_study
-from molecli.engine.study_jobs import Job
+from molecli.engine.study_jobs import PHASES, Job
 from molecli.engine.study_table import study_report
 from molecli.errors import RunError, UsageError
 from molecli.files.recipe import RECIPES, StudyRecipe, dump_recipe, load_recipe
@@ -566,6 +566,45 @@ def test_a_slow_column_does_not_hold_up_the_others(
     methods = {"slow": {"mode": "linear"}, "quick": {"mode": "ties"}}
     report = run_study(recipe(pair, tmp_path, methods=methods, own=False), at_once=2)
     assert list(report.comparisons["all"].contests[0][0].methods) == ["slow", "quick"]
+
+
+def test_a_seed_is_scored_while_another_is_still_learned(
+    pair: Pair, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, scored = study_work.called, Event()
+
+    def slowly(job: Job, folder: Path, environment: dict[str, str]) -> str:
+        if job.name == "compositions/all/seed-0/gated":
+            assert scored.wait(60), "one seed's score waited for another seed's composition"
+        made = called(job, folder, environment)
+        if job.name == "scores/all/seed-1/gated":
+            scored.set()
+        return made
+
+    monkeypatch.setattr(study_work, "called", slowly)
+    methods = {"gated": {"train": {"steps": 1, "batch_size": 2}}}
+    run_study(recipe(pair, tmp_path, methods=methods, own=False, seeds=[0, 1]), at_once=2)
+    assert in_process.index("scores/all/seed-1/gated") < in_process.index("compositions/all/seed-0/gated")
+    assert sum(name.startswith("scores") for name in in_process) == 2
+
+
+def test_a_job_reads_what_others_make(pair: Pair, tmp_path: Path) -> None:
+    data = {"suite": "jsonl", "files": pair.files}
+    experts = {"data": data, "adapter": {"rank": 2}, "train": {"steps": 1, "batch_size": 2}}
+    methods = {"gated": {"tune": {"train.lr": [0.1, 0.2]}}}
+    fit = {**data, "holdout": 0.2}
+    asked = recipe(pair, tmp_path, experts=experts, methods=methods, fit=fit, gates=True)
+    jobs = jobs_of(asked)
+    makers = {job.output: job.phase for job in jobs}
+    read = {phase: {makers[path] for job in jobs if job.phase == phase for path in job.reads} for phase in PHASES}
+    assert read == {
+        "loras": set(),
+        "candidates": {"loras"},
+        "trials": {"candidates"},
+        "compositions": {"loras"},
+        "scores": {"compositions"},
+        "gates": {"compositions"},
+    }
 
 
 def test_a_lora_that_several_columns_need_is_trained_once(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
