@@ -79,8 +79,8 @@ def started(recipe: R, request: Request, *, file: str | None = None) -> Iterator
     record, existed = Path(folder) / RECIPE_FILE, Path(folder).exists()
     if is_main_process():
         _claim(ready, request, folder)
-        # A run that is resumed has its record; should the recipes differ, the engine says so.
-        if not record.exists():
+        # A run that is resumed has its record; should the recipes differ, the engine says so. A study may have grown.
+        if not record.exists() or isinstance(ready, StudyRecipe):
             write_text(record, dump_recipe(ready))
     try:
         yield ready
@@ -99,8 +99,9 @@ def _claim(recipe: Recipe, request: Request, folder: str) -> None:
     from molecli.engine import output
 
     permissions = _permissions(request)
-    if permissions["overwrite"] and Path(folder).is_dir() and not isinstance(recipe, SampleRecipe):
-        _check_runs(recipe)  # A recipe that cannot run must not cost the results that are there.
+    replaces = permissions["overwrite"] and not isinstance(recipe, SampleRecipe)
+    if (replaces or isinstance(recipe, StudyRecipe)) and Path(folder).is_dir():
+        _check_runs(recipe)  # A recipe that cannot run must not cost the results, or the record, that are there.
     output.claim(folder, **permissions)
 
 

@@ -106,6 +106,25 @@ def test_overwrite_costs_nothing_where_the_study_cannot_run(
     assert not done.exists()  # it was about to begin
 
 
+def test_the_record_of_a_study_that_grew_holds_what_it_was_told_last(
+    mole: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(recipe: Any, **how: Any) -> None:
+        (Path(recipe.output) / "study-steps").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("molecli.engine.study.run_study", stop)
+    out = file.parent / "out"
+    assert mole("study", file, "--output", out).code == 130
+    assert "nla" not in (out / "recipe.yaml").read_text()
+    assert mole("study", file, "--output", out, "--resume", "--set", "methods.nla.mode=nla").code == 130
+    grown = (out / "recipe.yaml").read_text()
+    assert "nla" in grown
+    assert mole("study", file, "--output", out, "--resume", "--set", "numbers=[7]").code == 2
+    assert mole("study", "--output", out, "--resume").code == 130
+    assert (out / "recipe.yaml").read_text() == grown
+
+
 @pytest.mark.parametrize("path", sorted(Path("benchmarks/studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_of_the_benchmarks_are_recipes(mole: Any, path: Path) -> None:
     result = mole("recipe", "validate", str(path))
