@@ -73,6 +73,8 @@ def page(studies: Sequence[Path], folder: Path) -> str:
         parts += [table for number in found["comparisons"] for table in ranked(found, number)]
         if found["tuned"]:
             parts.append(f"Chosen on {chosen(found)}.\n")
+        if found.get("missing"):  # older results do not say
+            parts.append(f"Missing: {'; '.join(f'{name} ({what})' for name, what in found['missing'].items())}.\n")
     return "\n".join(parts)
 
 

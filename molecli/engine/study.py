@@ -10,16 +10,16 @@ those only that make what it reads: a slow column or seed does not hold up the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molecli.compose.options import check_keys, told
 from molecli.engine.side_by_side import prepare
-from molecli.engine.study_jobs import OWN, PHASES, STEPS, Job, chosen_jobs, text_jobs
+from molecli.engine.study_jobs import OWN, PHASES, STEPS, Job, chosen_jobs, column_label, number_folder, text_jobs
 from molecli.engine.study_scenes import scene_jobs
-from molecli.engine.study_table import StudyReport, study_report
+from molecli.engine.study_table import SHARED, StudyReport, study_report
 from molecli.engine.study_trials import Choice, Grid, chosen, listed, settled, trial_jobs, widened
 from molecli.engine.study_work import Note, Progress, Work
 from molecli.errors import RunError, UsageError
@@ -69,9 +69,24 @@ def run_study(
     scores = work.done(jobs, "scores")
     if not scores:
         raise RunError(str(folder), "nothing was scored", "Look at the logs there.")
-    report = study_report(recipe, folder, scores, work.done(jobs, "gates"), choices, work.failed)
+    left = missing(recipe, jobs, {*scores, *work.failed})
+    report = study_report(recipe, folder, scores, work.done(jobs, "gates"), choices, work.failed, left)
     report.write(Path(recipe.output))
     return report
+
+
+def missing(recipe: StudyRecipe, jobs: Sequence[Job], over: Collection[str]) -> dict[str, str]:
+    """Of every column, at its number of LoRAs, how many of its evaluations are not among those that are `over`, because
+    only other columns were to be run."""
+    left = {}
+    for number, name in [*recipe.columns, (None, OWN)]:
+        places = (number_folder(number), *SHARED)
+        asked = [job for job in jobs if job.phase == "scores" and name in job.columns]
+        done = [job.name in over for job in asked if job.name.split("/")[1] in places]
+        if not all(done):
+            what = f"{done.count(False)} of {len(done)} evaluation{'s' * (len(done) != 1)} not run"
+            left[column_label(number, name)] = what
+    return left
 
 
 def check_columns(recipe: StudyRecipe, columns: Sequence[str]) -> None:

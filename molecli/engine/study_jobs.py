@@ -350,6 +350,11 @@ def number_folder(number: int | None) -> str:
     return "all" if number is None else f"{number}-loras"
 
 
+def column_label(number: int | None, name: str) -> str:
+    """What a column is called where its number of LoRAs is told too."""
+    return name if number is None else f"{name}, {number} LoRA{'s' * (number != 1)}"
+
+
 def _first(loras: Sequence[Named]) -> list[Named]:
     """One LoRA of each task."""
     seen: dict[tuple[str, ...], Named] = {}

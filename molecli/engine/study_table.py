@@ -36,6 +36,7 @@ class StudyReport:
     """A comparison for each number of LoRAs, what the recipe says of it, and what failed: a command's name -> why.
 
     partial: what was scored on some of the tasks only, and so is not compared -> on how many.
+    missing: a column that was not run, or not whole -> how many of its evaluations are not there.
     recipe: what was written of it, flags included, so that the figures can be made again.
     growth: of every method, from one number of LoRAs to the next.
     """
@@ -50,6 +51,7 @@ class StudyReport:
     choices: Sequence[Choice] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
     partial: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     growth: Sequence[Growth] = ()
 
@@ -67,6 +69,7 @@ class StudyReport:
             "tuned": [asdict(choice) for choice in self.choices],
             "failed": dict(self.failed),
             "partial": dict(self.partial),
+            "missing": dict(self.missing),
             "recipe": dict(self.recipe),
         }
 
@@ -89,7 +92,7 @@ class StudyReport:
             curve = self.curve() if len(self.comparisons) > 1 else None
             table = beside(self.published, self.comparisons, curve, self.looks)
             parts.append(("Beside the published figures", [table], lines))
-        if undone := {**self.partial, **self.failed}:
+        if undone := {**self.missing, **self.partial, **self.failed}:
             parts.append(("Not done", [], [f"{name}: {why}" for name, why in undone.items()]))
         return parts
 
@@ -140,9 +143,10 @@ def study_report(
     looked: Sequence[str] = (),
     choices: Sequence[Choice] = (),
     failed: Mapping[str, str] | None = None,
+    missing: Mapping[str, str] | None = None,
 ) -> StudyReport:
     """The report on the evaluations `scored` in `folder`: scores/<number>/..., scores/base or scores/own/<task>; on the
-    gates that were `looked` at there; on the settings that were chosen; and on what failed.
+    gates that were `looked` at there; on the settings that were chosen; on what failed, and on what is missing.
 
     Raises: UsageError, MismatchError where they cannot be compared.
     """
@@ -167,6 +171,7 @@ def study_report(
         choices,
         failed or {},
         partial,
+        missing or {},
         recipe.model_dump(mode="json", exclude_unset=True, exclude={"output", "published"}),
         growths(found),
     )

@@ -25,6 +25,7 @@ from molecli.engine.study_jobs import (
     Job,
     Settled,
     Variant,
+    column_label,
     composed,
     inside,
     lora_jobs,
@@ -157,7 +158,7 @@ def choice_table(choices: Sequence[Choice]) -> TextTable:
     """What was chosen, and the held-out average of everything tried."""
     rows = []
     for number, name, same in _columns(choices):
-        label = name if number is None else f"{name}, {number} LoRA{'s' * (number != 1)}"
+        label = column_label(number, name)
         averages = {settings: fmean(one.tried[settings] for one in same) for settings in same[0].tried}
         tried = "; ".join(f"{settings}: {average:.1f}" for settings, average in averages.items())
         rows.append(TextRow(label, (_told(same), tried)))

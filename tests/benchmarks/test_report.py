@@ -40,6 +40,15 @@ def test_the_last_column_is_of_the_subject_else_of_the_winner() -> None:
     assert told("gated", "soup", -2.0, subject="gated") == behind
 
 
+def test_what_was_not_run_is_on_the_page(tmp_path: Path) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "study-joint.json").read_text("utf-8"))
+    place = tmp_path / "study-joint.json"
+    place.write_text(json.dumps({**found, "missing": {"xlora": "3 of 3 evaluations not run"}}), "utf-8")
+    assert report.page([place], tmp_path).endswith("\nMissing: xlora (3 of 3 evaluations not run).\n")
+    place.write_text(json.dumps({**found, "missing": {}}), "utf-8")
+    assert "Missing:" not in report.page([place], tmp_path)
+
+
 def test_steps_between_numbers_of_loras_are_on_the_page_where_they_were_measured(tmp_path: Path) -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "study-scale.json").read_text("utf-8"))
     found.pop("growth", None)

@@ -15,7 +15,7 @@ from studies import run_here
 
 from molecli.engine import study_work
 from molecli.engine.data import part_of
-from molecli.engine.study import jobs_of, run_study
+from molecli.engine.study import jobs_of, missing, run_study
 from molecli.engine.study_jobs import PHASES, Job
 from molecli.engine.study_table import study_report
 from molecli.errors import RunError, UsageError
@@ -491,6 +491,10 @@ def test_columns_run_apart_are_one_study_once_put_together(pair: Pair, tmp_path:
 
     first = run_study(study(), at_once=1, columns=["soup", "linear"])
     assert list(first.comparisons["all"].contests[0][0].methods) == ["linear"]  # soup and gated are scored together
+    together = "2 of 2 evaluations not run"
+    assert first.missing == {"soup": together, "gated": together, "base": "1 of 1 evaluation not run"}
+    assert "## Not done\n\n- base: 1 of 1 evaluation not run\n- soup: 2 of 2 evaluations not run\n" in first.markdown()
+    assert first.document()["missing"] == first.missing
     assert [name for name in in_process if "gated" in name or "base" in name] == []
     assert "compositions/all/seed-0/up/soup" in in_process
     in_process.clear()
@@ -501,10 +505,23 @@ def test_columns_run_apart_are_one_study_once_put_together(pair: Pair, tmp_path:
     whole = run_study(study(), at_once=1)
     assert in_process == ["scores/base"]
     assert set(whole.comparisons["all"].contests[0][0].methods) == {"base", "linear", "soup", "gated"}
+    assert (whole.missing, "Not done" in whole.markdown()) == ({}, False)
     with pytest.raises(UsageError, match=r"no column 'sopu'.*soup"):
         run_study(study(), at_once=1, columns=["sopu"])
     with pytest.raises(UsageError, match="no column 'own LoRA'"):
         run_study(study(), at_once=1, columns=["own LoRA"])
+
+
+def test_what_is_missing_is_told_by_column_and_number(pair: Pair, tmp_path: Path) -> None:
+    methods = {"linear": None, "gated": {"train": TRAIN}}
+    asked = recipe(pair, tmp_path, methods=methods, own=False, numbers=[1, 2], seeds=[0, 1])
+    over = {f"scores/{n}-loras/fixed/linear" for n in (1, 2)} | {f"scores/2-loras/seed-{n}/gated" for n in (0, 1)}
+    one = {"gated, 1 LoRA": "1 of 2 evaluations not run"}
+    assert missing(asked, jobs_of(asked), {*over, "scores/1-loras/seed-1/gated"}) == one
+    assert missing(asked, jobs_of(asked), over - {"scores/2-loras/seed-0/gated"}) == {
+        "gated, 1 LoRA": "2 of 2 evaluations not run",
+        "gated, 2 LoRAs": "1 of 2 evaluations not run",
+    }
 
 
 def test_each_task_without_its_own_lora(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
