@@ -566,20 +566,25 @@ def test_what_has_some_of_the_tasks_only_is_told_and_not_compared(
     assert left.document()["partial"] == left.partial
 
 
-def test_a_slow_column_does_not_hold_up_the_others(
-    pair: Pair, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called, scored = study_work.called, Event()
+def held_until(monkeypatch: pytest.MonkeyPatch, slow: str, quick: str) -> None:
+    """The job `slow` begins once `quick` is over."""
+    called, over = study_work.called, Event()
 
     def slowly(job: Job, folder: Path, environment: dict[str, str]) -> str:
-        if job.name == "compositions/all/fixed/slow":
-            assert scored.wait(60), "the quick column's score waited for the slow one's composition"
+        if job.name == slow:
+            assert over.wait(60), f"{quick} waited for {slow}"
         made = called(job, folder, environment)
-        if job.name == "scores/all/fixed/quick":
-            scored.set()
+        if job.name == quick:
+            over.set()
         return made
 
     monkeypatch.setattr(study_work, "called", slowly)
+
+
+def test_a_slow_column_does_not_hold_up_the_others(
+    pair: Pair, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_until(monkeypatch, "compositions/all/fixed/slow", "scores/all/fixed/quick")
     methods = {"slow": {"mode": "linear"}, "quick": {"mode": "ties"}}
     report = run_study(recipe(pair, tmp_path, methods=methods, own=False), at_once=2)
     assert list(report.comparisons["all"].contests[0][0].methods) == ["slow", "quick"]
@@ -588,17 +593,7 @@ def test_a_slow_column_does_not_hold_up_the_others(
 def test_a_seed_is_scored_while_another_is_still_learned(
     pair: Pair, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    called, scored = study_work.called, Event()
-
-    def slowly(job: Job, folder: Path, environment: dict[str, str]) -> str:
-        if job.name == "compositions/all/seed-0/gated":
-            assert scored.wait(60), "one seed's score waited for another seed's composition"
-        made = called(job, folder, environment)
-        if job.name == "scores/all/seed-1/gated":
-            scored.set()
-        return made
-
-    monkeypatch.setattr(study_work, "called", slowly)
+    held_until(monkeypatch, "compositions/all/seed-0/gated", "scores/all/seed-1/gated")
     methods = {"gated": {"train": {"steps": 1, "batch_size": 2}}}
     run_study(recipe(pair, tmp_path, methods=methods, own=False, seeds=[0, 1]), at_once=2)
     assert in_process.index("scores/all/seed-1/gated") < in_process.index("compositions/all/seed-0/gated")
