@@ -273,21 +273,25 @@ def curve_of(averages: Mapping[str, Mapping[str, float]]) -> ScoreTable:
     return ScoreTable("LoRAs", tuple(methods), tuple(rows))
 
 
+def lines_of(curve: ScoreTable) -> dict[str, list[tuple[int, float]]]:
+    """{method: (row, score) where it has one}, without those that have none, from the best on by each one's last."""
+    lines = {
+        name: [(x, score) for x, row in enumerate(curve.rows) if (score := row.scores[i]) is not None]
+        for i, name in enumerate(curve.columns)
+    }
+    drawn = [(name, points) for name, points in lines.items() if points]
+    return dict(sorted(drawn, key=lambda line: line[1][-1][1], reverse=True))
+
+
 def draw_curve(curve: ScoreTable, path: Path) -> None:
-    """A line for each method over the numbers of LoRAs, as PNG; the legend has them from the best at the last on."""
+    """A line for each method over the numbers of LoRAs, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    # A column may have some of the numbers only.
-    lines = {
-        name: [(x, row.scores[i]) for x, row in enumerate(curve.rows) if row.scores[i] is not None]
-        for i, name in enumerate(curve.columns)
-    }
-    drawn = {name: points for name, points in lines.items() if points}
-    for i, name in enumerate(sorted(drawn, key=lambda name: drawn[name][-1], reverse=True)):
+    for i, (name, points) in enumerate(lines_of(curve).items()):
         marker = "osD"[i // 10 % 3]  # colours come again after ten
-        axes.plot(*zip(*drawn[name], strict=True), marker=marker, label=name)
+        axes.plot(*zip(*points, strict=True), marker=marker, label=name)
     axes.set_xticks(range(len(curve.rows)), [row.label for row in curve.rows])
     axes.set_xlabel("LoRAs composed")
     axes.set_ylabel("average (%)")

@@ -17,7 +17,7 @@ from molecli.engine import study_work
 from molecli.engine.data import part_of
 from molecli.engine.study import jobs_of, missing, run_study
 from molecli.engine.study_jobs import PHASES, Job
-from molecli.engine.study_table import study_report
+from molecli.engine.study_table import curve_of, lines_of, study_report
 from molecli.errors import RunError, UsageError
 from molecli.files.recipe import RECIPES, StudyRecipe, dump_recipe, load_recipe
 from molecli.suites.jsonl import JsonlSuite
@@ -414,6 +414,12 @@ def test_a_study_of_numbers_has_a_curve(pair: Pair, tmp_path: Path, in_process: 
     assert [row.label for row in curve.rows] == ["1", "2"]
     assert curve.columns == ("linear", "nla")
     assert (tmp_path / "study.png").stat().st_size > 1000
+
+
+def test_a_curve_names_methods_from_the_best_on_also_where_one_stops_early() -> None:
+    curve = curve_of({"8-loras": {"low": 1.0, "early": 2.0}, "24-loras": {"low": 1.5, "high": 3.0}})
+    assert lines_of(curve) == {"high": [(1, 3.0)], "early": [(0, 2.0)], "low": [(0, 1.0), (1, 1.5)]}
+    assert list(lines_of(curve)) == ["high", "early", "low"]
 
 
 def test_a_study_of_numbers_tells_whether_a_method_grows(
