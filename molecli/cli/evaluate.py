@@ -77,8 +77,8 @@ def evaluate(request: Request) -> None:
 
     --compare reads such results back: a table of every method in them, who wins each task and on average, and whether
     the difference to each other method can be told from none (paired bootstrap over the same examples). Runs that share
-    a method's name are its repetitions. --tasks, --metrics, --bootstrap and --seed apply; with --output it also writes
-    comparison.json and comparison.md.
+    a method's name are its repetitions; runs of the same methods on other tasks are one in parts. --tasks, --metrics,
+    --bootstrap and --seed apply; with --output it also writes comparison.json and comparison.md.
     """
     if request.switches["compare"]:
         _compare(request)

@@ -7,8 +7,9 @@ run_compare    paths -> CompareReport: the whole command
 Methods are paired by example: the question and its answers, or the scene, its LoRAs and the picture's seed. A method
 that several runs have is one method in several repetitions (seeds of training, say): each example counts with the mean
 of its repetitions, and a resample draws examples with all their repetitions. So the interval speaks of other examples
-for these repetitions; `by_run` shows how far the repetitions themselves lie apart. Runs of pictures may differ in their
-seeds: then a method's pictures are those of all its runs, and every method needs the same ones.
+for these repetitions; `by_run` shows how far the repetitions themselves lie apart. Runs of the same methods that have
+no task in common are one run in parts. Runs of pictures may differ in their seeds: then a method's pictures are those
+of all its runs, and every method needs the same ones.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from molecli.engine.runs import (
     check_versions,
     counts,
     read_run,
+    whole_runs,
 )
 from molecli.engine.scoring import scored_samples
 from molecli.engine.tables import AVERAGE, Row, ScoreTable, Table, TextRow, TextTable, draw, to_markdown
@@ -366,7 +368,8 @@ def run_compare(
         raise UsageError("--compare", "no results are named", "Write folders that mole evaluate wrote.")
     for name in metrics or ():
         metric_row(name)
-    runs = [read_run(target) for target in targets]
+    read = [read_run(target) for target in targets]
+    runs = whole_runs(read)
     known = list(dict.fromkeys(task for run in runs for task in run.content["results"]))
     for task in tasks or ():
         if task not in known:
@@ -374,7 +377,7 @@ def run_compare(
     wanted = list(dict.fromkeys(tasks or known))
     contests = [line_up(runs, chosen) for chosen in chosen_metrics(runs, wanted, metrics)]
     return CompareReport(
-        runs, [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests], samples, seed
+        read, [(contest, judged(contest, samples=samples, seed=seed)) for contest in contests], samples, seed
     )
 
 

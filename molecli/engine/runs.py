@@ -1,6 +1,7 @@
 """Finished evaluations, read back from their folders, and whether two of them can be compared.
 
 Run               what results.json and the samples beside it say       read_run          [NAME=]PATH -> Run
+joined            runs over other tasks as one                          whole_runs        parts -> runs
 check_tasks       the same tasks                                        check_settings    one name, one method
 check_versions    the same metric, suite, CLIP and completions          check_examples    the same examples, or scenes
 """
@@ -130,6 +131,51 @@ def _scene(sample: Sample) -> tuple[Any, ...]:
     return sample["scene"], sample["prompt"], tuple(sample["loras"])
 
 
+# Parts of results.json that have an entry for each task, or for each metric that tasks have.
+_BY_TASK = ("n-shot", "versions", "n-samples", "configs", "higher_is_better", "metric_versions", "normalisers")
+
+
+def joined(runs: Sequence[Run]) -> Run:
+    """Runs of the same methods over different tasks as one, in the place of the first."""
+    first = runs[0]
+    results = {task: scores for run in runs for task, scores in run.content["results"].items()}
+    samples = {task: by for run in runs for task, by in run.samples.items()}
+    merged = {
+        key: {k: v for run in runs for k, v in run.content[key].items()} for key in _BY_TASK if key in first.content
+    }
+    return Run(first.place, {**first.content, **merged, "results": results}, samples, first.methods)
+
+
+def whole_runs(runs: Sequence[Run]) -> list[Run]:
+    """Those of the same methods that have no task in common, joined: they do not repeat each other. One that has a task
+    again begins the next repetition.
+
+    Raises: MismatchError where one name stands for two settings, or for scores that are not made alike.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        group = next((some for some in groups if all(_are_parts(one, run) for one in some)), None)
+        if group is None:
+            groups.append([run])
+            continue
+        for one in group:
+            _check_parts(one, run)
+        group.append(run)
+    return [joined(some) for some in groups]
+
+
+def _are_parts(first: Run, run: Run) -> bool:
+    return run.methods == first.methods and run.content["results"].keys().isdisjoint(first.content["results"])
+
+
+def _check_parts(first: Run, run: Run) -> None:
+    for method in run.methods:
+        check_settings(method, first, run)
+    _check_alike("the CLIP", first, run, lambda content: content.get("clip"))
+    for metric in sorted(run.content["metric_versions"].keys() & first.content["metric_versions"]):
+        _check_alike(f"the metric {metric}", first, run, _version(metric))
+
+
 def check_tasks(runs: Sequence[Run], tasks: Iterable[str]) -> None:
     """Nothing. Raises: MismatchError where a run lacks one of the tasks."""
     for task in tasks:
@@ -146,7 +192,7 @@ def check_versions(first: Run, run: Run, task: str, metric: str) -> None:
         remedy = f"Write --metrics with some of: {', '.join(run.scores(task))}."
         raise MismatchError(run.place, f"the task {task!r} is not scored by {metric}", remedy)
     versions: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-        f"the metric {metric}": lambda content: content["metric_versions"].get(metric),
+        f"the metric {metric}": _version(metric),
         "the longest completion": lambda content: _longest(content, task),
     }
     if first.content.get("suite") == run.content.get("suite"):
@@ -154,10 +200,18 @@ def check_versions(first: Run, run: Run, task: str, metric: str) -> None:
     if metric.endswith("_alignment"):
         versions["the CLIP"] = lambda content: content.get("clip")
     for what, of in versions.items():
-        here, there = of(run.content), of(first.content)
-        if here != there:
-            said = f"{what} is {here} here and {there} in {first.place}"
-            raise MismatchError(run.place, said, "Evaluate both alike.")
+        _check_alike(what, first, run, of)
+
+
+def _version(metric: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda content: content["metric_versions"].get(metric)
+
+
+def _check_alike(what: str, first: Run, run: Run, of: Callable[[Mapping[str, Any]], Any]) -> None:
+    here, there = of(run.content), of(first.content)
+    if here != there:
+        said = f"{what} is {here} here and {there} in {first.place}"
+        raise MismatchError(run.place, said, "Evaluate both alike.")
 
 
 def _longest(content: Mapping[str, Any], task: str) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molecli.engine.compare import CompareReport, chosen_metrics, judged, line_up
-from molecli.engine.runs import Run, read_run
+from molecli.engine.runs import Run, joined, read_run
 from molecli.engine.study_gates import Look, entropy_course_png, look_tables, read_looks
 from molecli.engine.study_growth import Growth, growth_table, growths
 from molecli.engine.study_published import beside
@@ -154,7 +154,7 @@ def study_report(
     for name in scored:
         _, number, *rest = name.split("/")
         groups.setdefault((number, _group(recipe, number, rest)), []).append(_read(recipe, folder / name, rest))
-    runs, partial = _whole({key: _joined(some) for key, some in groups.items()})
+    runs, partial = _whole({key: joined(some) for key, some in groups.items()})
     base = [run for (number, _), run in runs.items() if number == "base"]
     own = [run for (number, _), run in runs.items() if number == "own"]
     found = {}
@@ -237,21 +237,6 @@ def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs
     subject = recipe.subject
     judgements = [(one, judged(one, samples=samples, seed=seed, subject=subject)) for one in contests]
     return CompareReport(parts[0][0], judgements, samples, seed)
-
-
-def _joined(runs: Sequence[Run]) -> Run:
-    """Runs of the same methods over different tasks as one."""
-    first = runs[0]
-    results = {task: scores for run in runs for task, scores in run.content["results"].items()}
-    samples = {task: by for run in runs for task, by in run.samples.items()}
-    merged = {
-        key: {k: v for run in runs for k, v in run.content[key].items()} for key in _BY_TASK if key in first.content
-    }
-    return Run(first.place, {**first.content, **merged, "results": results}, samples, first.methods)
-
-
-# Parts of results.json that have an entry for each task, or for each metric that tasks have.
-_BY_TASK = ("n-shot", "versions", "n-samples", "configs", "higher_is_better", "metric_versions", "normalisers")
 
 
 def _compositions(looks: Sequence[Look]) -> str:

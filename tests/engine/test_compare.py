@@ -163,6 +163,48 @@ def test_a_name_before_the_path_takes_the_last_method_under_it(run: str, tmp_pat
     }
 
 
+def in_parts(folder: Path, methods: dict[str, list[Any]], **more: Any) -> list[str]:
+    """A run, and one of each of its tasks alone."""
+    parts = [
+        save(folder / task, {name: [some[i]] for name, some in methods.items()}, **more) for i, task in enumerate(TASKS)
+    ]
+    return [save(folder / "whole", methods, **more), *parts]
+
+
+def test_runs_of_other_tasks_are_one_in_parts(run: str, tmp_path: Path) -> None:
+    whole, *parts = in_parts(tmp_path / "ties", {"ties": method(0.7, 9)})
+    wanted = run_compare([run, whole]).document()
+    found = run_compare([run, *reversed(parts)]).document()
+    assert found["comparisons"] == wanted["comparisons"]
+    assert [one["place"] for one in found["runs"]] == [run, *reversed(parts)]
+
+
+def test_parts_that_have_a_task_again_are_repetitions(run: str, tmp_path: Path) -> None:
+    seeds = [in_parts(tmp_path / str(i), {"gated": method(0.8, 20 + i)}) for i in range(2)]
+    wanted = run_compare([run, *(whole for whole, *_ in seeds)]).document()["comparisons"][0]
+    by_seed = [part for _, *parts in seeds for part in parts]
+    by_task = [part for parts in zip(*(parts for _, *parts in seeds), strict=True) for part in parts]
+    for order in (by_seed, by_task):
+        found = run_compare([run, *order]).document()["comparisons"][0]
+        assert found["methods"]["gated"] == {"runs": 3}
+        assert found["scores"] == wanted["scores"]
+        assert found["verdicts"] == wanted["verdicts"]
+
+
+def test_parts_of_another_version_of_the_metric_are_refused(tmp_path: Path) -> None:
+    _, one, _ = in_parts(tmp_path / "a", {"gated": method(0.5, 1)})
+    _, _, two = in_parts(tmp_path / "b", {"gated": method(0.5, 2)}, metric_versions={"exact_match": "2"})
+    said = f"{two}: the metric exact_match is 2 here and 1 in {one}. Evaluate both alike."
+    refused(MismatchError, said, [one, two])
+
+
+def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
+    _, one, _ = in_parts(tmp_path / "a", {"gated": method(0.5, 1)}, config={"base": {"id": "a"}})
+    _, _, two = in_parts(tmp_path / "b", {"gated": method(0.5, 2)}, config={"base": {"id": "b"}})
+    what = f"the method 'gated' is also in {one}, and `base` of their recipes differs"
+    refused(MismatchError, f"{two}: {what}. Give the last method of each a name: NAME=PATH.", [one, two])
+
+
 def test_a_folder_whose_name_holds_the_sign_is_a_folder(tmp_path: Path) -> None:
     run = save(tmp_path / "a=b", {"base": method(0.1, 1), "gated": method(0.9, 5)})
     assert list(run_compare([run]).runs[0].methods) == ["base", "gated"]
