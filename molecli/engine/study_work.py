@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import Queue
-from threading import Lock
+from threading import Event, Lock
 
 from molecli.engine.results import RESULTS_FILE
 from molecli.engine.side_by_side import run_mole
@@ -29,8 +29,8 @@ Note = Callable[[str], object]
 class Work:
     """Jobs of a study in `folder`, `at_once` side by side over the GPUs there are. failed: the name of a job -> why.
 
-    Many threads may call it. What is the same but for its place is made once: learned again on a GPU, it would not come
-    out alike.
+    Many threads may call it; those that wait for a job when it is closed end with an error. What is the same but for
+    its place is made once: learned again on a GPU, it would not come out alike.
     """
 
     def __init__(self, folder: Path, at_once: int, progress: Progress | None, note: Note) -> None:
@@ -45,6 +45,7 @@ class Work:
         self._planned: dict[Hashable, frozenset[tuple[str, str]]] = {}  # (phase, name)
         self._over: set[tuple[str, str]] = set()
         self._lock = Lock()
+        self._closed = Event()
 
     def plan(self, whose: Hashable, jobs: Sequence[Job]) -> None:
         """What is to be done for a column, in place of what was planned for it; progress is told phase by phase."""
@@ -78,7 +79,9 @@ class Work:
 
     def close(self) -> None:
         """Begins nothing more; what runs ends."""
-        self._pool.shutdown(cancel_futures=True)
+        # Each that is left ends itself: a future that is cancelled before a thread takes it up ends no `wait` for it.
+        self._closed.set()
+        self._pool.shutdown()
 
     def _start(self, job: Job) -> tuple[Job, Future[str]]:
         """(the job that makes the same, its failure or "" to come)."""
@@ -95,6 +98,8 @@ class Work:
     def _one(self, job: Job) -> str:
         import torch
 
+        if self._closed.is_set():
+            raise CancelledError(job.name)
         slot, gpus = self._slots.get(), torch.cuda.device_count()
         try:
             environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}

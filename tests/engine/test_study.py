@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event, Lock, Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -665,6 +667,41 @@ def test_an_error_in_one_column_ends_the_study(
     monkeypatch.setattr(study_work, "called", broken)
     with pytest.raises(KeyboardInterrupt):
         run_study(recipe(pair, tmp_path), at_once=1)
+
+
+def test_who_waits_for_a_job_that_will_not_begin_ends(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(recipe(pair, tmp_path, methods={"linear": None, "nla": None}))
+    first, second, *_ = (job for job in jobs if job.phase == "compositions")
+    began, go_on, ended = Event(), Event(), Event()
+
+    def called(job: Job, folder: Path, environment: dict[str, str]) -> str:
+        began.set()
+        assert go_on.wait(60)
+        return "stopped"
+
+    def waits() -> None:
+        with pytest.raises(CancelledError):
+            work.do([second], ["compositions"])
+        ended.set()
+
+    monkeypatch.setattr(study_work, "called", called)
+    work = study_work.Work(tmp_path, 1, None, lambda text: None)
+    threads = [Thread(target=work.do, args=([first], ["compositions"]), daemon=True), Thread(target=waits, daemon=True)]
+    threads[0].start()
+    assert began.wait(60)
+    threads[1].start()
+    while second.digest not in work._made:  # it lies behind the first
+        sleep(0.01)
+    closing = Thread(target=work.close, daemon=True)
+    closing.start()
+    assert work._closed.wait(60)
+    go_on.set()
+    assert ended.wait(60)
+    for thread in (closing, *threads):
+        thread.join(60)
+    assert work.failed == {first.name: "stopped"}
 
 
 @pytest.mark.slow
