@@ -191,11 +191,17 @@ def test_parts_that_have_a_task_again_are_repetitions(run: str, tmp_path: Path) 
         assert found["verdicts"] == wanted["verdicts"]
 
 
-def test_parts_of_another_version_of_the_metric_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"metric_versions": {"exact_match": "2"}}, "the metric exact_match is 2 here and 1"),
+        ({"clip": "ViT-B-32"}, "the CLIP is ViT-B-32 here and None"),
+    ],
+)
+def test_parts_that_are_not_scored_alike_are_refused(tmp_path: Path, other: dict[str, Any], said: str) -> None:
     _, one, _ = in_parts(tmp_path / "a", {"gated": method(0.5, 1)})
-    _, _, two = in_parts(tmp_path / "b", {"gated": method(0.5, 2)}, metric_versions={"exact_match": "2"})
-    said = f"{two}: the metric exact_match is 2 here and 1 in {one}. Evaluate both alike."
-    refused(MismatchError, said, [one, two])
+    _, _, two = in_parts(tmp_path / "b", {"gated": method(0.5, 2)}, **other)
+    refused(MismatchError, f"{two}: {said} in {one}. Evaluate both alike.", [one, two])
 
 
 def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:

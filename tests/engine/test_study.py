@@ -692,7 +692,7 @@ def test_who_waits_for_a_job_that_will_not_begin_ends(
     threads[0].start()
     assert began.wait(60)
     threads[1].start()
-    while second.digest not in work._made:  # it lies behind the first
+    while second.digest not in work._made and threads[1].is_alive():  # until it lies behind the first
         sleep(0.01)
     closing = Thread(target=work.close, daemon=True)
     closing.start()
