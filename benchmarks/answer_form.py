@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from molecli.engine.results import RESULTS_FILE
-from molecli.engine.runs import Sample, read_run
+from molecli.evaluation.results import RESULTS_FILE
+from molecli.evaluation.saved_results import Sample, read_run
 from molecli.metrics.exact_match import lorahub_text
 
 

@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from molecli.files.recipe import GateConfig
+from molecli.config import GateConfig
 
 MIB = 2**20
 # (device, work, experts) -> most times the base; what issue and README promise.

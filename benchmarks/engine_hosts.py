@@ -16,11 +16,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from molecli.engine.mixing import build_mixture
+from molecli.adapters.write import write_peft
+from molecli.config import GateConfig
 from molecli.experts import Expert, LowRank
-from molecli.files.adapters.write import write_peft
-from molecli.files.recipe import GateConfig
-from molecli.functional.balance import balance_loss
+from molecli.functional.gating import balance_loss
+from molecli.mixture.build import build_mixture
 
 BALANCE = 0.01
 

@@ -34,7 +34,7 @@ from image_training import training_steps
 from live_bytes import LiveBytes
 from rich.console import Console
 
-from molecli.files.recipe import GateConfig
+from molecli.config import GateConfig
 
 # What the issue promises: of the base, and of as many single passes with one LoRA.
 GATED_TARGET, COMPOSITE_TARGET, SWITCH_TARGET = 1.3, 1.1, 1.05

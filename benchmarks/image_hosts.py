@@ -18,14 +18,14 @@ import torch
 from image_pipelines import assemble
 from torch import Tensor, nn
 
-from molecli.backbones.diffusion import Diffusion
-from molecli.backbones.layouts import host_of
-from molecli.backbones.pipeline import PipelineModules
-from molecli.backbones.replay import Replayed, replaying
-from molecli.engine.mixing import build_mixture
+from molecli.adapters import write_diffusers
+from molecli.bases.diffusion import Diffusion
+from molecli.bases.pipeline import PipelineModules
+from molecli.bases.replay import Replayed, replaying
+from molecli.config import GateConfig, MethodConfig
 from molecli.experts import Expert, LowRank
-from molecli.files.adapters import write_diffusers
-from molecli.files.recipe import GateConfig, MethodConfig
+from molecli.mixture.build import build_mixture
+from molecli.mixture.layout import host_of
 
 PARTS: dict[str, Callable[[str], bool]] = {
     "attention": lambda matrix: matrix.startswith("unet.") and ".attn" in matrix,

@@ -12,9 +12,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from image_builtin import models
-from image_builtin.captions import LENGTH
 from torch import nn
+
+from tools.image_builtin import models
+from tools.image_builtin.captions import LENGTH
 
 # They tell of every further adapter what it lacks of the others, and of parts that none adapts.
 diffusers.logging.set_verbosity_error()

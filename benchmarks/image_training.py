@@ -10,7 +10,7 @@ import torch
 from image_hosts import PROMPT, Host
 from torch import Tensor
 
-from molecli.backbones.diffusion import Diffusion
+from molecli.bases.diffusion import Diffusion
 
 # Work that can be timed, by (host, checkpointed).
 Steps = dict[tuple[str, bool], Callable[[], Any]]

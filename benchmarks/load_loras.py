@@ -10,12 +10,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from molecli.backbones.loading import load_backbone
-from molecli.catalog import builtin_loras
-from molecli.engine.attach import read_experts
-from molecli.engine.mixing import build_mixture
+from molecli.bases.loading import load_backbone
+from molecli.catalog.builtin import builtin_loras
+from molecli.config import BaseConfig
 from molecli.files.lora_spec import LoraSpec
-from molecli.files.recipe import BaseConfig
+from molecli.mixture.attach import read_experts
+from molecli.mixture.build import build_mixture
 
 COUNT = 32
 

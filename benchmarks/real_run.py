@@ -93,8 +93,8 @@ def run(jobs: Sequence[Job], *, at_once: int) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """RUN/base: the GGUF unpacked to safetensors, so that every later command loads it in a second."""
-    from molecli.backbones.loading import load_backbone
-    from molecli.files.recipe import BaseConfig
+    from molecli.bases.loading import load_backbone
+    from molecli.config import BaseConfig
 
     gguf = Path(args.gguf)
     backbone = load_backbone(BaseConfig(id=str(gguf.parent), gguf_file=gguf.name, dtype="float32"), "cpu")

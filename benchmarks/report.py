@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from molecli.engine.study_growth import Growth, growth_table
-from molecli.engine.study_table import curve_of, draw_curve
-from molecli.engine.study_trials import Choice, choice_table, chosen_on
-from molecli.engine.tables import to_markdown
+from molecli.evaluation.tables import to_markdown
+from molecli.study.report import curve_of, draw_curve
+from molecli.study.scaling import Growth, growth_table
+from molecli.study.tuning import Choice, choice_table, chosen_on
 
 HEAD = """# Results
 

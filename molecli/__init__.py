@@ -11,7 +11,7 @@ __all__ = ["__version__", "attach"]
 def __getattr__(name: str) -> Any:
     # Lazy: `mole --help` imports this package, and must not wait for torch.
     if name == "attach":
-        from molecli.engine.attach import attach
+        from molecli.mixture.attach import attach
 
         return attach
     raise AttributeError(f"module 'molecli' has no attribute {name!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -31,3 +33,16 @@ class MismatchError(UserError):
     """Base, LoRAs and gates do not belong together, or a file is damaged."""
 
     exit_code = 3
+
+
+def near(key: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `key`, or None when nothing is close."""
+    matches = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """A remedy for the unknown name `key`: "Did you mean 'x'?", or the list of what is known."""
+    names = list(known)
+    nearest = near(key, names)
+    return f"Did you mean {nearest!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."

@@ -33,7 +33,7 @@ class LowRank:
         return self.A.shape[0]
 
     def delta(self) -> Tensor:
-        """The dense update, [d_out, d_in] or [c_out, c_in, k_h, k_w]. For references and merging; the engine never
+        """The dense update, [d_out, d_in] or [c_out, c_in, k_h, k_w]. For references and merging; a mixture never
         builds it."""
         return self.scaling * (self.B @ self.A.flatten(1)).view(-1, *self.A.shape[1:])
 

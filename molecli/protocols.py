@@ -17,8 +17,14 @@ Granularity = Literal["network", "block", "layer", "matrix"]
 # and values of cross-attention. Diffusion: a UNet's positions, a text encoder's tokens and the keys and values made of
 # them, and the embedding of the denoising time, one vector a picture.
 Stream = Literal["encoder", "decoder", "memory", "spatial", "text", "time"]
+# What an element of a picture is.
+ElementKind = Literal["object", "character", "clothing", "style", "background"]
 # (d_out, d_in) of a linear layer, (c_out, c_in, k_h, k_w) of a convolution.
 Shape = tuple[int, ...]
+# What long work calls as it goes on: a label, how much is done, of how much.
+Progress = Callable[[str, int, int], None]
+# What work calls with a line that the user should read.
+Note = Callable[[str], object]
 
 
 @dataclass(frozen=True)

@@ -259,3 +259,18 @@ def make_peft_adapter() -> Callable[..., Path]:
         return Path(folder)
 
     return make
+
+
+@pytest.fixture
+def explained() -> Callable[..., None]:
+    """`explained(call, code, message)` asserts the exact message and exit code of the UserError that `call` raises."""
+
+    from molecli.errors import UserError
+
+    def check(call: Callable[[], Any], code: int, message: str) -> None:
+        with pytest.raises(UserError) as caught:
+            call()
+        assert (caught.value.exit_code, str(caught.value)) == (code, message)
+        assert message.count("\n") < 3
+
+    return check

@@ -13,8 +13,8 @@ import torch
 from reference import read_naively
 from safetensors.torch import load_file
 
-from molecli.engine.mixing import build_mixture
-from molecli.files.recipe import GateConfig
+from molecli.config import GateConfig
+from molecli.mixture.build import build_mixture
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from molecli.compose import METHODS
+from molecli.catalog.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,4 +24,4 @@ def test_method_md_says_what_every_mode_reads() -> None:
     rows = next(list(found) for table, found in groupby(lines[start:], lambda line: line.startswith("|")) if table)
     cells = [[re.findall(r"`([^`]+)`", cell) for cell in row.strip("|").split("|")] for row in rows]
     said = {mode: tuple(keys) for modes, keys in cells for mode in modes}
-    assert said == {name: method.options for name, method in METHODS.items()}
+    assert said == {name: method.own_options for name, method in METHODS.items()}

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molecli.backbones.layouts import adaptable_matrices, host_of
-from molecli.compose import METHODS, Method
-from molecli.engine.mixing import build_mixture
+from molecli.catalog.methods import METHODS, Method
+from molecli.config import GateConfig, MethodConfig
 from molecli.experts import Expert, LowRank
-from molecli.files.recipe import GateConfig, MethodConfig
+from molecli.mixture.build import build_mixture
+from molecli.mixture.layout import adaptable_matrices, host_of
 
 ROOT = Path(__file__).parents[1]
 # Between them every tensor that gates have.
@@ -70,7 +70,11 @@ def pattern(name: str) -> re.Pattern[str]:
 
 def belongs(method: Method, whose: str) -> bool:
     """Whether the row says that it is about this method."""
-    return method.name in quoted(whose) or (method.merges and "merges" in whose) or f"level `{method.level}`" in whose
+    return (
+        method.name in quoted(whose)
+        or (method.family == "merges" and "merges" in whose)
+        or f"level `{method.level}`" in whose
+    )
 
 
 def compositions(language: Any, pipeline: Any) -> Iterator[tuple[Method, Mapping[str, Tensor]]]:

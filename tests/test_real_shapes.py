@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from molecli.engine.attach import attach
-from molecli.files.adapters import write_diffusers
-from molecli.files.recipe import MethodConfig
+from molecli.adapters import write_diffusers
+from molecli.config import MethodConfig
+from molecli.mixture.attach import attach
 
 pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -1,0 +1,1 @@
+"""The `mole` program: flags, printing, exit codes; the only place that knows Typer."""

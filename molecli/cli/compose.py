@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from molecli.catalog.methods import SUM
 from molecli.cli.options import (
     BASE,
     DATA,
@@ -17,12 +18,12 @@ from molecli.cli.options import (
     TRAIN,
     Flag,
     Request,
-    Switch,
+    Toggle,
     recipe_command,
 )
 from molecli.cli.runs import recipe_file, show_plan, started
 from molecli.cli.single import single
-from molecli.files.recipe import ComposeRecipe
+from molecli.config import ComposeRecipe
 
 # What gates learn from on a diffusion base.
 OBJECTIVE = (
@@ -47,9 +48,9 @@ FLAGS = (
     *TRAIN,
     Flag("--balance", "train.balance"),
     *IMAGE,
-    Flag("--preview", "preview", metavar="MODES", default="linear"),
-    Switch("--no-preview", "images: draw nothing of the finished composition"),
-    Switch("--no-evaluate", "compose only; score nothing afterwards"),
+    Flag("--preview", "preview", metavar="MODES", default=SUM),
+    Toggle("--no-preview", "images: draw nothing of the finished composition"),
+    Toggle("--no-evaluate", "compose only; score nothing afterwards"),
     Flag("--eval-limit", "evaluate.data.limit"),
     Flag("--allow-partial", "allow_partial"),
     *SEED_AND_DEVICE,
@@ -73,14 +74,16 @@ def compose(request: Request) -> None:
     off = {"no_evaluate": "evaluate=null", "no_preview": "preview=[]"}
     recipe = request.recipe(file, sets=[key for switch, key in off.items() if request.switches[switch]])
     assert isinstance(recipe, ComposeRecipe)
-    if request.switches["dry_run"]:
-        show_plan(recipe, request, file=file)
-        return
-    with started(recipe, request, file=file) as ready:
-        from molecli.engine.compose import run_compose
+    from molecli.commands.compose import run_compose
+    from molecli.commands.domain import domain_of
 
+    domain = domain_of(recipe.base)
+    if request.switches["dry_run"]:
+        show_plan(recipe, request, file=file, domain=domain)
+        return
+    with started(recipe, request, file=file, domain=domain) as ready:
         console = request.console
-        report = run_compose(ready, resume=request.resume, progress=console.progress, note=console.note)
+        report = run_compose(ready, domain=domain, resume=request.resume, progress=console.progress, note=console.note)
     request.console.result(report, report.show)
 
 

@@ -85,7 +85,7 @@ def start(*, json: bool = False, quiet: bool = False, verbose: bool = False) -> 
     """The console of the command that begins now; `current` returns it from here on."""
     global _current
     _current = Console(json=json, quiet=quiet, verbose=verbose)
-    # The libraries' own loading bars and advice follow this logger (backbones.loading).
+    # The libraries' own loading bars and advice follow this logger (bases.library_logs).
     logging.getLogger("molecli").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from molecli.catalog.suites import OWN_SCENES, OWN_TEXTS
 from molecli.cli.options import (
     BASE,
     DRY_RUN,
@@ -16,14 +17,15 @@ from molecli.cli.options import (
     SEED_AND_DEVICE,
     Flag,
     Request,
-    Switch,
+    Toggle,
     recipe_command,
 )
 from molecli.cli.runs import RECIPE_FILE, base_of_composition, is_recipe, recipe_file, show_plan, started
 from molecli.cli.single import single
+from molecli.config import EvaluateRecipe, dump_recipe
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
-from molecli.files.recipe import EvaluateRecipe, dump_recipe
+from molecli.files.output_folder import check, claim
 
 FLAGS = (
     *BASE,
@@ -32,7 +34,10 @@ FLAGS = (
     Flag("--suite", "eval.data.suite"),
     Flag("--data-dir", "eval.data.data_dir", metavar="DIR"),
     Flag(
-        "--files", "eval.data.files", "with commas between; implies --suite jsonl (images: pictures)", metavar="FILES"
+        "--files",
+        "eval.data.files",
+        f"with commas between; implies --suite {OWN_TEXTS} (images: {OWN_SCENES})",
+        metavar="FILES",
     ),
     Flag("--tasks", "eval.data.tasks", metavar="TASKS"),
     Flag("--split", "eval.data.split"),
@@ -53,8 +58,8 @@ FLAGS = (
     *MASKS,
     *SEED_AND_DEVICE,
     *OUTPUT,
-    Switch("--resume", "images: draw and judge only what an earlier run in the output folder left undone"),
-    Switch("--compare", "score nothing: compare the methods of finished evaluations, their folders named instead"),
+    Toggle("--resume", "images: draw and judge only what an earlier run in the output folder left undone"),
+    Toggle("--compare", "score nothing: compare the methods of finished evaluations, their folders named instead"),
     DRY_RUN,
 )
 COMPARE_FLAGS = ("--tasks", "--metrics", "--bootstrap", "--seed", "--output")
@@ -86,24 +91,25 @@ def evaluate(request: Request) -> None:
     file, more = _file_and_compositions(request)
     recipe = request.recipe(file, more=more)
     assert isinstance(recipe, EvaluateRecipe)
-    if request.switches["dry_run"]:
-        show_plan(recipe, request, file=file)
-        return
-    if request.resume:
-        _check_resumable(recipe)
-    with started(recipe, request, file=file) as ready:
-        from molecli.engine.evaluate import run_evaluate
+    from molecli.commands.evaluate import domain_for, read_compositions, run_evaluate
 
+    domain, console = domain_for(recipe, read_compositions(recipe)), request.console
+    if request.switches["dry_run"]:
+        show_plan(recipe, request, file=file, domain=domain)
+        return
+    if request.resume and not domain.command("evaluate").RESUMES:
+        what = "an evaluation of a language model has nothing to go on from"
+        raise UsageError("--resume", what, "Write --overwrite to repeat it.")
+    with started(recipe, request, file=file, domain=domain) as ready:
         if request.resume:  # it may ask for more pictures than the run that it goes on from
             write_text(Path(ready.output) / RECIPE_FILE, dump_recipe(ready))
-        report = run_evaluate(ready, progress=request.console.progress, note=request.console.note)
+        report = run_evaluate(ready, domain=domain, progress=console.progress, note=console.note)
     request.console.result(report, report.show)
 
 
 def _compare(request: Request) -> None:
     """The comparison of finished evaluations. Raises: UsageError, MismatchError."""
-    from molecli.engine import output
-    from molecli.engine.compare import run_compare
+    from molecli.evaluation.compare import run_compare
 
     _check_compare_flags(request)
     recipe = request.recipe(None)
@@ -111,7 +117,7 @@ def _compare(request: Request) -> None:
     folder = str(recipe.output) if "output" in request.overrides else None
     overwrite = bool(request.switches["overwrite"])
     if folder is not None:
-        output.check(folder, overwrite=overwrite, resumable=False)
+        check(folder, overwrite=overwrite, resumable=False)
     settings = recipe.eval
     report = run_compare(
         request.targets,
@@ -121,7 +127,7 @@ def _compare(request: Request) -> None:
         seed=recipe.seed,
     )
     if folder is not None:
-        report.write(output.claim(folder, overwrite=overwrite, resumable=False))
+        report.write(claim(folder, overwrite=overwrite, resumable=False))
         request.console.note(f"Written: {folder}")
     request.console.result(report.document(), report.show)
 
@@ -135,15 +141,6 @@ def _check_compare_flags(request: Request) -> None:
         if name not in COMPARE_FLAGS:
             remedy = f"Leave it out: {', '.join(COMPARE_FLAGS)} apply."
             raise UsageError(name, "it says how to evaluate, and --compare evaluates nothing", remedy)
-
-
-def _check_resumable(recipe: EvaluateRecipe) -> None:
-    """Nothing. Raises: UsageError for a language model, whose evaluation leaves nothing to go on from."""
-    from molecli.engine.sample import draws_pictures
-
-    if not draws_pictures(recipe.base, next(iter(recipe.compositions), None)):
-        what = "an evaluation of a language model has nothing to go on from"
-        raise UsageError("--resume", what, "Write --overwrite to repeat it.")
 
 
 def _file_and_compositions(request: Request) -> tuple[str | None, dict[str, Any]]:

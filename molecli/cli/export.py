@@ -13,14 +13,14 @@ from molecli.cli.options import (
     SEED_AND_DEVICE,
     Flag,
     Request,
-    Switch,
+    Toggle,
     recipe_command,
 )
 from molecli.cli.prompts import read_prompts
 from molecli.cli.runs import base_of_composition, is_recipe, show_plan, started
 from molecli.cli.single import single
+from molecli.config import ExportRecipe
 from molecli.errors import UsageError
-from molecli.files.recipe import ExportRecipe
 
 FLAGS = (
     Flag("--format", "format"),
@@ -28,8 +28,8 @@ FLAGS = (
     Flag("--dtype", "dtype"),
     Flag("--verify", "verify"),
     Flag("--calibrate", "calibration.examples", "with commas between", metavar="FILES"),
-    Switch("--prompt", "images: a prompt to draw for calibration; may be repeated", kind=list[str], metavar="TEXT"),
-    Switch("--prompts-file", "images: such prompts, one a line, or .jsonl; - reads stdin", kind=str, metavar="FILE"),
+    Toggle("--prompt", "images: a prompt to draw for calibration; may be repeated", kind=list[str], metavar="TEXT"),
+    Toggle("--prompts-file", "images: such prompts, one a line, or .jsonl; - reads stdin", kind=str, metavar="FILE"),
     Flag("--data-dir", "calibration.data_dir", metavar="DIR"),
     Flag("--limit", "calibration.limit"),
     Flag("--batch-size", "calibration.batch_size"),
@@ -64,13 +64,14 @@ def export(request: Request) -> None:
     assert isinstance(recipe, ExportRecipe)
     if recipe.composition is None:
         raise UsageError(str(file), "it names no composition", "Write composition: DIR.")
-    if request.switches["dry_run"]:
-        show_plan(recipe, request, file=file)
-        return
-    with started(recipe, request, file=file) as ready:
-        from molecli.engine.export import run_export
+    from molecli.commands.export import domain_for, run_export
 
-        report = run_export(ready, progress=request.console.progress, note=request.console.note)
+    domain, console = domain_for(recipe), request.console
+    if request.switches["dry_run"]:
+        show_plan(recipe, request, file=file, domain=domain)
+        return
+    with started(recipe, request, file=file, domain=domain) as ready:
+        report = run_export(ready, domain=domain, progress=console.progress, note=console.note)
     request.console.result(report, report.show)
 
 

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from molecli.cli.options import BASE, IMAGE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Switch, recipe_command
+from molecli.catalog.suites import OWN_TEXTS
+from molecli.cli.options import BASE, IMAGE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Toggle, recipe_command
 from molecli.cli.runs import base_of_composition, is_recipe, started
 from molecli.cli.single import single
+from molecli.config import BaseConfig, InspectGatesRecipe
 from molecli.errors import UsageError
-from molecli.files.recipe import EvaluateRecipe
 
-EXAMPLES_PER_TASK, PICTURES_PER_PROMPT = 64, 1
+if TYPE_CHECKING:
+    from molecli.commands.domain import Domain
 
 FLAGS = (
     *BASE,
     *LORAS,
-    Flag("--suite", "eval.data.suite", "without one, the data that the composition was scored on", default=""),
-    Flag("--data-dir", "eval.data.data_dir", metavar="DIR"),
-    Flag("--files", "eval.data.files", "with commas between; implies --suite jsonl", metavar="FILES"),
-    Flag("--tasks", "eval.data.tasks", metavar="TASKS"),
-    Flag("--split", "eval.data.split"),
-    Flag("--holdout", "eval.data.holdout"),
-    Flag("--limit", "eval.data.limit", default=str(EXAMPLES_PER_TASK)),
-    Switch(
+    Flag("--suite", "data.suite", "without one, the data that the composition was scored on", default=""),
+    Flag("--data-dir", "data.data_dir", metavar="DIR"),
+    Flag("--files", "data.files", f"with commas between; implies --suite {OWN_TEXTS}", metavar="FILES"),
+    Flag("--tasks", "data.tasks", metavar="TASKS"),
+    Flag("--split", "data.split"),
+    Flag("--holdout", "data.holdout"),
+    Flag("--limit", "data.limit"),
+    Toggle(
         "--prompt",
         "a diffusion base: a prompt to draw; may be repeated; without one, the prompts of the concepts",
         kind=list[str],
         metavar="TEXT",
     ),
-    Flag("--images", "eval.images", default=str(PICTURES_PER_PROMPT)),
+    Flag("--images", "images"),
     *IMAGE,
-    Flag("--batch-size", "eval.batch_size"),
+    Flag("--batch-size", "batch_size"),
     *MASK,
-    Switch("--csv", "print CSV on stdout: task or denoising step, site, expert, weight"),
-    Switch("--png", "also draw the heatmap of sites by experts or denoising steps into FILE", kind=str, metavar="FILE"),
+    Toggle("--csv", "print CSV on stdout: task or denoising step, site, expert, weight"),
+    Toggle("--png", "also draw the heatmap of sites by experts or denoising steps into FILE", kind=str, metavar="FILE"),
     *SEED_AND_DEVICE,
     *SAVE,
 )
 TARGET = ("COMPOSITION", "The folder of a composition, or its .safetensors.")
 
 
-@recipe_command("inspect-gates", target=TARGET, flags=FLAGS, model="evaluate")
+@recipe_command("inspect-gates", target=TARGET, flags=FLAGS)
 def inspect_gates(request: Request) -> None:
     """Show what the gates of a composition do.
 
@@ -50,57 +52,47 @@ def inspect_gates(request: Request) -> None:
     """
     if not request.targets:
         raise UsageError("mole inspect-gates", "no composition is named", "Name the output folder of mole compose.")
+    from molecli.commands.domain import domain_of
+    from molecli.commands.inspect_gates import check_gates, defaults_for
+    from molecli.files.composition import load_composition
+    from molecli.mixture.attach import base_of
+
     target = request.targets[0]
     file = target if is_recipe(target) else None
-    more = {} if file else _own_data(target, request)
-    if request.switches["prompt"]:
-        more["prompts"] = list(request.switches["prompt"])
+    more: dict[str, Any] = {"prompts": list(request.switches["prompt"])} if request.switches["prompt"] else {}
+    domain = None
+    if file is None:
+        composition, named = load_composition(target), request.overrides.get("base.id")
+        check_gates(target, composition)
+        domain = domain_of(base_of(BaseConfig(id=named) if named else None, composition))
+        more |= _unless_named(defaults_for(target, composition, domain), request)
+        more |= base_of_composition(target, request)
     recipe = request.recipe(file, more=more)
-    assert isinstance(recipe, EvaluateRecipe)
-    if len(recipe.compositions) != 1:
-        raise UsageError(target, f"it names {len(recipe.compositions)} compositions, not one", "Name the composition.")
+    assert isinstance(recipe, InspectGatesRecipe)
+    if recipe.composition is None:
+        raise UsageError(target, "it names no composition", "Write composition: DIR.")
     if "output" not in request.overrides:
-        _inspect(recipe, request, save=False)
+        _inspect(recipe, request, domain, save=False)
         return
-    with started(recipe, request, file=file) as ready:
-        _inspect(ready, request, save=True)
+    with started(recipe, request, file=file, domain=domain) as ready:
+        _inspect(ready, request, domain, save=True)
 
 
-def _inspect(recipe: EvaluateRecipe, request: Request, *, save: bool) -> None:
-    from molecli.engine.inspect import run_inspect
+def _inspect(recipe: InspectGatesRecipe, request: Request, domain: Domain | None, *, save: bool) -> None:
+    from molecli.commands.inspect_gates import run_inspect
 
-    report = run_inspect(recipe, progress=request.console.progress, note=request.console.note, save=save)
+    console = request.console
+    report = run_inspect(recipe, domain=domain, progress=console.progress, note=console.note, save=save)
     if request.switches["png"]:
         report.draw(request.switches["png"])
     text = report.csv() if request.switches["csv"] else "\n".join(report.lines()) + "\n"
-    request.console.result(report.document(), lambda: print(text, end=""))
+    console.result(report.document(), lambda: print(text, end=""))
 
 
-def _own_data(path: str, request: Request) -> dict[str, Any]:
-    """The composition, and as the data to look at what its own recipe scored, unless a suite is named."""
-    import yaml
-
-    from molecli.backbones.sources import find_base
-    from molecli.engine.sample import base_of
-    from molecli.files.composition import load_composition
-    from molecli.files.recipe import BaseConfig
-
-    composition = load_composition(path)
-    named = request.overrides.get("base.id")
-    if (
-        composition.level == "site"
-        and find_base(base_of(BaseConfig(id=named) if named else None, composition)).pipeline
-    ):
-        return {"compositions": [path], "eval.images": PICTURES_PER_PROMPT, **base_of_composition(path, request)}
-    more: dict[str, Any] = {"compositions": [path], "eval.data.limit": EXAMPLES_PER_TASK}
-    more |= base_of_composition(path, request)
-    if "eval.data.suite" not in request.overrides:
-        own = yaml.safe_load(composition.recipe)
-        scored = (own.get("evaluate") or {}).get("data")
-        # What the gates learned from, whole: its held-out part is no more than a part.
-        data = scored or {**own["data"], "holdout": 0.0}
-        more |= {f"eval.data.{key}": value for key, value in data.items() if key != "limit"}
-    return more
+def _unless_named(defaults: dict[str, Any], request: Request) -> dict[str, Any]:
+    """The defaults, less the composition's own data where a suite is named."""
+    own = "data.suite" not in request.overrides
+    return {key: value for key, value in defaults.items() if own or not key.startswith("data.")}
 
 
 app = single(inspect_gates)

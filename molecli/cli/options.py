@@ -1,7 +1,7 @@
 """Flags made from recipe fields: type, choices, default and help text come from the field, so nothing is said twice.
 
     Flag              one flag and the recipe key it overrides
-    Switch            one flag that is no recipe key
+    Toggle            one flag that is no recipe key
     Request           what a command was asked to do
     recipe_command    a command function whose signature is built from flags
 
@@ -19,11 +19,12 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from molecli.catalog.suites import OWN_TEXTS
 from molecli.cli import console
 from molecli.cli.console import Console
-from molecli.files.recipe import RECIPES, Recipe, load_recipe
-from molecli.files.recipe.domains import IMAGE_DEFAULTS
-from molecli.files.recipe.shorthand import as_names
+from molecli.config import RECIPES, Recipe, load_recipe
+from molecli.config.defaults import IMAGE_DEFAULTS
+from molecli.config.shorthand import as_names
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Switch:
+class Toggle:
     """A flag outside the recipe; its value is in `Request.switches`."""
 
     name: str
@@ -103,7 +104,7 @@ TRAIN = (
 DATA = (
     Flag("--suite", "data.suite"),
     Flag("--data-dir", "data.data_dir", metavar="DIR"),
-    Flag("--files", "data.files", "with commas between; implies --suite jsonl", metavar="FILES"),
+    Flag("--files", "data.files", f"with commas between; implies --suite {OWN_TEXTS}", metavar="FILES"),
     Flag("--tasks", "data.tasks", metavar="TASKS"),
     Flag("--limit", "data.limit"),
     Flag("--holdout", "data.holdout"),
@@ -130,16 +131,16 @@ METHOD = (
     Flag("--expression", "method.expression"),
 )
 SEED_AND_DEVICE = (Flag("--seed", "seed"), Flag("--device", "device"))
-OVERWRITE = Switch("--overwrite", "replace what an earlier run left in the output folder")
+OVERWRITE = Toggle("--overwrite", "replace what an earlier run left in the output folder")
 OUTPUT = (Flag("--output", "output", metavar="DIR", default="runs/COMMAND-TIME"), OVERWRITE)
 SAVE = (Flag("--output", "output", "without one nothing is written", metavar="DIR", default=""), OVERWRITE)
 RECIPE = ("RECIPE", "A .yaml file, a run's folder or the name of a shipped recipe.")
-RESUME = Switch("--resume", "continue from the newest checkpoint in the output folder")
-DRY_RUN = Switch("--dry-run", "show the resolved plan; load no weights, write nothing")
+RESUME = Toggle("--resume", "continue from the newest checkpoint in the output folder")
+DRY_RUN = Toggle("--dry-run", "show the resolved plan; load no weights, write nothing")
 _EVERYWHERE = (
-    Switch("--json", "print one JSON document on stdout and nothing else there"),
-    Switch("--quiet", "no progress and no notes on stderr"),
-    Switch("--verbose", "notes on every step, and tracebacks, on stderr"),
+    Toggle("--json", "print one JSON document on stdout and nothing else there"),
+    Toggle("--quiet", "no progress and no notes on stderr"),
+    Toggle("--verbose", "notes on every step, and tracebacks, on stderr"),
 )
 
 
@@ -148,7 +149,7 @@ def recipe_command(
     *,
     target: tuple[str, str],
     many: bool = False,
-    flags: Sequence[Flag | Switch] = (),
+    flags: Sequence[Flag | Toggle] = (),
     model: str | None = None,
 ) -> Callable[[Callable[[Request], None]], Callable[..., None]]:
     """A decorator: the function of a `Request` becomes a Typer command with these flags.
@@ -176,29 +177,29 @@ def recipe_command(
 _SET_HELP = "override any recipe key, e.g. --set train.warmup_steps=5; may be repeated"
 
 
-def _request(model: str, flags: Sequence[Flag | Switch], values: dict[str, Any]) -> Request:
+def _request(model: str, flags: Sequence[Flag | Toggle], values: dict[str, Any]) -> Request:
     overrides: dict[str, Any] = {}
     switches: dict[str, Any] = {}
     for flag in flags:
         value = values[flag.parameter]
-        if isinstance(flag, Switch):
+        if isinstance(flag, Toggle):
             switches[flag.parameter] = value
         elif flag.many and value:
             overrides[flag.key] = value[0] if len(value) == 1 else [as_names(text) for text in value]
         elif value is not None and not flag.many:
             overrides[flag.key] = value
-    _imply_jsonl(overrides)
+    _imply_suite(overrides)
     named = {name: bool(switches.pop(name)) for name in ("json", "quiet", "verbose")}
     target = values["target"] or ()
     targets = (target,) if isinstance(target, str) else tuple(target)
     return Request(model, targets, overrides, tuple(values["set"] or ()), switches, console.start(**named))
 
 
-def _imply_jsonl(overrides: dict[str, Any]) -> None:
-    """Own files are read by suite jsonl, unless another suite was named beside them."""
+def _imply_suite(overrides: dict[str, Any]) -> None:
+    """Own files are read by their own suite, unless another suite was named beside them."""
     for key in [key for key in overrides if key.rpartition(".")[2] == "files"]:
         overrides[key] = [part.strip() for part in overrides[key].split(",") if part.strip()]
-        overrides.setdefault(key.removesuffix("files") + "suite", "jsonl")
+        overrides.setdefault(key.removesuffix("files") + "suite", OWN_TEXTS)
 
 
 def _target_parameter(target: tuple[str, str], many: bool) -> inspect.Parameter:
@@ -207,9 +208,9 @@ def _target_parameter(target: tuple[str, str], many: bool) -> inspect.Parameter:
     return _keyword("target", list[str] | None if many else str | None, argument)
 
 
-def _parameter(flag: Flag | Switch, model: type[BaseModel], pictures: Mapping[str, Any]) -> inspect.Parameter:
+def _parameter(flag: Flag | Toggle, model: type[BaseModel], pictures: Mapping[str, Any]) -> inspect.Parameter:
     """`pictures`: the defaults that a diffusion base replaces, by section."""
-    if isinstance(flag, Switch):
+    if isinstance(flag, Toggle):
         kind = flag.kind if flag.kind is bool else flag.kind | None
         option = typer.Option(flag.name, help=flag.help, metavar=flag.metavar, show_default=False)
         return _keyword(flag.parameter, kind, option, False if flag.kind is bool else None)

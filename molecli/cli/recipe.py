@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from molecli import catalog
+from molecli.catalog import builtin
 from molecli.cli import console
+from molecli.config import dump_recipe, find_recipe, load_recipe
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
-from molecli.files.recipe import dump_recipe, find_recipe, load_recipe
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else there")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, a run's folder or a shipped name.")]
@@ -28,7 +28,7 @@ app = typer.Typer(
 @app.command("ls")
 def ls(json: Json = False) -> None:
     """List the recipes that ship with mole."""
-    rows = {name: _summary(path) for name, path in catalog.recipes().items()}
+    rows = {name: _summary(path) for name, path in builtin.recipes().items()}
     width = max(map(len, rows), default=0)
     document = [{"name": name, "summary": summary} for name, summary in rows.items()]
     console.start(json=json).result(

@@ -6,25 +6,39 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from molecli import catalog
+from molecli.catalog import builtin
 from molecli.cli.options import Request
-from molecli.errors import UsageError
-from molecli.files.atomic import write_text
-from molecli.files.recipe import (
+from molecli.config import (
     ComposeRecipe,
     EvaluateRecipe,
     ExportRecipe,
+    InspectGatesRecipe,
     Recipe,
     SampleRecipe,
     StudyRecipe,
     TrainLoraRecipe,
     dump_recipe,
 )
+from molecli.errors import UsageError
+from molecli.files.atomic import write_text
+from molecli.files.output_folder import check, claim, default_folder
+
+if TYPE_CHECKING:
+    from molecli.commands.domain import Domain
 
 RECIPE_FILE = "recipe.yaml"
-R = TypeVar("R", TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, ExportRecipe, StudyRecipe)
+R = TypeVar(
+    "R",
+    TrainLoraRecipe,
+    ComposeRecipe,
+    SampleRecipe,
+    EvaluateRecipe,
+    InspectGatesRecipe,
+    ExportRecipe,
+    StudyRecipe,
+)
 
 
 def recipe_file(request: Request) -> str | None:
@@ -39,7 +53,7 @@ def recipe_file(request: Request) -> str | None:
 
 def is_recipe(target: str) -> bool:
     """Whether a positional argument names a recipe: a .yaml file, or a shipped recipe."""
-    return target.endswith((".yaml", ".yml")) or (target in catalog.recipes() and not Path(target).exists())
+    return target.endswith((".yaml", ".yml")) or (target in builtin.recipes() and not Path(target).exists())
 
 
 def base_of_composition(path: str, request: Request) -> dict[str, Any]:
@@ -57,29 +71,29 @@ def base_of_composition(path: str, request: Request) -> dict[str, Any]:
     return {f"base.{key}": value for key, value in own.items()}
 
 
-def show_plan(recipe: Recipe, request: Request, *, file: str | None = None) -> None:
-    """Prints what the run would do (--dry-run), or fails as the run would."""
-    from molecli.engine import output
-    from molecli.engine.plan import make_plan, plan_lines
+def show_plan(recipe: Recipe, request: Request, *, file: str | None = None, domain: Domain | None = None) -> None:
+    """Prints what the run on `domain` would do (--dry-run), or fails as the run would."""
+    from molecli.commands.plan import make_plan, plan_lines
 
     folder = output_folder(recipe, request, file)
-    output.check(folder, **_permissions(request))
-    plan = make_plan(recipe.model_copy(update={"output": folder}))
+    check(folder, **_permissions(request))
+    plan = make_plan(recipe.model_copy(update={"output": folder}), domain=domain)
     request.console.result(plan.document(), lambda: print("\n".join(plan_lines(plan))))
 
 
 @contextmanager
-def started(recipe: R, request: Request, *, file: str | None = None) -> Iterator[R]:
+def started(recipe: R, request: Request, *, file: str | None = None, domain: Domain | None = None) -> Iterator[R]:
     """The recipe with its output folder made, checked and recorded there; says afterwards where the run is.
 
-    A run that fails before it wrote anything leaves no folder behind, so that it can be repeated as it was written.
+    `domain`: that of the base, where the command knows it already. A run that fails before it wrote anything leaves no
+    folder behind, so that it can be repeated as it was written.
     """
     folder = output_folder(recipe, request, file)
     ready = recipe.model_copy(update={"output": folder})
     record, existed = Path(folder) / RECIPE_FILE, Path(folder).exists()
     if is_main_process():
-        _claim(ready, request, folder)
-        # A run that is resumed has its record; should the recipes differ, the engine says so. A study may have grown.
+        _claim(ready, request, folder, domain)
+        # A run that is resumed has its record; should the recipes differ, the command says so. A study may have grown.
         if not record.exists() or isinstance(ready, StudyRecipe):
             write_text(record, dump_recipe(ready))
     try:
@@ -95,26 +109,26 @@ def started(recipe: R, request: Request, *, file: str | None = None) -> Iterator
     request.console.note(f"Written: {folder}")
 
 
-def _claim(recipe: Recipe, request: Request, folder: str) -> None:
-    from molecli.engine import output
-
+def _claim(recipe: Recipe, request: Request, folder: str, domain: Domain | None) -> None:
     permissions = _permissions(request)
     replaces = permissions["overwrite"] and not isinstance(recipe, SampleRecipe)
     if (replaces or isinstance(recipe, StudyRecipe)) and Path(folder).is_dir():
-        _check_runs(recipe)  # A recipe that cannot run must not cost the results, or the record, that are there.
-    output.claim(folder, **permissions)
+        _check_runs(
+            recipe, domain
+        )  # A recipe that cannot run must not cost the results, or the record, that are there.
+    claim(folder, **permissions)
 
 
-def _check_runs(recipe: Recipe) -> None:
+def _check_runs(recipe: Recipe, domain: Domain | None) -> None:
     """Nothing. Raises: UserError as the run would, for what can be known before it."""
     if isinstance(recipe, StudyRecipe):
-        from molecli.engine.study import jobs_of
+        from molecli.study.run import jobs_of
 
         jobs_of(recipe)
     else:
-        from molecli.engine.plan import make_plan
+        from molecli.commands.plan import make_plan
 
-        make_plan(recipe, fetch=True)
+        make_plan(recipe, domain=domain, fetch=True)
 
 
 def _permissions(request: Request) -> dict[str, bool]:
@@ -131,8 +145,6 @@ def output_folder(recipe: Recipe, request: Request, file: str | None) -> str:
 
     A run's own recipe.yaml names the folder that run filled, and repeating the run must not need a second flag.
     """
-    from molecli.engine import output
-
     default = type(recipe).model_fields["output"].default
     given = default if recipe.output is None else str(recipe.output)
     repeated = file is not None and _same(_record(file), Path(given) / RECIPE_FILE) and not request.resume
@@ -142,7 +154,7 @@ def output_folder(recipe: Recipe, request: Request, file: str | None) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Each process would name its own: the clock may tick between them.
         raise UsageError("--output", "several processes need one folder to write", "Write --output DIR.")
-    return output.default_folder(recipe.command)
+    return default_folder(recipe.command)
 
 
 def is_main_process() -> bool:

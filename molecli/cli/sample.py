@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molecli.cli.options import (
     BASE,
@@ -14,17 +14,20 @@ from molecli.cli.options import (
     SEED_AND_DEVICE,
     Flag,
     Request,
-    Switch,
+    Toggle,
     recipe_command,
 )
 from molecli.cli.runs import base_of_composition, is_recipe, started
 from molecli.cli.single import single
+from molecli.config import SampleRecipe
 from molecli.errors import UsageError
-from molecli.files.recipe import SampleRecipe
+
+if TYPE_CHECKING:
+    from molecli.commands.sample import Samples
 
 FLAGS = (
-    Switch("--prompt", "a prompt; may be repeated; - reads stdin", kind=list[str], metavar="TEXT"),
-    Switch(
+    Toggle("--prompt", "a prompt; may be repeated; - reads stdin", kind=list[str], metavar="TEXT"),
+    Toggle(
         "--prompts-file",
         "prompts, one a line, or .jsonl with `prompt` or `input`; - reads stdin",
         kind=str,
@@ -70,41 +73,21 @@ def sample(request: Request) -> None:
         raise UsageError(
             "mole sample", "there is no prompt", "Write --prompt TEXT, --prompts-file FILE, or - for stdin."
         )
-    if _draws_pictures(recipe):
-        _draw(recipe, request, file)
-    elif recipe.output is None:
-        _complete(recipe, request)
-    else:
-        with started(recipe, request, file=file) as ready:
-            _complete(ready, request)
+    from molecli.commands.sample import domain_for, run_sample
+
+    domain, console = domain_for(recipe), request.console
+    if recipe.output is None and not domain.command("sample").IN_FOLDER:
+        _show(run_sample(recipe, domain=domain, progress=console.progress, note=console.note), request)
+        return
+    with started(recipe, request, file=file, domain=domain) as ready:
+        _show(run_sample(ready, domain=domain, progress=console.progress, note=console.note), request)
 
 
-def _complete(recipe: SampleRecipe, request: Request) -> None:
-    from molecli.engine.sample import run_sample
-
-    samples = run_sample(recipe, progress=request.console.progress)
-    request.console.result([sample.document() for sample in samples], lambda: _show([s.text for s in samples]))
-
-
-def _draw(recipe: SampleRecipe, request: Request, file: str | None) -> None:
-    from molecli.engine.images.sample import run_sample_pictures
-
-    with started(recipe, request, file=file) as ready:
-        album = run_sample_pictures(ready, progress=request.console.progress, note=request.console.note)
-        if album.pictures:
-            request.console.result(album.document(), lambda: _show([picture.path for picture in album.pictures]))
-        album.check()
-
-
-def _draws_pictures(recipe: SampleRecipe) -> bool:
-    from molecli.engine.sample import draws_pictures
-
-    return draws_pictures(recipe.base, recipe.composition)
-
-
-def _show(texts: list[str]) -> None:
-    for text in texts:
-        print(text)
+def _show(samples: Samples, request: Request) -> None:
+    """What was made, on stdout; then the error for what could not be."""
+    if len(samples):
+        request.console.result(samples.document(), lambda: print("\n".join(samples.lines())))
+    samples.check()
 
 
 def _prompts(request: Request, *, from_stdin: bool) -> list[str]:

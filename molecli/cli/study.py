@@ -11,20 +11,20 @@ from molecli.cli.options import (
     SEED_AND_DEVICE,
     Flag,
     Request,
-    Switch,
+    Toggle,
     recipe_command,
 )
 from molecli.cli.runs import output_folder, recipe_file, started
 from molecli.cli.single import single
+from molecli.config import StudyRecipe
 from molecli.errors import RunError, UsageError
-from molecli.files.recipe import StudyRecipe
 
 FLAGS = (
     *BASE,
     Flag("--data-dir", "data_dir", metavar="DIR"),
     Flag("--limit", "test.data.limit"),
-    Switch("--column", "run what this column needs, no more; may be repeated", kind=list[str], metavar="NAME"),
-    Switch("--jobs", "commands side by side; by default four a GPU, one without any", kind=int, metavar="N"),
+    Toggle("--column", "run what this column needs, no more; may be repeated", kind=list[str], metavar="NAME"),
+    Toggle("--jobs", "commands side by side; by default four a GPU, one without any", kind=int, metavar="N"),
     *SEED_AND_DEVICE,
     *OUTPUT,
     RESUME,
@@ -46,8 +46,8 @@ def study(request: Request) -> None:
         raise UsageError("study", "no recipe is named", "Name one; `mole recipe ls` lists those that ship.")
     recipe = request.recipe(file)
     assert isinstance(recipe, StudyRecipe)
-    from molecli.engine.study import check_columns, jobs_of, run_study
-    from molecli.engine.study_jobs import PHASES, chosen_jobs
+    from molecli.study.jobs import PHASES, chosen_jobs
+    from molecli.study.run import check_columns, jobs_of, run_study
 
     columns = request.switches["column"] or []
     check_columns(recipe, columns)

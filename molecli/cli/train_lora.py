@@ -17,8 +17,8 @@ from molecli.cli.options import (
 )
 from molecli.cli.runs import recipe_file, show_plan, started
 from molecli.cli.single import single
+from molecli.config import PicturesConfig, TrainLoraRecipe
 from molecli.errors import UsageError
-from molecli.files.recipe import PicturesConfig, TrainLoraRecipe
 
 # Pictures are an optional section, whose defaults the help would not show otherwise.
 _DEFAULTS = {name: field.default for name, field in PicturesConfig.model_fields.items()}
@@ -72,14 +72,17 @@ def train_lora(request: Request) -> None:
     recipe = request.recipe(file)
     assert isinstance(recipe, TrainLoraRecipe)
     _check_flags(request, recipe)
-    if request.switches["dry_run"]:
-        show_plan(recipe, request, file=file)
-        return
-    with started(recipe, request, file=file) as ready:
-        from molecli.engine.train_lora import run_train_lora
+    from molecli.commands.train_lora import domain_to_train, run_train_lora
 
+    domain = domain_to_train(recipe)
+    if request.switches["dry_run"]:
+        show_plan(recipe, request, file=file, domain=domain)
+        return
+    with started(recipe, request, file=file, domain=domain) as ready:
         console = request.console
-        report = run_train_lora(ready, resume=request.resume, progress=console.progress, note=console.note)
+        report = run_train_lora(
+            ready, domain=domain, resume=request.resume, progress=console.progress, note=console.note
+        )
     request.console.result(report, lambda: print(ready.output))
 
 

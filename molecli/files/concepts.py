@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from molecli.errors import MismatchError
+from molecli.errors import MismatchError, suggestion
 from molecli.files.atomic import write_text
-from molecli.files.near import suggestion
-from molecli.files.recipe.images import ElementKind
+from molecli.protocols import ElementKind
 
 CONCEPT_FILE = "concept.json"
 KINDS: tuple[str, ...] = get_args(ElementKind)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Protocol
 
-from molecli.catalog import builtin_lora
+from molecli.catalog.builtin import builtin_lora
 from molecli.errors import UsageError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -112,3 +112,7 @@ def _split_weight(text: str, rest: str) -> tuple[str, float]:
     if not math.isfinite(weight):
         raise UsageError(f"--loras {text}", f"the weight {match['weight']!r} is not a number", "Write name=PATH@0.7.")
     return match["source"], weight
+
+
+# The parts of a pipeline that LoRAs adapt, and what kohya's trainers call them.
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

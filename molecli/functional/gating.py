@@ -69,3 +69,11 @@ def rescale(values: Tensor, keep: Tensor) -> Tensor:
 def entropy(values: Tensor) -> Tensor:
     """Entropy in nats over the last axis: [..., N] -> [...]; at most log N (paper, Fig. 5)."""
     return -(values * values.clamp_min(1e-12).log()).sum(-1)
+
+
+def balance_loss(usage: Tensor) -> Tensor:
+    """-Σ_i log q_i of the mean gate values q [N]; smallest, N log N, where q is uniform.
+
+    Departs: the published code builds it from detached numbers, so that it trains nothing; here `usage` is live.
+    """
+    return -usage.clamp_min(1e-8).log().sum()

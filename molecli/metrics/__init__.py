@@ -3,89 +3,24 @@
 A metric scores every completion by itself, against all answers that are right, so that scores can be compared example
 by example (paired bootstrap). `aggregate` turns them into the task's score where that is not the mean (BLEU); such a
 metric says in `statistics` what an example adds to the sums that the task's score follows from. Metrics that take
-pictures score every picture by itself in the same way, against the scene it shows; see `metrics.shots`.
+pictures score every picture by itself in the same way, against the scene it shows; see `metrics.image_batch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from molecli.catalog.metrics import METRICS, MetricRow, metric_row
 from molecli.errors import UsageError
-from molecli.files.near import suggestion
 from molecli.protocols import Metric
 
 if TYPE_CHECKING:
-    from molecli.metrics.shots import PictureMetric
+    from molecli.metrics.image_batch import PictureMetric
 
 Aggregate = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
-
-
-@dataclass(frozen=True)
-class MetricRow:
-    """Where a metric lives and how to read it: scores lie in [0, upper]; raise `version` when a score can change.
-
-    takes: what it scores, completions or pictures. statistics, of_sums: of a metric with `aggregate`, for resampling.
-    """
-
-    score: str
-    summary: str
-    aggregate: str | None = None
-    statistics: str | None = None
-    of_sums: str | None = None
-    upper: float = 1.0
-    direction: Literal["higher", "lower"] = "higher"
-    version: str = "1"
-    takes: Literal["texts", "pictures"] = "texts"
-
-
-METRICS: dict[str, MetricRow] = {
-    "exact_match": MetricRow("molecli.metrics.exact_match:strict", "equal to an answer after stripping white space"),
-    "exact_match_lm_eval": MetricRow(
-        "molecli.metrics.exact_match:lm_eval",
-        "lm-eval's ignore_case and ignore_punctuation: also lower case, no punctuation",
-    ),
-    "exact_match_lorahub": MetricRow(
-        "molecli.metrics.exact_match:lorahub", "LoRAHub's scoring of BBH: lower case, full stops removed"
-    ),
-    "accuracy": MetricRow(
-        "molecli.metrics.accuracy:score", "first word equal to the label, case and punctuation aside"
-    ),
-    "set_match": MetricRow("molecli.metrics.set_match:score", "the same set of words, in any order"),
-    "f1": MetricRow("molecli.metrics.f1:score", "overlap of words, harmonic mean of precision and recall"),
-    "bleu": MetricRow(
-        "molecli.metrics.bleu:score",
-        "sacrebleu; the task's score is corpus BLEU",
-        aggregate="molecli.metrics.bleu:corpus",
-        statistics="molecli.metrics.bleu:statistics",
-        of_sums="molecli.metrics.bleu:of_sums",
-        upper=100.0,
-    ),
-    "rouge1": MetricRow("molecli.metrics.rouge:rouge1", "rouge-score, F of unigrams"),
-    "rouge2": MetricRow("molecli.metrics.rouge:rouge2", "rouge-score, F of bigrams"),
-    "rougeL": MetricRow("molecli.metrics.rouge:rougeL", "rouge-score, F of the longest common subsequence"),
-    "text_alignment": MetricRow(
-        "molecli.metrics.alignment:text", "CLIP cosine of the picture and its prompt", takes="pictures"
-    ),
-    "image_alignment": MetricRow(
-        "molecli.metrics.alignment:image",
-        "mean CLIP cosine of the picture and each concept's pictures, mean over the concepts",
-        takes="pictures",
-    ),
-    "recognised": MetricRow(
-        "molecli.metrics.recognised:score", "share of the scene's concepts that the recogniser finds", takes="pictures"
-    ),
-}
-
-
-def metric_row(name: str) -> MetricRow:
-    """The row of a metric. Raises: UsageError for an unknown name, with the nearest known one."""
-    if name not in METRICS:
-        raise UsageError("metrics", f"no metric is called {name!r}", suggestion(name, METRICS))
-    return METRICS[name]
 
 
 def load_metric(name: str) -> Metric:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from molecli.metrics.words import words
+from molecli.metrics._words import words
 
 
 def label(text: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from molecli.metrics.shots import Shots
+from molecli.metrics.image_batch import Shots
 
 
 def text(shots: Shots) -> list[float]:

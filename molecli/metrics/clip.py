@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molecli.catalog import BUILTIN_PREFIX, package_folder
-from molecli.errors import MismatchError, RunError, UsageError
-from molecli.files.near import suggestion
-from molecli.files.recipe import ClipConfig
+from molecli.catalog.builtin import BUILTIN_PREFIX, package_folder
+from molecli.config import ClipConfig
+from molecli.errors import MismatchError, RunError, UsageError, suggestion
 
 BUILTIN_CLIP = "builtin:tiny-clip"
 # OpenAI's largest at 224 pixels, by which most alignment scores that are published were computed.

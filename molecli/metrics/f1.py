@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from molecli.metrics.words import words
+from molecli.metrics._words import words
 
 
 def overlap(prediction: str, answer: str) -> float:

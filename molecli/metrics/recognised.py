@@ -6,7 +6,7 @@ The recogniser is kept apart from the CLIP that guides training and scores align
 from __future__ import annotations
 
 from molecli.errors import UsageError
-from molecli.metrics.shots import Shots
+from molecli.metrics.image_batch import Shots
 
 
 def score(shots: Shots) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from molecli.metrics.words import words
+from molecli.metrics._words import words
 
 
 def members(text: str) -> frozenset[str]:

@@ -1,93 +1,61 @@
-"""Suites: one row each, naming the class that reads it. A new suite is one file and one row.
+"""Suites, by the rows of `catalog.suites`: examples for language models, scenes for diffusion bases.
 
-SUITES hold examples for language models, SCENE_SUITES scenes for diffusion bases.
+Contents: load_suite, load_scene_suite, select_tasks, selected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from molecli.errors import UsageError
-from molecli.files.near import suggestion
+from molecli.catalog.suites import SUITES, SuiteRow, suite_row, takers
+from molecli.errors import UsageError, suggestion
 from molecli.protocols import SceneSuite, Split, Suite
+from molecli.suites.union import UnionSuite
 
-SUITES: dict[str, str] = {
-    "builtin": "molecli.suites.builtin:BuiltinSuite",
-    "bbh": "molecli.suites.bbh:BbhSuite",
-    "nli": "molecli.suites.nli:NliSuite",
-    "instruction_induction": "molecli.suites.instruction_induction:InstructionInductionSuite",
-    "translation": "molecli.suites.translation:TranslationSuite",
-    "struct2text": "molecli.suites.struct2text:Struct2TextSuite",
-    "cbqa": "molecli.suites.cbqa:CbqaSuite",
-    "jsonl": "molecli.suites.jsonl:JsonlSuite",
-}
-SCENE_SUITES: dict[str, str] = {
-    "emoji": "molecli.suites.emoji:EmojiSuite",
-    "dreambooth": "molecli.suites.dreambooth:DreamboothSuite",
-    "composlora": "molecli.suites.composlora:ComposLoraSuite",
-    "pictures": "molecli.suites.pictures:PicturesSuite",
-}
+Files = Mapping[str, str] | Sequence[str]
 
 
-def load_suite(name: str, *, files: Mapping[str, str] | Sequence[str] | None = None) -> Suite:
+def load_suite(name: str, *, files: Files | None = None) -> Suite:
     """The suite called `name`, or several joined by `+`.
 
-    `files` (task -> path, or paths whose stems name the tasks) is for `jsonl` alone.
+    `files` (task -> path, or paths whose stems name the tasks) is for a suite of one's own files.
 
-    Raises: UsageError for an unknown suite, or for files given to another suite.
+    Raises: UsageError for an unknown suite, or for files given to a suite that has its own.
     """
     if "+" in name:
-        from molecli.suites.union import UnionSuite
-
         return UnionSuite([load_suite(part) for part in name.split("+")])
-    if name in SCENE_SUITES:
-        what = f"the suite {name!r} has scenes to draw, and the base is a language model"
-        raise UsageError("--suite", what, f"Write one of: {', '.join(SUITES)}.")
-    if name not in SUITES:
-        raise UsageError("--suite", f"no suite is called {name!r}", suggestion(name, SUITES))
-    make = _class(SUITES[name])
-    if name == "jsonl":
-        return make(files)
-    if files:
-        raise UsageError("data.files", f"the suite {name!r} has its own files", "Write suite: jsonl to read yours.")
-    return make()
-
-
-def load_scene_suite(
-    name: str,
-    *,
-    files: Mapping[str, str] | Sequence[str] | None = None,
-    scenes: Sequence[Any] = (),
-    split: Split = "test",
-) -> SceneSuite:
-    """The suite of scenes called `name`; `files` is for `pictures` alone, `scenes` (of a recipe) for `dreambooth`,
-    `split` for `emoji`.
-
-    Raises: UsageError for an unknown suite or one for language models, and for what the suite does not read.
-    """
-    if name not in SCENE_SUITES:
-        known = all(part in SUITES for part in name.split("+"))
-        what = f"the suite {name!r} has texts, and the base draws pictures" if known else f"no suite is called {name!r}"
-        remedy = f"Write one of: {', '.join(SCENE_SUITES)}." if known else suggestion(name, SCENE_SUITES)
-        raise UsageError("--suite", what, remedy)
-    make = _class(SCENE_SUITES[name])
-    if files and name != "pictures":
-        raise UsageError("data.files", f"the suite {name!r} has its own files", "Write suite: pictures to read yours.")
-    if scenes and name != "dreambooth":
-        raise UsageError("data.scenes", f"the suite {name!r} has its own scenes", "Write suite: dreambooth.")
-    if split != "test" and name != "emoji":
-        raise UsageError("data.split", f"the suite {name!r} has the split test alone", "Leave it out.")
-    given = {"pictures": (files,), "dreambooth": (scenes,), "emoji": (split,)}
-    suite: SceneSuite = make(*given.get(name, ()))
+    row = suite_row(name, "texts")
+    _check_files(row, files)
+    suite: Suite = row.load(files=files)
     return suite
 
 
-def _class(row: str) -> Any:
-    module, attribute = row.split(":")
-    return getattr(import_module(module), attribute)
+def load_scene_suite(
+    name: str, *, files: Files | None = None, scenes: Sequence[Any] = (), split: Split = "test"
+) -> SceneSuite:
+    """The suite of scenes called `name`. Its row says which it takes of `files`, `scenes` (of a recipe) and `split`.
+
+    Raises: UsageError for an unknown suite or one for language models, and for what the suite does not take.
+    """
+    if "+" in name and all(part in SUITES for part in name.split("+")):
+        suite_row(name.partition("+")[0], "scenes")
+    row = suite_row(name, "scenes")
+    _check_files(row, files)
+    if scenes and "scenes" not in row.given:
+        remedy = f"Write suite: {takers('scenes', row.holds)}."
+        raise UsageError("data.scenes", f"the suite {name!r} has its own scenes", remedy)
+    if split != "test" and "split" not in row.given:
+        raise UsageError("data.split", f"the suite {name!r} has the split test alone", "Leave it out.")
+    suite: SceneSuite = row.load(files=files, scenes=scenes, split=split)
+    return suite
+
+
+def _check_files(row: SuiteRow, files: Files | None) -> None:
+    if files and "files" not in row.given:
+        remedy = f"Write suite: {takers('files', row.holds)} to read yours."
+        raise UsageError("data.files", f"the suite {row.name!r} has its own files", remedy)
 
 
 def select_tasks(suite: Suite, wanted: Sequence[str] | None, data_dir: str | None) -> list[str]:

@@ -6,8 +6,8 @@ Split: the first five rows of a task are `train` (LoRAHub learns from five examp
 from __future__ import annotations
 
 from molecli.protocols import Example, Source, Split
-from molecli.suites.lines import in_order, read_rows, task_files
-from molecli.suites.online import HubSet
+from molecli.suites._hub import HubSet
+from molecli.suites._rows import in_order, read_rows, task_files
 
 TASKS = (
     "boolean_expressions",

@@ -13,7 +13,7 @@ The embedded base knows other operations (copying, rotating, swapping, German, S
 none of these skills; each built-in LoRA adds one of them and carries its name. A joint task needs two LoRAs.
 
 Sentences are drawn by seed. Which split a sentence belongs to is a property of the sentence, so no test sentence occurs
-in training data of any task, nor in what the base and the LoRAs were trained on (`benchmarks/build_builtin.py`).
+in training data of any task, nor in what the base and the LoRAs were trained on (`tools/text_builtin.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import cache
 from hashlib import sha256
 
 from molecli.protocols import Example, Split
-from molecli.suites.builtin_words import ADJECTIVES, NOUNS, VERBS, rows
+from molecli.suites._builtin_words import ADJECTIVES, NOUNS, VERBS, rows
 
 Words = tuple[str, ...]
 Operation = Callable[[Words], Words]

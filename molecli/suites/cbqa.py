@@ -18,9 +18,9 @@ from typing import ClassVar
 
 from molecli.errors import UsageError
 from molecli.protocols import Example
-from molecli.suites.lines import Row
-from molecli.suites.online import HubSet
-from molecli.suites.tabled import TabledSuite
+from molecli.suites._hub import HubSet
+from molecli.suites._rows import Row
+from molecli.suites._table_suite import TabledSuite
 
 METRICS = ("exact_match", "exact_match_lm_eval", "exact_match_lorahub")
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from molecli.errors import MismatchError, UsageError
+from molecli.errors import MismatchError, UsageError, suggestion
 from molecli.files.concepts import Concept
-from molecli.files.near import suggestion
 from molecli.protocols import Scene
 from molecli.suites.pictures import elements_of
 
@@ -31,7 +30,7 @@ _CALL = "{0} {1}"
 
 
 class Composition(Protocol):
-    """One entry of a recipe's scenes; `files.recipe.SceneConfig` is one."""
+    """One entry of a recipe's scenes; `config.SceneConfig` is one."""
 
     @property
     def loras(self) -> tuple[str, ...]: ...

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from molecli.errors import UsageError
 from molecli.files.concepts import Concept
 from molecli.protocols import Element, Scene, Split
-from molecli.suites.captions import EMOJI, caption, read_words
+from molecli.suites._captions import EMOJI, caption, read_words
 
 SIZES = (2, 3, 4, 5)
 SCENES, ALONE = 10, 2  # scenes of a task of several LoRAs, and of each LoRA alone

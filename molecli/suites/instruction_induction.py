@@ -16,8 +16,8 @@ from functools import cache
 from hashlib import sha256
 
 from molecli.protocols import Example, Source, Split
-from molecli.suites.lines import Row, in_order, read_rows, rows_of, task_files
-from molecli.suites.online import web_json
+from molecli.suites._hub import web_json
+from molecli.suites._rows import Row, in_order, read_rows, rows_of, task_files
 
 _EXACT = ("exact_match", "exact_match_lm_eval", "exact_match_lorahub")
 _LABEL = ("exact_match", "accuracy", *_EXACT[1:])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from molecli.errors import UsageError
 from molecli.protocols import Example, Source, Split
-from molecli.suites.lines import Row, read_rows, task_files
+from molecli.suites._rows import Row, read_rows, task_files
 
 
 class JsonlSuite:

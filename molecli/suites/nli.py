@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from molecli.protocols import Example, Source, Split
-from molecli.suites.lines import Row, half_of, in_order, read_rows, task_files
-from molecli.suites.online import HubSet, not_online
+from molecli.suites._hub import HubSet, not_online
+from molecli.suites._rows import Row, half_of, in_order, read_rows, task_files
 
 THREE_WAY = ("entailment", "neutral", "contradiction")
 TWO_WAY = ("entailment", "not_entailment")

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from molecli.errors import UsageError
 from molecli.files.concepts import Concept
 from molecli.protocols import Element, Scene
+from molecli.suites._rows import Row, read_rows
 from molecli.suites.jsonl import by_task
-from molecli.suites.lines import Row, read_rows
 
 FIELDS = ("prompt", "loras", "name", "classes")
 

@@ -25,9 +25,9 @@ from typing import ClassVar
 
 from molecli.errors import UsageError
 from molecli.protocols import Example, Split
-from molecli.suites.lines import Row
-from molecli.suites.online import HubSet
-from molecli.suites.tabled import TabledSuite
+from molecli.suites._hub import HubSet
+from molecli.suites._rows import Row
+from molecli.suites._table_suite import TabledSuite
 
 MAX_NEW_TOKENS = 128
 _CELL = re.compile(r"\[[^\]]*\]")

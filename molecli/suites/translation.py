@@ -13,9 +13,9 @@ from typing import ClassVar
 
 from molecli.errors import UsageError
 from molecli.protocols import Example
-from molecli.suites.lines import Row
-from molecli.suites.online import HubSet
-from molecli.suites.tabled import TabledSuite
+from molecli.suites._hub import HubSet
+from molecli.suites._rows import Row
+from molecli.suites._table_suite import TabledSuite
 
 LANGUAGES = {"en": "English", "fr": "French", "de": "German", "ro": "Romanian"}
 TRAIN_ROWS = 30_000

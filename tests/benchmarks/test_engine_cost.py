@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from molecli.engine.mixing import build_mixture
-from molecli.files.recipe import GateConfig
+from molecli.config import GateConfig
+from molecli.mixture.build import build_mixture
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_pipelines import close
 
-from molecli.backbones.pipeline import PipelineModules, pipeline_matrices
+from molecli.bases.pipeline import PipelineModules, pipeline_matrices
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

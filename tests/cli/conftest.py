@@ -62,11 +62,11 @@ def gated_folder(
     """A saved gated composition whose gates are not uniform, with a training log beside it."""
     import torch
 
-    from molecli.compose import get_method
-    from molecli.engine.attach import attach
+    from molecli.catalog.methods import get_method
+    from molecli.config import dump_recipe, load_recipe
     from molecli.files.composition import Composition, record_of, save_composition
-    from molecli.files.recipe import dump_recipe, load_recipe
     from molecli.functional.fingerprint import fingerprint
+    from molecli.mixture.attach import attach
 
     root = tmp_path_factory.mktemp("composed")
     base, tiny = tiny_folder("t5"), make_tiny("t5")

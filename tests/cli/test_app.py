@@ -17,9 +17,9 @@ import pytest
 
 from molecli import __version__
 from molecli.cli import app, console
+from molecli.config import TrainConfig
+from molecli.config.recipes import Mode
 from molecli.errors import MismatchError, RunError, UsageError
-from molecli.files.recipe import TrainConfig
-from molecli.files.recipe.commands import Mode
 
 STEPS = TrainConfig.model_fields["steps"].default
 
@@ -94,7 +94,7 @@ def test_version(mole: Callable[..., Any]) -> None:
 def test_a_wrong_command_line_is_one_line_and_code_2(
     arguments: tuple[str, ...], message: str, mole: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("molecli.catalog.recipes", dict)
+    monkeypatch.setattr("molecli.catalog.builtin.recipes", dict)
     ran = mole(*arguments)
     assert (ran.code, ran.out) == (2, "")
     assert _without_guesses(ran.err) == message
@@ -136,7 +136,7 @@ def test_every_error_becomes_its_message_and_code_at_one_place(
     def fail() -> dict[str, Path]:
         raise error
 
-    monkeypatch.setattr("molecli.catalog.recipes", fail)
+    monkeypatch.setattr("molecli.catalog.builtin.recipes", fail)
     ran = mole("recipe", "ls")
     assert ran == (code, "", f"mole: {message}\n")
 
@@ -151,8 +151,8 @@ def test_verbose_shows_the_traceback(mole: Callable[..., Any], tmp_path: Path) -
 def test_an_interrupt_ends_with_code_130_and_no_traceback() -> None:
     code = (
         "import os, signal, sys\n"
-        "from molecli import catalog\n"
-        "catalog.recipes = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from molecli.catalog import builtin\n"
+        "builtin.recipes = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "from molecli.cli.app import run\nsys.exit(run(['recipe', 'ls']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from molecli.engine.results import document, write
-from molecli.engine.scoring import score
+from molecli.evaluation.results import document, write
+from molecli.evaluation.scoring import score
 from molecli.protocols import Example
 
 Saved = Callable[..., Path]

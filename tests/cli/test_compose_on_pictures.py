@@ -143,10 +143,10 @@ def test_flags_that_are_wrong(mole: Mole, job: tuple[str, ...], tmp_path: Path, 
     ("flags", "message"),
     [
         (("--mode", "switch"), "--mode switch: it acts on denoising steps, and the base is a language model. "
-         "Write gated, linear, ties or another that is not for images alone."),
-        (("--collage", "0.5"), "objective: it is what a diffusion base draws by, and the base is a language model. "
+         "Write gated, linear or another that is for a language model."),
+        (("--collage", "0.5"), "objective: only a diffusion pipeline reads it, and the base is a language model. "
          "Leave it out."),
-        (("--tau", "3"), "method.tau: it is what a diffusion base draws by, and the base is a language model. "
+        (("--tau", "3"), "method.tau: only a diffusion pipeline reads it, and the base is a language model. "
          "Leave it out."),
     ],
 )  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from tiny_clip import build_tiny_clip
 
-from molecli.catalog import package_folder
-from molecli.suites.captions import EMOJI
+from molecli.catalog.builtin import package_folder
+from molecli.suites._captions import EMOJI
 
 RECOGNISER = package_folder() / "builtin" / "recogniser" / "config.json"
 

@@ -142,7 +142,7 @@ def test_a_full_folder_is_kept_unless_told_otherwise(mole: Mole, summed: Path, t
         ),
         (
             ("--guidance", "3"),
-            "image: it is what a diffusion base draws by, and the base is a language model. Leave it out.",
+            "image: only a diffusion pipeline reads it, and the base is a language model. Leave it out.",
         ),
         (
             ("--calibrate", "none.jsonl"),
@@ -187,7 +187,7 @@ def test_a_lora_that_is_another_now_is_code_3(mole: Mole, gated_folder: Any, tmp
 def test_an_export_that_its_library_reads_otherwise_is_code_1(
     mole: Mole, summed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from molecli.engine import export as exporting
+    from molecli.commands import export as exporting
 
     def another(factors: Any, layout: str, dtype: str) -> Any:
         return {name: type(f)(f.A.float(), f.B.float(), 1.5) for name, f in factors.items()}
@@ -266,6 +266,6 @@ def test_a_mode_on_the_steps_is_code_2(mole: Mole, picture_world: Any, tmp_path:
         assert (ran.code, ran.out) == (2, "")
         assert ran.err == (
             f"mole: {tmp_path / 'run'}: mode switch composes the UNet's outputs step by step, which no one adapter "
-            "can. Compose the LoRAs with --mode linear, nla or gated, and export that.\n"
+            "can. Compose the LoRAs with --mode gated or linear, and export that.\n"
         )
     assert not (tmp_path / "out").exists()

@@ -35,9 +35,9 @@ def test_the_report_holds_weights_that_add_up_to_one_at_every_site(inspected: tu
 def test_the_report_is_what_the_gates_of_the_live_mixture_are(
     inspected: tuple[dict[str, Any], Path], gated_folder: Any, tiny_folder: Callable[..., Path]
 ) -> None:
-    from molecli.backbones.loading import load_backbone
-    from molecli.engine.attach import attach
-    from molecli.files.recipe import BaseConfig
+    from molecli.bases.loading import load_backbone
+    from molecli.config import BaseConfig
+    from molecli.mixture.attach import attach
     from molecli.protocols import Example
 
     report, _ = inspected
@@ -144,6 +144,5 @@ def test_gates_are_looked_at_with_one_choice_of_loras(
     mole: Callable[..., Any], gated_folder: Any, tmp_path: Path
 ) -> None:
     ran = mole("inspect-gates", gated_folder.folder, "--set", "mask=[[a],[]]", "--output", tmp_path / "out")
-    what = "the gates are looked at with one choice of LoRAs on, and 2 are given"
-    assert ran == (2, "", f"mole: mask, only: {what}. Write one list of names.\n")
+    assert ran == (2, "", "mole: --set: mask.0 is ['a'], not text. Write text, in quotes if it looks like a number.\n")
     assert not (tmp_path / "out").exists()

@@ -42,9 +42,9 @@ def test_the_report_holds_weights_by_prompt_site_and_step(inspected: tuple[dict[
 
 
 def test_the_gates_are_those_of_the_drawing_mixture(inspected: tuple[dict[str, Any], Path], picture_world: Any) -> None:
-    from molecli.backbones.loading import load_backbone
-    from molecli.engine.attach import attach
-    from molecli.files.recipe import BaseConfig
+    from molecli.bases.loading import load_backbone
+    from molecli.config import BaseConfig
+    from molecli.mixture.attach import attach
 
     report, _ = inspected
     backbone: Any = load_backbone(BaseConfig(id=str(picture_world.base)), "cpu")

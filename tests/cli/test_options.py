@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from molecli.cli import compose, evaluate, export, inspect_gates, sample, train_lora
-from molecli.cli.options import Flag, Request, Switch, recipe_command
+from molecli.cli.options import Flag, Request, Toggle, recipe_command
 from molecli.cli.single import single
-from molecli.files.recipe import RECIPES
-from molecli.files.recipe.domains import IMAGE_DEFAULTS
+from molecli.config import RECIPES
+from molecli.config.defaults import IMAGE_DEFAULTS
 
 MODULES = {
     "compose": compose,
@@ -25,7 +25,7 @@ MODULES = {
 EVERYWHERE = {"--base", "--gguf-file", "--dtype", "--device", "--seed", "--limit", "--batch-size", "--output"}
 
 
-def _asked(*arguments: str, flags: tuple[Flag | Switch, ...] = compose.FLAGS, command: str = "compose") -> Request:
+def _asked(*arguments: str, flags: tuple[Flag | Toggle, ...] = compose.FLAGS, command: str = "compose") -> Request:
     """The request that a command line makes."""
     seen: list[Request] = []
     run = recipe_command(command, target=("RECIPE", ""), flags=flags)(seen.append)
@@ -35,7 +35,7 @@ def _asked(*arguments: str, flags: tuple[Flag | Switch, ...] = compose.FLAGS, co
 
 @pytest.mark.parametrize("command", list(MODULES))
 def test_every_flag_overrides_a_field_that_exists(command: str) -> None:
-    model = RECIPES["evaluate" if command == "inspect-gates" else command]
+    model = RECIPES[command]
     for flag in MODULES[command].FLAGS:
         if isinstance(flag, Flag):
             assert flag.key.split(".")[0] in model.model_fields

@@ -63,7 +63,7 @@ def test_the_plan(mole: Mole, job: Callable[..., list[str]], tmp_path: Path) -> 
         (("--mode", "xlora", "--set", "method.top_k=3"), "method.top_k: 3 is more than the 2 LoRAs. Lower it."),
         (
             ("--mode", "xlora", "--top-k", "1"),
-            "gate: it is what gates are made by, and in mode xlora PEFT routes as `method` says. Leave it out.",
+            "gate: in mode xlora PEFT routes as `method` says, and there are no gates. Leave it out.",
         ),
         (
             ("--mode", "xlora", "--set", "method.xlora_depth=0"),
@@ -110,7 +110,7 @@ def test_a_pipeline_has_neither(
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
         f"mole: {where}: PEFT routes in language models alone, and the base is a diffusion pipeline. "
-        "Write gated, linear, composite or another that draws.\n"
+        "Write gated, linear or another that is for a diffusion pipeline.\n"
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from molecli import catalog
-from molecli.files.recipe import load_recipe
+from molecli.catalog import builtin as catalog
+from molecli.config import load_recipe
 
 
 @pytest.fixture

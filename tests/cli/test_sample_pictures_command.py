@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from molecli.backbones.diffusion import Diffusion
+from molecli.bases.diffusion import Diffusion
 
 PROMPTS = ("--prompt", "a cat", "--prompt", "a hat by the sea")
 MODES = "linear,nla,switch,composite,loratorio"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from molecli.engine import study_work
-from molecli.engine.study_jobs import Job
+from molecli.study import scheduler as study_work
+from molecli.study.jobs import Job
 
 STUDY = """\
 command: study
@@ -101,7 +101,7 @@ def test_overwrite_costs_nothing_where_the_study_cannot_run(
     def stop(recipe: Any, **how: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("molecli.engine.study.run_study", stop)
+    monkeypatch.setattr("molecli.study.run.run_study", stop)
     assert mole("study", file, "--output", done.parent, "--overwrite").code == 130
     assert not done.exists()  # it was about to begin
 
@@ -113,7 +113,7 @@ def test_the_record_of_a_study_that_grew_holds_what_it_was_told_last(
         (Path(recipe.output) / "study-steps").mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("molecli.engine.study.run_study", stop)
+    monkeypatch.setattr("molecli.study.run.run_study", stop)
     out = file.parent / "out"
     assert mole("study", file, "--output", out).code == 130
     assert "nla" not in (out / "recipe.yaml").read_text()

@@ -77,7 +77,7 @@ def test_the_trigger_is_what_all_prompts_are_about(prompts: list[str], trigger: 
 
 
 def test_every_kind_of_the_recipe_is_a_kind_of_the_file(tmp_path: Path) -> None:
-    from molecli.files.recipe import PicturesConfig
+    from molecli.config import PicturesConfig
 
     kinds: Any = PicturesConfig.model_fields["kind"].annotation
     for kind in kinds.__args__:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from molecli import catalog
-from molecli.files.adapters import resolve_source
+from molecli.adapters import resolve_source
+from molecli.catalog import builtin as catalog
 from molecli.files.lora_spec import LoraSpec, parse_lora, parse_loras
 
 

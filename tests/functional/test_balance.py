@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from molecli.functional.balance import balance_loss
+from molecli.functional.gating import balance_loss
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 32])

@@ -6,16 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from molecli.functional.spectral import (
-    Spectrum,
-    decompose,
-    factored_shift,
-    moved,
-    projected,
-    residual,
-    shared,
-    spread,
-)
+from molecli.functional.spectral import Spectrum, decompose, factored_shift, moved, projected, residual, shared, spread
 
 SHAPES = [(12, 10), (10, 12), (9, 9), (1, 7)]
 

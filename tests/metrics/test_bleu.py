@@ -8,7 +8,8 @@ import pytest
 import sacrebleu
 import torch
 
-from molecli.metrics import METRICS, aggregate, load_metric, load_sums
+from molecli.catalog.metrics import METRICS
+from molecli.metrics import aggregate, load_metric, load_sums
 
 PREDICTIONS = ["the cat sat on the mat today", "a dog barked at night"]
 ANSWERS = [("the cat sat on a mat today", "the cat was on the mat today"), ("the dog barked all night",)]

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from tiny_clip import SIZE, build_tiny_clip
 from torch import Tensor
 
-from molecli.catalog import package_folder
+from molecli.catalog.builtin import package_folder
+from molecli.config import ClipConfig
 from molecli.errors import MismatchError, UsageError
-from molecli.files.recipe import ClipConfig
 from molecli.metrics.clip import Clip, load_clip, source_of
 
 

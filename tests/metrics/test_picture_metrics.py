@@ -11,11 +11,11 @@ from PIL import Image
 from tiny_clip import build_tiny_clip
 from torch import Tensor
 
+from molecli.config import ClipConfig
 from molecli.errors import UsageError
-from molecli.files.recipe import ClipConfig
 from molecli.metrics import load_picture_metric
 from molecli.metrics.clip import load_clip
-from molecli.metrics.shots import Instruments, Shots, pixels_of
+from molecli.metrics.image_batch import Instruments, Shots, pixels_of
 from molecli.protocols import Scene
 
 

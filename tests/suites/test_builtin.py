@@ -10,16 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from molecli.suites.builtin import (
-    JOINT_TASKS,
-    SKILLS,
-    TEST_ROWS,
-    TRAIN_ROWS,
-    BuiltinSuite,
-    skills_of,
-    split_of,
-)
-from molecli.suites.builtin_words import ADJECTIVES, NOUNS, VERBS, rows
+from molecli.suites._builtin_words import ADJECTIVES, NOUNS, VERBS, rows
+from molecli.suites.builtin import JOINT_TASKS, SKILLS, TEST_ROWS, TRAIN_ROWS, BuiltinSuite, skills_of, split_of
 
 SUITE = BuiltinSuite()
 BUILTIN = Path(__file__).parents[2] / "molecli" / "builtin"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from molecli.config import SceneConfig, load_recipe
 from molecli.errors import MismatchError, UsageError
 from molecli.files.concepts import Concept
-from molecli.files.recipe import SceneConfig, load_recipe
 from molecli.suites.dreambooth import DreamboothSuite, read_listing
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "dreambooth"

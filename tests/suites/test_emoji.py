@@ -8,7 +8,7 @@ import pytest
 
 from molecli.errors import UsageError
 from molecli.suites import load_scene_suite
-from molecli.suites.captions import caption, read_words
+from molecli.suites._captions import caption, read_words
 from molecli.suites.emoji import ALONE, SCENES, EmojiSuite
 
 WORDS = read_words()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from molecli.errors import UsageError
-from molecli.suites.lines import half_of
+from molecli.suites._rows import half_of
 from molecli.suites.nli import TASKS, NliSuite, prompt
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "nli"

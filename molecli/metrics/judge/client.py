@@ -23,7 +23,7 @@ from pydantic import SecretStr
 from molecli.errors import UsageError
 
 if TYPE_CHECKING:
-    from molecli.files.recipe.judge import JudgeConfig
+    from molecli.config.judge import JudgeConfig
 
 _AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
 _LONGEST_ANSWER = 4_000_000  # bytes

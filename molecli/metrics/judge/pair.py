@@ -23,7 +23,7 @@ from molecli.metrics.judge.prompt import once_more, question
 from molecli.protocols import Element
 
 if TYPE_CHECKING:
-    from molecli.files.recipe.judge import JudgeConfig
+    from molecli.config.judge import JudgeConfig
 
 Outcome = Literal["win", "tie", "loss"]
 Cause = Literal["picture", "answer", "endpoint"]

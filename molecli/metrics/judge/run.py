@@ -13,7 +13,7 @@ from molecli.metrics.judge.client import Client, read_key
 from molecli.metrics.judge.pair import Failure, Judgement, Pair, Verdict, judge_pair
 
 if TYPE_CHECKING:
-    from molecli.files.recipe.judge import JudgeConfig
+    from molecli.config.judge import JudgeConfig
 
 # So many pairs in a row that the endpoint left unanswered, each after all its tries, and it counts as down: hundreds of
 # pairs would otherwise be tried one by one for hours.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from standin import KEY, paint
 
-from molecli.files.recipe import JudgeConfig
+from molecli.config import JudgeConfig
 from molecli.metrics.judge import Element, Pair
 
 Settings = Callable[..., JudgeConfig]

@@ -15,8 +15,8 @@ import pytest
 from pydantic import SecretStr
 from standin import KEY, Answer, says, serve
 
+from molecli.config import JudgeConfig
 from molecli.errors import UsageError
-from molecli.files.recipe import JudgeConfig
 from molecli.metrics.judge.client import Client, Completion, NoAnswer, read_key
 
 Settings = Callable[..., JudgeConfig]

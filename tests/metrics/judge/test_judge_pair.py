@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from standin import Answer, Script, StandIn, biased, fair, lines, says, serve
 
+from molecli.config import JudgeConfig
 from molecli.errors import RunError
-from molecli.files.recipe import JudgeConfig
 from molecli.metrics.judge import Failure, Judgement, Pair, Verdict
 from molecli.metrics.judge.client import Client, read_key
 from molecli.metrics.judge.pair import judge_pair

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 from standin import KEY, Answer, Asked, fair, says, serve
 
+from molecli.config import JudgeConfig
 from molecli.errors import RunError, UsageError
-from molecli.files.recipe import JudgeConfig
 from molecli.metrics.judge import Failure, Judgement, Pair, Verdict, judge_pairs
 from molecli.metrics.judge.run import DOWN_AFTER
 

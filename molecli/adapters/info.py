@@ -1,0 +1,159 @@
+"""A LoRA described from its configuration and its files' headers: no factor is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from molecli.adapters.keys import Keys, factor_keys, is_bare
+from molecli.adapters.metadata import Configured, configured
+from molecli.adapters.settings import LoraSettings
+from molecli.adapters.source import canonical_source, resolve_source, weights_files
+from molecli.adapters.svdiff import Origin, described, is_svdiff
+from molecli.adapters.weights import Shape, alpha_in, factor_shape, metadata_of, opened_lora, sha256_of
+from molecli.errors import MismatchError, UsageError
+from molecli.files.lora_spec import CONFIG_FILE, DIFFUSERS_FILE, LoraLike
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted matrix: its shape as the factors have it, what scales it, and where its factors are."""
+
+    shape: Shape
+    rank: int
+    alpha: float
+    scaling: float
+    keys: Keys
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One LoRA without its tensors; `adapted` is by matrix name.
+
+    `rank` and `alpha` are the configured ones, else the commonest. The names are the file's own (kohya's keep their
+    underscores, bare ones their missing component) until `place` gives them those of a base. `path` is the file, or
+    the folder whose subfolders hold one per component. `origin` is an SVDiff adapter's, which holds shifts and no
+    factors.
+    """
+
+    name: str
+    source: str
+    path: Path
+    sha256: str
+    rank: int
+    alpha: float
+    adapted: dict[str, Adapted]
+    base_model: str | None
+    origin: Origin | None = None
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"{self.name} ({self.path})"
+
+    @property
+    def matrices(self) -> dict[str, Shape]:
+        return {name: matrix.shape for name, matrix in self.adapted.items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: matrix.rank for name, matrix in self.adapted.items()}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        return {name: matrix.alpha for name, matrix in self.adapted.items()}
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        return {name: matrix.scaling for name, matrix in self.adapted.items()}
+
+
+def read_info(spec: LoraLike) -> AdapterInfo:
+    """The description of the LoRA that `spec` names.
+
+    Raises: UsageError (missing, a pickle, a kind that is not read), MismatchError (damaged or contradictory).
+    """
+    source = resolve_source(spec)
+    files = weights_files(source)
+    adapted: dict[str, Adapted] = {}
+    settings: list[LoraSettings] = []
+    bases: list[str | None] = []
+    origin = None
+    for component, path in files.items():
+        found, said, origin = _read_file(f"{spec.name} ({path})", path)
+        adapted |= {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
+        settings += said.by_component.values()
+        bases.append(said.base_model)
+    paths = list(files.values())
+    return AdapterInfo(
+        name=spec.name,
+        source=canonical_source(spec),
+        path=paths[0] if len(paths) == 1 else source,
+        sha256=sha256_of(paths),
+        rank=settings[0].rank if settings else _commonest(m.rank for m in adapted.values()),
+        alpha=settings[0].alpha if settings else _commonest(m.alpha for m in adapted.values()),
+        adapted=adapted,
+        base_model=next(filter(None, bases), None),
+        origin=origin,
+    )
+
+
+def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, Origin | None]:
+    """(matrices by the file's names, the configuration found, the origin of shifts) of one file."""
+    with opened_lora(path) as file:
+        names, metadata = list(file.keys()), metadata_of(file)
+        if is_svdiff(metadata):
+            origin, shifted = described(where, file, metadata)
+            ranks = {name: min(shape[0], prod(shape[1:])) for name, (_, shape) in shifted.items()}
+            # The factors that they will be: of every rank, with the scaling in them.
+            matrices = {
+                name: Adapted(shape, ranks[name], float(ranks[name]), 1.0, Keys(path, key, key))
+                for name, (key, shape) in shifted.items()
+            }
+            return matrices, Configured(base_model=origin.base), origin
+        # The configuration first: it names an unsupported kind better than the tensors' keys do. An adapter_config.json
+        # is PEFT's: it says nothing of another layout's file that happens to lie beside it.
+        said = configured(where, path, metadata, beside=all(map(is_bare, names)))
+        keys = factor_keys(where, path, names)
+        shapes = {m: (file.get_slice(k.A).get_shape(), file.get_slice(k.B).get_shape()) for m, k in keys.items()}
+        stored = {m: alpha_in(where, m, file.get_tensor(k.alpha)) for m, k in keys.items() if k.alpha is not None}
+    sizes = {module: factor_shape(where, module, keys[module], a, b) for module, (a, b) in shapes.items()}
+    ranks = {module: rank for module, (rank, _) in sizes.items()}
+    _check_alphas(where, path, keys, ranks, stored, said)
+    adapted = {}
+    for module, (rank, shape) in sizes.items():
+        settings, local = said.of(module)
+        if settings is not None and settings.rank_of(local) != rank:
+            what = f"{module!r} has rank {rank}, but {said.origin} says {settings.rank_of(local)}"
+            raise MismatchError(where, what, said.remedy)
+        # An alpha stored beside the factors is the one they were trained with.
+        alpha = stored.get(module, settings.alpha_of(local) if settings else float(rank))
+        scaling = settings.scaling(alpha, rank) if settings else alpha / rank
+        adapted[module] = Adapted(shape, rank, alpha, scaling, keys[module])
+    return adapted, said, None
+
+
+def _check_alphas(
+    where: str,
+    path: Path,
+    keys: Mapping[str, Keys],
+    ranks: Mapping[str, int],
+    stored: Mapping[str, float],
+    said: Configured,
+) -> None:
+    """Nothing, when every alpha is told or implied by the layout. Raises: UsageError: alpha is never guessed."""
+    if path.name == DIFFUSERS_FILE:  # in this file a missing alpha means the rank, whatever the keys look like
+        return
+    if any(m not in stored and not k.implied and said.of(m)[0] is None for m, k in keys.items()):
+        rank = max(ranks.values())
+        example = f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": ALPHA}}'
+        remedy = f"Put {CONFIG_FILE} into {path.parent} with {example}."
+        raise UsageError(where, f"does not say its alpha (rank {rank})", remedy)
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]

@@ -1,0 +1,152 @@
+"""The names of a LoRA's tensors, in every layout that is read: the module they adapt, and which factor they are.
+
+PEFT       base_model.model.<path>.lora_A.weight
+diffusers  <component>.<path>.lora_A.weight, and its older forms with lora.down, to_q_lora.down, lora_linear_layer.down
+kohya      lora_unet_<path with underscores>.lora_down.weight, with .alpha; lora_te_, lora_te1_, lora_te2_
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from molecli.adapters.settings import unsupported
+from molecli.errors import MismatchError
+from molecli.files.lora_spec import COMPONENTS
+
+PEFT_PREFIX = "base_model.model."
+# In files, the modules of CLIP's text model lie under it; in transformers 5 its encoder alone no longer has it.
+CLIP_PREFIX = "text_model."
+AGAIN = "Download or export it again."
+KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+
+_PEFT_PAIR = ("lora_A", "lora_B")
+_PAIRS = (
+    _PEFT_PAIR,
+    ("lora_down", "lora_up"),
+    ("lora.down", "lora.up"),
+    ("lora_linear_layer.down", "lora_linear_layer.up"),
+)
+_FACTORS = {mark: ("AB"[i], pair) for pair in _PAIRS for i, mark in enumerate(pair)}
+_FACTOR = re.compile(rf"(?P<module>.+?)(?P<joint>[._])(?P<mark>{'|'.join(map(re.escape, _FACTORS))})\.(?P<rest>.+)")
+# The oldest diffusers files name an attention's four matrices alike in the UNet and in CLIP; the models do not.
+_OLD_UNET = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+_OLD_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+# A part of a key -> the kind of adapter that holds it
+_FOREIGN = {
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "lora_embedding_": "LoRA on an embedding (lora_embedding_A)",
+    "modules_to_save": "LoRA with modules_to_save",
+    "hada_w": "LoHa",
+    "hada_t": "LoHa",
+    "lokr_": "LoKr",
+    "lora_mid.": "LoRA with a Tucker core (lora_mid)",
+    ".oft_": "OFT",
+    "bundle_emb.": "LoRA with textual inversions (bundle_emb)",
+}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where one module's factors are: the file and their keys in it; `alpha` is that of its scalar, if it has one.
+
+    `implied`: the layout means scaling 1 (alpha = rank) where it stores no alpha, as kohya's and diffusers' do.
+    """
+
+    path: Path
+    A: str
+    B: str
+    alpha: str | None = None
+    pair: tuple[str, str] = _PEFT_PAIR
+    implied: bool = False
+
+
+def factor_keys(where: str, path: Path, names: Iterable[str]) -> dict[str, Keys]:
+    """module -> its keys in the file at `path`, in the file's order.
+
+    Modules are dotted, with their component where the file names one; kohya's stay as they are, since only the base
+    tells which "_" stands for a dot. Raises: UsageError naming a kind of adapter that is not read; MismatchError when
+    half of a pair is missing.
+    """
+    names = list(names)
+    for part, kind in _FOREIGN.items():
+        if any(part in name for name in names):
+            raise unsupported(where, kind)
+    found: dict[str, dict[str, str]] = {}
+    pairs: dict[str, tuple[str, str]] = {}
+    for name in names:
+        module, part, pair = _split(where, name)
+        found.setdefault(module, {})[part] = name
+        if pair is not None:
+            pairs[module] = pair
+    if not found:
+        raise MismatchError(where, "holds no LoRA", "Name a LoRA that was trained and saved.")
+    for module, parts in found.items():
+        for part, mark in zip("AB", pairs.get(module, _PEFT_PAIR), strict=True):
+            if part not in parts:
+                raise MismatchError(where, f"{mark} of {module!r} is missing", AGAIN)
+    return {
+        module: Keys(path, parts["A"], parts["B"], parts.get("alpha"), pairs[module], _implied(module, pairs[module]))
+        for module, parts in found.items()
+    }
+
+
+def is_bare(name: str) -> bool:
+    """Whether a key or a module says no component of a pipeline: PEFT's layout, and language models."""
+    return name.partition(".")[0] not in COMPONENTS and not name.startswith(tuple(KOHYA))
+
+
+def component_of(module: str) -> str:
+    """The component that `module` names, in either spelling; "" for none."""
+    prefix = module.partition(".")[0]
+    return next((c for start, c in KOHYA.items() if module.startswith(start)), prefix if prefix in COMPONENTS else "")
+
+
+def filed(component: str, path: str) -> str:
+    """The path of a component's module as files have it: a text encoder's layers under "text_model."."""
+    return CLIP_PREFIX + path if component != "unet" and path.startswith("encoder.") else path
+
+
+def underscored(path: str) -> str:
+    """A module's path as kohya's trainers write it."""
+    return path.replace(".", "_")
+
+
+def _implied(module: str, pair: tuple[str, str]) -> bool:
+    return not is_bare(module) or pair != _PEFT_PAIR
+
+
+def _split(where: str, key: str) -> tuple[str, str, tuple[str, str] | None]:
+    """(module, "A", "B" or "alpha", the pair of marks) of one key. Raises: UsageError for another kind of adapter."""
+    name, dot, last = key.rpartition(".")
+    if dot and last == "alpha":
+        return _module(name), last, None
+    match = _FACTOR.fullmatch(key)
+    if match is not None and match["rest"].endswith("bias"):
+        raise unsupported(where, "LoRA with bias")
+    # "lora_A.weight" as saved, "lora_A.NAME.weight" in a raw state dict.
+    if match is not None and (match["rest"] == "weight" or match["rest"].endswith(".weight")):
+        module = _module(match["module"])
+        if match["joint"] == "_":
+            module = _old_attention(module)
+        if module:
+            return module, *_FACTORS[match["mark"]]
+    kind = "LoRA with bias" if key.endswith("bias") else f"a LoRA that also holds {key!r}"
+    raise unsupported(where, kind)
+
+
+def _module(name: str) -> str:
+    """`name` without what wrappers put before a module: PEFT's prefix, the attention processor."""
+    name = name.replace(".processor.", ".").removeprefix(PEFT_PREFIX)
+    component, dot, path = name.partition(".")
+    return f"{component}.{path.removeprefix(PEFT_PREFIX)}" if dot and component in COMPONENTS else name
+
+
+def _old_attention(module: str) -> str:
+    """The matrix that "….to_q", of a key "….to_q_lora.down.weight", means; "" when it is none of the four."""
+    attention, _, last = module.rpartition(".")
+    names = _OLD_CLIP if attention.endswith("self_attn") else _OLD_UNET
+    return f"{attention}.{names[last]}" if last in names else ""

@@ -1,0 +1,78 @@
+"""The configuration that comes with a LoRA's file: adapter_config.json beside it, or JSON in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from molecli.adapters.settings import LoraSettings, parse_config, read_config
+from molecli.files.lora_spec import COMPONENTS, CONFIG_FILE
+
+# Metadata keys under which a single file may carry PEFT's configuration as JSON; the first is diffusers'.
+CONFIG_KEYS = ("lora_adapter_metadata", "adapter_config", "peft_config", "config")
+# Metadata keys that name the base: this package's own, then kohya's.
+BASE_KEYS = ("base_model_name_or_path", "ss_sd_model_name")
+
+
+@dataclass(frozen=True)
+class Configured:
+    """Settings by component of a pipeline ("": whatever has none of its own), and where they were found."""
+
+    by_component: Mapping[str, LoraSettings] = field(default_factory=dict)
+    origin: str = CONFIG_FILE
+    remedy: str = "Its two files belong to different LoRAs, or rank_pattern is missing."
+    base_model: str | None = None
+
+    def of(self, module: str) -> tuple[LoraSettings | None, str]:
+        """(the settings that hold for `module`, its name in their patterns): components are configured on their own."""
+        component, _, path = module.partition(".")
+        if component not in COMPONENTS:
+            return self.by_component.get(""), module
+        return self.by_component.get(component, self.by_component.get("")), path
+
+
+def configured(where: str, path: Path, metadata: Mapping[str, str], *, beside: bool) -> Configured:
+    """The configuration of the LoRA file at `path`: beside it (if that is asked for), else in its metadata, else none.
+
+    Raises: UsageError, MismatchError as `parse_config` does.
+    """
+    named = next((metadata[key] for key in BASE_KEYS if metadata.get(key)), None)
+    file = path.parent / CONFIG_FILE
+    if beside and file.exists():
+        settings = parse_config(where, read_config(file))
+        return Configured({"": settings}, base_model=settings.base_model or named)
+    for key in CONFIG_KEYS:
+        found = {
+            component: parse_config(where, config)
+            for component, config in _by_component(metadata.get(key, "")).items()
+            if "r" in config or "lora_alpha" in config
+        }
+        if found:
+            base_model = next((s.base_model for s in found.values() if s.base_model), named)
+            return Configured(found, "its metadata", "Export it again.", base_model)
+    return Configured(base_model=named)
+
+
+def _by_component(text: str) -> dict[str, dict[str, Any]]:
+    """component -> its part of the JSON object in `text`; none if it is no object.
+
+    diffusers writes all in one object, each key behind its component: "unet.r". A prefix that is no component but
+    common to all keys ("transformer.") is dropped.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(value, dict) or not value:
+        return {}
+    split = {key: key.partition(".") for key in value}
+    prefixes = {prefix for prefix, _, _ in split.values()}
+    if not all(dot for _, dot, _ in split.values()) or not (len(prefixes) == 1 or prefixes <= set(COMPONENTS)):
+        return {"": value}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, (prefix, _, rest) in split.items():
+        parts.setdefault(prefix if prefix in COMPONENTS else "", {})[rest] = value[key]
+    return parts

@@ -1,0 +1,84 @@
+"""A LoRA's files as an expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from molecli.adapters.coverage import check_coverage
+from molecli.adapters.info import Adapted, AdapterInfo, read_info
+from molecli.adapters.settings import unsupported
+from molecli.adapters.svdiff import Base
+from molecli.adapters.svdiff_expert import shifted_factors
+from molecli.adapters.weights import Shape, opened_lora
+from molecli.errors import MismatchError
+from molecli.experts import Expert, LowRank
+from molecli.files.lora_spec import LoraLike
+
+
+def read_expert(
+    spec: LoraLike, matrices: Mapping[str, Shape], *, allow_partial: bool = False, base: Base | None = None
+) -> Expert:
+    """The expert that `spec` names, on the base whose matrices are `matrices`: name -> shape.
+
+    Factors keep the type they are stored in, on the CPU, in the order of the base's matrices; those of an SVDiff
+    adapter are made of `base`, in float32.
+    Raises: UsageError, MismatchError as `read_info` and `check_coverage` do, and for weights that are not finite.
+    """
+    found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
+    info, matched = found.info, set(found.matched)
+    stored = _factors(info, [name for name in matrices if name in matched])
+    _check_finite(info, stored)
+    if info.origin is not None:
+        shifts = {name: shift for name, (shift, _) in stored.items()}
+        factors = shifted_factors(info, info.origin, shifts, base)
+    else:
+        factors = {name: _low_rank(info.adapted[name], *pair) for name, pair in stored.items()}
+    return Expert(
+        info.name,
+        factors,
+        source=info.source,
+        sha256=info.sha256,
+        rank=info.rank,
+        alpha=info.alpha,
+        left_out=found.unmatched,
+    )
+
+
+def _factors(info: AdapterInfo, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> (A, B) as stored, or an SVDiff adapter's shifts twice, in the order of `names`; files are opened once."""
+    found = {}
+    for path in dict.fromkeys(info.adapted[name].keys.path for name in names):
+        with opened_lora(path) as file:
+            for name in names:
+                keys = info.adapted[name].keys
+                if keys.path == path:
+                    found[name] = (file.get_tensor(keys.A), file.get_tensor(keys.B))
+    return {name: found[name] for name in names}
+
+
+def _low_rank(matrix: Adapted, a: Tensor, b: Tensor) -> LowRank:
+    """The factors shaped for the matrix: A [r, d_in] or [r, c_in, k_h, k_w], B [d_out, r]."""
+    return LowRank(a.reshape(matrix.rank, *matrix.shape[1:]), b.reshape(-1, matrix.rank), matrix.scaling)
+
+
+def _check_finite(info: AdapterInfo, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Nothing, when every entry is a finite floating-point number. Raises: UsageError, MismatchError otherwise."""
+    tensors: dict[tuple[Path, str], Tensor] = {}
+    for name, (a, b) in factors.items():
+        keys = info.adapted[name].keys
+        tensors |= {(keys.path, keys.A): a, (keys.path, keys.B): b}
+    extremes = []
+    for tensor in tensors.values():
+        if not tensor.is_floating_point():
+            raise unsupported(info.where, f"a LoRA stored as {str(tensor.dtype).removeprefix('torch.')}")
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no arithmetic
+        # The smallest and largest entries carry any NaN or infinity: one pass, no mask of the tensor's size.
+        extremes += [extreme.float() for extreme in torch.aminmax(wide)]
+    finite = torch.stack(extremes).isfinite().view(-1, 2).all(dim=1)
+    if not finite.all():
+        _, key = list(tensors)[int((~finite).nonzero()[0])]
+        raise MismatchError(info.where, f"{key!r} holds NaN or infinity", "Its training diverged: train it again.")

@@ -1,0 +1,54 @@
+"""Low-rank factors as a folder that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from molecli.adapters.keys import PEFT_PREFIX
+from molecli.adapters.lora_config import lora_config
+from molecli.adapters.write_diffusers import stored
+from molecli.experts import LowRank
+from molecli.files.atomic import atomic_folder
+from molecli.files.lora_spec import CONFIG_FILE, WEIGHTS_FILE
+
+# What PEFT's configuration says of every LoRA that this package writes.
+_CONFIG = {
+    "peft_type": "LORA",
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": None,
+    "init_lora_weights": True,
+    "inference_mode": True,
+}
+
+
+def write_peft(
+    folder: str | Path,
+    factors: Mapping[str, LowRank],
+    base: str,
+    *,
+    task_type: str | None = None,
+    fan_in_fan_out: bool = False,
+    replace: bool = False,
+) -> Path:
+    """The folder, holding `factors` (matrix name -> A, B, scaling) so that PEFT computes the same updates.
+
+    The commonest rank and alpha become `r` and `lora_alpha`, the others patterns. `fan_in_fan_out` is for bases
+    with transposed layers (GPT-2); it changes no factor. Raises: RunError when the folder cannot be written.
+    """
+    with atomic_folder(folder, replace=replace) as part:
+        tensors = {}
+        for matrix, low_rank in factors.items():
+            key = f"{PEFT_PREFIX}{matrix}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = stored(low_rank)
+        save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
+        config = {**_CONFIG, **lora_config(factors), "base_model_name_or_path": base}
+        config |= {"task_type": task_type, "fan_in_fan_out": fan_in_fan_out}
+        (part / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Path(folder)

@@ -1,0 +1,348 @@
+"""Diffusion backbones (Stable Diffusion 1.x, 2.x, XL): a frozen diffusers pipeline that hosts experts.
+
+Contents: Conditioning; Diffusion. Only the pipeline's public parts are used: its components, `encode_prompt` and call.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from molecli.bases.language import freeze, summed
+from molecli.bases.pipeline import PipelineModules, pipeline_matrices
+from molecli.bases.prompt_limits import warn_of_cuts
+from molecli.bases.replay import Replayed, replaying
+from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE, DEFAULT_GUIDANCE
+from molecli.errors import RunError, UsageError
+from molecli.files.pictures import read_picture
+from molecli.functional import fingerprint
+from molecli.protocols import Family, Moment, Picture, Shape
+
+OnStep = Callable[[Moment], object]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told of the prompts: embeds [B, T, d]; of SDXL also pooled [B, d'] and time_ids [B, 6]."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+
+class Diffusion:
+    """A frozen pipeline; what the training loops and methods ask of a backbone, in pictures."""
+
+    family: Family = "diffusion"
+
+    def __init__(self, pipe: Any, name: str = "") -> None:
+        self.pipe = pipe
+        self._parts = PipelineModules(pipe)
+        self.model: nn.Module = self._parts
+        self.name = name
+        for part in (self.model, pipe.vae):
+            freeze(part)
+        pipe.set_progress_bar_config(disable=True)
+        self.noising = noise_schedule(pipe.scheduler)
+        self._stand_in: Replayed | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that the pipeline draws unless told otherwise."""
+        size = self.pipe.unet.config.sample_size
+        return int((size if isinstance(size, int) else size[0]) * self.pipe.vae_scale_factor)
+
+    @property
+    def guidance(self) -> float:
+        """Classifier-free guidance scale of the pictures that the base draws unless told otherwise."""
+        return BUILTIN_IMAGE_GUIDANCE if self.name == BUILTIN_IMAGE_BASE else DEFAULT_GUIDANCE
+
+    def matrices(self) -> dict[str, Shape]:
+        """Adaptable matrices: name -> shape; see `pipeline.pipeline_matrices`."""
+        return pipeline_matrices(self._parts)
+
+    def fingerprint(self) -> str:
+        """A string that tells this UNet and text encoder(s) from others; see `functional.fingerprint`."""
+        return fingerprint.fingerprint(self.model)
+
+    # -- parts of a step ---------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Conditioning:
+        """The prompts as the UNet reads them, with gradient if that is on; `size` (height, width) is what SDXL is told.
+
+        Warns of what is cut of a prompt that is too long.
+        """
+        warn_of_cuts(prompts, self._tokenizers)
+        out = self.pipe.encode_prompt(
+            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if len(out) == 2:
+            return Conditioning(out[0])
+        sides = size or (self.resolution, self.resolution)
+        # As the pipeline does: the original size, no crop, the size to draw.
+        ids = torch.tensor([[*sides, 0, 0, *sides]], device=self.device, dtype=out[0].dtype)
+        return Conditioning(out[0], out[2], ids.expand(len(prompts), -1))
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] as scaled latents, the mean of the posterior: repeatable, so they can be kept.
+
+        Departs: diffusers' training scripts draw from the posterior, whose spread the denoising noise outweighs.
+        """
+        vae = self.pipe.vae
+        with self._exact_vae():
+            mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        shift, scale = self._latent_range(mean)
+        return ((mean - shift) * scale).to(self._dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents as pixels [B, 3, H, W] in [0, 1], differentiable."""
+        vae = self.pipe.vae
+        with self._exact_vae():
+            shift, scale = self._latent_range(latents)
+            pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet's output on noisy latents [B, C, h, w] at timesteps [B]."""
+        added = None
+        if conditioning.pooled is not None:
+            added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
+        out = self.pipe.unet(
+            latents.to(self._dtype), timesteps, encoder_hidden_states=conditioning.embeds, added_cond_kwargs=added
+        )
+        return out.sample
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def collate(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+        """pixels [B, 3, H, W] in [-1, 1], prompts, noise and timesteps [B].
+
+        The middle square of each picture, scaled to the pipeline's resolution. Noise and timesteps are drawn on the CPU
+        by torch's global generator, which a training loop seeds for every step, so that every device sees the same.
+        """
+        pixels = torch.stack([_pixels(p.target, _changed(p.target), self.resolution) for p in pictures])
+        side = self.resolution // self.pipe.vae_scale_factor
+        noise = torch.randn(len(pictures), self.pipe.unet.config.in_channels, side, side)
+        timesteps = torch.randint(self.noising.config.num_train_timesteps, (len(pictures),))
+        return {
+            "pixels": pixels.to(self.device),
+            "prompts": [picture.prompt for picture in pictures],
+            "noise": noise.to(self.device, self._dtype),
+            "timesteps": timesteps.to(self.device),
+        }
+
+    def denoise_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """(sum over pictures of the mean squared error of the prediction, their number); see `example_losses`."""
+        return summed(self.example_losses(batch))
+
+    def example_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        """[B], each picture's mean squared error of the prediction: DDPM, Ho et al. 2020, Eq. 14.
+
+        `batch` is what `collate` returns; "latents" [B, C, h, w] may stand for pixels, and "weights" [B] multiply the
+        pictures' errors. The target is noise, velocity or sample, as the base's scheduler says.
+        """
+        with torch.no_grad():
+            clean = batch["latents"] if "latents" in batch else self.latents(batch["pixels"])
+        noise, timesteps = batch["noise"], batch["timesteps"]
+        noisy = self.noising.add_noise(clean, noise, timesteps)
+        predicted = self.predict(noisy, timesteps, self.encode(batch["prompts"], size=self._pixel_size(clean)))
+        errors = (predicted.float() - self.target(clean, noise, timesteps).float()).square().flatten(1).mean(1)
+        return errors * batch["weights"] if "weights" in batch else errors
+
+    # The loops that train LoRAs and gates ask a backbone for either.
+    example_loss = token_loss = denoise_loss
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet is to predict. Source: v-prediction, Salimans & Ho 2022, v = α ε - σ x."""
+        kind = self.noising.config.prediction_type
+        if kind == "v_prediction":
+            return self.noising.get_velocity(clean, noise, timesteps)
+        if kind in ("epsilon", "sample"):
+            return noise if kind == "epsilon" else clean
+        raise UsageError(
+            f"base {self.name}", f"its scheduler predicts {kind!r}", "Use one of epsilon, v_prediction, sample."
+        )
+
+    # -- drawing -----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float | None = None,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        scheduler: str | None = None,
+        eta: float = 0.0,
+        replay: bool = True,
+        on_step: OnStep | None = None,
+        latent: bool = False,
+    ) -> list[Any]:
+        """A picture of each prompt, by the pipeline's own call; `on_step` is told of every step that is done.
+
+        With `latent` each is the tensor [C, h, w] that would be decoded. Each seed has a CPU generator of its own: a
+        picture depends neither on its batch nor on the one before. With `replay` steps are recorded and replayed where
+        that can be, on CUDA, which takes the memory of one more step; see `replay.py`.
+        Raises: UsageError for sides that are no multiples of 8, an unknown scheduler, or not one seed for each prompt.
+        """
+        if len(seeds) != len(prompts):
+            what = f"{len(seeds)} seeds for {len(prompts)} prompts"
+            raise UsageError("generate", what, "Give one seed for each picture.")
+        if not prompts:
+            return []
+        sides = {"height": height or self.resolution, "width": width or self.resolution}
+        for side, pixels in sides.items():
+            if pixels < 8 or pixels % 8:
+                raise UsageError(f"--{side} {pixels}", "not a multiple of 8", f"Write {max(8, pixels // 8 * 8)}.")
+        negatives = [negative_prompt] * len(prompts) if negative_prompt else None
+        warn_of_cuts([*prompts, negative_prompt], self._tokenizers)
+        with self._scheduled(scheduler), self._replaying(replay):
+            drawn = self.pipe(
+                prompt=list(prompts),
+                negative_prompt=negatives,
+                num_inference_steps=steps,
+                guidance_scale=self.guidance if guidance is None else guidance,
+                eta=eta,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                callback_on_step_end=_telling(on_step) if on_step else None,
+                output_type="latent" if latent else "pil",
+                **sides,
+            ).images
+        return list(drawn)
+
+    @contextmanager
+    def _scheduled(self, name: str | None) -> Iterator[None]:
+        """Inside, the pipeline has a fresh scheduler; afterwards its own, as it was."""
+        own = self.pipe.scheduler
+        self.pipe.scheduler = make_scheduler(name, own)
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = own
+
+    def _replaying(self, wanted: bool) -> AbstractContextManager[None]:
+        if not wanted or self.device.type != "cuda":
+            return nullcontext()
+        self._stand_in = self._stand_in or Replayed(self._parts)
+        return replaying(self.pipe, self._stand_in)
+
+    @contextmanager
+    def _exact_vae(self) -> Iterator[None]:
+        """Inside, a float16 VAE that overflows there (SDXL's says so of itself) computes in float32."""
+        vae = self.pipe.vae
+        upcast = vae.dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
+        if upcast:
+            vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if upcast:
+                vae.to(torch.float16)
+
+    def _latent_range(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, scale): scaled latents are (latents - shift) * scale."""
+        config = self.pipe.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return 0.0, config.scaling_factor
+        shape = (1, -1, 1, 1)
+        return like.new_tensor(mean).view(shape), config.scaling_factor / like.new_tensor(std).view(shape)
+
+    def _pixel_size(self, latents: Tensor) -> tuple[int, int]:
+        factor = self.pipe.vae_scale_factor
+        return latents.shape[-2] * factor, latents.shape[-1] * factor
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.pipe.unet.parameters()).dtype
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        found = (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [tokenizer for tokenizer in found if tokenizer is not None]
+
+
+def _telling(on_step: OnStep) -> Callable[..., dict[str, Any]]:
+    def callback(pipe: Any, index: int, timestep: Any, _: dict[str, Any]) -> dict[str, Any]:
+        on_step(Moment(index, pipe.num_timesteps, float(timestep), pipe.do_classifier_free_guidance))
+        return {}
+
+    return callback
+
+
+def _changed(path: str) -> int:
+    """When the file was last written, so that a picture kept in memory is never an old one; 0 if it is not there."""
+    file = Path(path)
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+@lru_cache(maxsize=256)
+def _pixels(path: str, changed: int, side: int) -> Tensor:
+    """[3, side, side] in [-1, 1]: the picture scaled to its shorter side, the middle of it. Raises: as read_picture."""
+    image = read_picture(path)
+    scale = side / min(image.size)
+    size = [max(side, round(length * scale)) for length in image.size]
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+# name -> diffusers' class, and what its configuration is to say whatever the base's own scheduler says.
+# Latents do not lie in [-1, 1]: a prediction of them must not be clipped there.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+def make_scheduler(name: str | None, own: Any) -> Any:
+    """A fresh scheduler with the noise schedule of `own`; of its kind too where no name is given.
+
+    Raises: UsageError for an unknown name, naming the nearest; RunError where a package is missing that it needs.
+    """
+    if name is None:
+        return type(own).from_config(own.config)
+    if name not in SCHEDULERS:
+        near = difflib.get_close_matches(name, SCHEDULERS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(SCHEDULERS)}."
+        raise UsageError("--scheduler", f"no scheduler {name!r}", hint)
+    kind, settings = SCHEDULERS[name]
+    try:
+        return getattr(diffusers, kind).from_config(own.config, **settings)
+    except ImportError as error:
+        what = f"the scheduler {name} needs a package that is not installed"
+        raise RunError("--scheduler", what, "Run: pip install scipy.") from error
+
+
+def noise_schedule(own: Any) -> Any:
+    """What adds noise in training: DDPM's forward process on the betas of the base's own scheduler."""
+    return diffusers.DDPMScheduler.from_config(own.config, clip_sample=False)

@@ -1,0 +1,203 @@
+"""From a base's settings to a diffusers pipeline: each part read and checked by itself, no safety checker.
+
+Contents: load_pipeline, load_pipeline_skeleton (no weights).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import torch
+import transformers
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+
+from molecli.bases.diffusion import Diffusion
+from molecli.bases.language import freeze
+from molecli.bases.library_logs import first_line, quiet
+from molecli.bases.pipeline import TEXT_ENCODERS, PipelineModules
+from molecli.catalog.builtin import PIPELINE_FILE
+from molecli.errors import MismatchError, UsageError
+from molecli.files.base_source import BaseSettings, Source, explain_hub, find_base
+
+# Pipeline class -> its parts: their names in model_index.json and the class that each must be of.
+_SD = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+}
+_SDXL = _SD | {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
+PIPELINES = {"StableDiffusionPipeline": _SD, "StableDiffusionXLPipeline": _SDXL}
+_AGAIN = "Download the base again."
+
+
+def load_pipeline(base: BaseSettings, device: torch.device | str, dtype: torch.dtype) -> Diffusion:
+    """The frozen pipeline on `device`.
+
+    Raises: UsageError for a pipeline of another kind; MismatchError where a part is missing, damaged or does not fit
+    the others.
+    """
+    source = find_base(base)
+    with _quiet(source):
+        index = _index(source)
+        kind = index["_class_name"]
+        parts = {name: _part(source, index, name, dtype) for name in PIPELINES[kind]}
+        parts["scheduler"] = _scheduler(source, index)
+        _check_fit(source, parts)
+        if kind == "StableDiffusionPipeline":
+            settings = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        else:
+            zeros = index.get("force_zeros_for_empty_prompt", True)
+            # The invisible watermark would change the pictures that are scored.
+            settings = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        pipe = getattr(diffusers, kind)(**parts, **settings)
+        return Diffusion(pipe.to(device), source.name)
+
+
+def load_pipeline_skeleton(base: BaseSettings) -> PipelineModules:
+    """The UNet and text encoder(s) on the meta device: names and shapes, no weights read."""
+    source = find_base(base)
+    with _quiet(source), torch.device("meta"):
+        index = _index(source)
+        parts = {name: _outline(source, index, name) for name in ("unet", *TEXT_ENCODERS) if name in _parts(index)}
+    model = PipelineModules(**parts)
+    freeze(model)
+    return model
+
+
+@contextmanager
+def _quiet(source: Source) -> Iterator[None]:
+    """As `quiet`, for diffusers too, whose log level stays at errors: what a prompt loses is said by `prompts`."""
+    if not logging.getLogger("molecli").isEnabledFor(logging.DEBUG):
+        diffusers_logging.set_verbosity_error()
+    bars = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        with quiet(source):
+            yield
+    finally:
+        if bars:
+            diffusers_logging.enable_progress_bar()
+
+
+def _index(source: Source) -> dict[str, Any]:
+    """model_index.json of a pipeline that we know, all its parts named."""
+    try:
+        if source.local:
+            file = Path(source.path) / PIPELINE_FILE
+        else:
+            file = Path(huggingface_hub.hf_hub_download(source.path, PIPELINE_FILE, revision=source.revision))
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MismatchError(f"{source.where}/{PIPELINE_FILE}", "damaged: it cannot be read as JSON", _AGAIN) from error
+    except OSError as error:
+        raise _unread(source, PIPELINE_FILE, error) from error
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind not in PIPELINES:
+        what = f"a pipeline of the kind {kind or 'unknown'}, which cannot host LoRAs here"
+        raise UsageError(f"base {source.name}", what, f"Use one of the kinds {', '.join(PIPELINES)}.")
+    for name, wanted in PIPELINES[kind].items():
+        library, found = (index.get(name) or (None, None))[:2]
+        # Tokenizers come in two classes with one format.
+        if found is None:
+            raise MismatchError(f"base {source.name}", f"its {PIPELINE_FILE} names no {name}", _AGAIN)
+        if (found or "").removesuffix("Fast") != wanted:
+            what = f"its {name} is a {library}.{found}, and only {wanted} is known here"
+            raise UsageError(f"base {source.name}", what, "Write another base.")
+    return index
+
+
+def _parts(index: dict[str, Any]) -> dict[str, str]:
+    return PIPELINES[index["_class_name"]]
+
+
+def _class_of(name: str, kind: str) -> Any:
+    return getattr(transformers if kind.startswith("CLIP") else diffusers, kind)
+
+
+def _part(source: Source, index: dict[str, Any], name: str, dtype: torch.dtype) -> Any:
+    """One part, its weights complete. Raises: MismatchError."""
+    kind = _class_of(name, _parts(index)[name])
+    arguments: dict[str, Any] = {**source.arguments, "subfolder": name}
+    _check_there(source, name)
+    try:
+        if name.startswith("tokenizer"):
+            return kind.from_pretrained(source.path, **arguments)
+        typed: dict[str, Any] = {"dtype": dtype} if name in TEXT_ENCODERS else {"torch_dtype": dtype}
+        if name in TEXT_ENCODERS:
+            typed["ignore_mismatched_sizes"] = True  # reported below, by name
+        model, report = kind.from_pretrained(source.path, output_loading_info=True, **typed, **arguments)
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise _unread(source, name, error) from error
+    for verb, keys in (("lack", report["missing_keys"]), ("misshape", report["mismatched_keys"])):
+        if keys:
+            first = sorted(key if isinstance(key, str) else key[0] for key in keys)[0]
+            what = f"its weights {verb} {len(keys)} of the model's tensors, such as {first}"
+            raise MismatchError(f"{source.where}/{name}", what, "Download it again, or mend its config.json.")
+    return model
+
+
+def _scheduler(source: Source, index: dict[str, Any]) -> Any:
+    name = (index.get("scheduler") or (None, None))[1]
+    kind = getattr(diffusers, name or "", None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise UsageError(f"base {source.name}", f"diffusers knows no scheduler {name!r}", "Upgrade diffusers.")
+    _check_there(source, "scheduler")
+    try:
+        return kind.from_pretrained(source.path, subfolder="scheduler", **source.arguments)
+    except Exception as error:
+        raise _unread(source, "scheduler", error) from error
+
+
+def _outline(source: Source, index: dict[str, Any], name: str) -> nn.Module:
+    """One part without weights, from its configuration."""
+    kind = _class_of(name, _parts(index)[name])
+    arguments: dict[str, Any] = {**source.arguments, "subfolder": name}
+    _check_there(source, name)
+    try:
+        if name in TEXT_ENCODERS:
+            return kind(kind.config_class.from_pretrained(source.path, **arguments))
+        return kind.from_config(kind.load_config(source.path, **arguments))
+    except Exception as error:
+        raise _unread(source, name, error) from error
+
+
+def _check_there(source: Source, name: str) -> None:
+    if source.local and not (Path(source.path) / name).is_dir():
+        raise MismatchError(f"{source.where}/{name}", "a part of the pipeline is missing", _AGAIN)
+
+
+def _check_fit(source: Source, parts: dict[str, Any]) -> None:
+    """Raises: MismatchError where the parts are those of different pipelines."""
+    unet, vae = parts["unet"], parts["vae"]
+    width = sum(parts[name].config.hidden_size for name in TEXT_ENCODERS if name in parts)
+    reads = unet.config.cross_attention_dim
+    problems = []
+    if isinstance(reads, int) and reads != width:
+        problems.append(f"the UNet reads text of width {reads}, and the text encoder writes {width}")
+    if unet.config.in_channels != vae.config.latent_channels:
+        problems.append(
+            f"the UNet takes {unet.config.in_channels} channels, and the VAE has {vae.config.latent_channels}"
+        )
+    for suffix in ("", "_2"):
+        tokenizer, encoder = parts.get(f"tokenizer{suffix}"), parts.get(f"text_encoder{suffix}")
+        if tokenizer is not None and encoder is not None and len(tokenizer) > encoder.config.vocab_size:
+            rows = encoder.config.vocab_size
+            problems.append(f"tokenizer{suffix} has {len(tokenizer)} tokens, and its encoder {rows}")
+    if problems:
+        raise MismatchError(f"base {source.name}", problems[0], "Put parts of one pipeline together.")
+
+
+def _unread(source: Source, name: str, error: Exception) -> Exception:
+    """The message for a part that could not be read."""
+    if not source.local and isinstance(error, OSError):
+        return explain_hub(source, error, offline=huggingface_hub.is_offline_mode())
+    return MismatchError(f"{source.where}/{name}", f"damaged or incomplete ({first_line(error)})", _AGAIN)

@@ -1,0 +1,44 @@
+"""Which kind of base a command runs on: asked here, once a command, and by nobody else.
+
+A domain is a package with a module for each command, and all domains hold the same functions:
+
+    compose        prepare(recipe, note) -> commands.compose.Task
+    train_lora     train_lora(recipe, accelerator, *, resume, progress, note) -> report
+    sample         sample(recipe, composition, *, progress, note) -> commands.sample.Samples; IN_FOLDER
+    evaluate       evaluate(recipe, compositions, *, progress, note) -> EvaluationReport; RESUMES
+    inspect_gates  defaults(composition) -> keys; inspect_gates(recipe, composition, *, progress, note) -> GateReport
+    export         prepare(recipe, composition, note) -> commands.export.Task
+    plan           to_train(recipe, shapes, fetch), to_evaluate(...), activations(...); LEARNS_FROM, at_once(count)
+
+A third kind of base is one folder, and one line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from molecli.files.base_source import find_base
+
+if TYPE_CHECKING:
+    from molecli.files.base_source import BaseSettings
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A kind of base: the package that serves it, imported command by command, for each needs other libraries."""
+
+    package: str
+
+    def command(self, name: str) -> Any:
+        """The module for one command, such as `train_lora`."""
+        return import_module(f"{self.package}.{name}")
+
+
+TEXT, IMAGES = Domain("molecli.text"), Domain("molecli.images")
+
+
+def domain_of(base: BaseSettings) -> Domain:
+    """The domain of a base. Raises: UsageError where there is no such base; RunError where GGUF cannot be read here."""
+    return IMAGES if find_base(base).pipeline else TEXT

@@ -1,0 +1,106 @@
+"""The short forms a recipe may use, spelled out: a base as one string, LoRAs as text, names with commas.
+
+A value of a wrong type is returned as it is: the model's own check then says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from molecli.files.lora_spec import parse_lora
+
+
+def as_base(value: Any) -> Any:
+    """`base: ID` as `base: {id: ID}`."""
+    return {"id": value} if isinstance(value, str) else value
+
+
+def as_loras(value: Any) -> Any:
+    """`loras: a,b`, `[a, x=PATH@0.5]`, `{x: PATH}` and `{x: {source: PATH}}` as a list of {name, source, weight}."""
+    if isinstance(value, str):
+        return [_spelled(text) for text in _texts(value)]
+    if isinstance(value, Mapping):
+        return [_named(str(name), entry) for name, entry in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [spelled for item in value for spelled in (_many(item) if isinstance(item, str) else [item])]
+    return value
+
+
+def as_names(value: Any) -> Any:
+    """`a,b` as [a, b]."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def as_choices(value: Any) -> Any:
+    """`a,b` and [a, b] as names; with a list among the items each is one choice of names: [[a], "b,c", []]."""
+    names = as_names(value)
+    if not isinstance(names, (list, tuple)) or not any(isinstance(item, (list, tuple)) for item in names):
+        return names
+    each = [as_names(item) for item in names]
+    return each[0] if len(each) == 1 else each
+
+
+def as_paths(value: Any) -> Any:
+    """A file or a list of files as {stem: file}; a mapping stays. Two equal stems stay a list, and are refused."""
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, (list, tuple)) or not all(isinstance(file, str) for file in files):
+        return value
+    named = {PurePath(file).stem: file for file in files}
+    return named if len(named) == len(files) else value
+
+
+def expanded(tree: Mapping[str, Any], *, changes: bool = False) -> dict[str, Any]:
+    """A recipe's tree with its base and LoRAs spelled out, so that two trees merge key by key.
+
+    With `changes` (`--set`) a mapping of LoRAs stays one: it changes the LoRAs of the layer below by name.
+    """
+    result = dict(tree)
+    if "base" in result:
+        result["base"] = as_base(result["base"])
+    if "loras" in result and not (changes and isinstance(result["loras"], Mapping)):
+        result["loras"] = as_loras(result["loras"])
+    return result
+
+
+def _texts(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _many(value: str) -> list[dict[str, Any]]:
+    return [_spelled(text) for text in _texts(value)]
+
+
+def _named(name: str, entry: Any) -> Any:
+    if isinstance(entry, str):
+        return _spelled(f"{name}={entry}")
+    return {"name": name, **entry} if isinstance(entry, Mapping) else entry
+
+
+def _spelled(text: str) -> dict[str, Any]:
+    spec = parse_lora(text)
+    return {"name": spec.name, "source": spec.source, "weight": spec.weight}
+
+
+class Switched(NamedTuple):
+    """The LoRAs in `mask` are off, and with `only` all that it does not name."""
+
+    mask: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What stands behind a method's name: " only a without b"; "" where every LoRA is on."""
+        kept = f" only {', '.join(self.only)}" if self.only else ""
+        return kept + (f" without {', '.join(self.mask)}" if self.mask else "")
+
+
+def choices(mask: Sequence[Any], only: Sequence[Any]) -> tuple[Switched, ...]:
+    """Every mask with every only, each pair once; either is one list of names or a list of such lists."""
+    pairs = (Switched(tuple(off), tuple(kept)) for off in _each(mask) for kept in _each(only))
+    return tuple(dict.fromkeys(pairs))
+
+
+def _each(names: Sequence[Any]) -> Sequence[Any]:
+    return names if names and not isinstance(names[0], str) else (names,)

@@ -1,1 +1,0 @@
-"""Diffusion bases at work: training LoRAs on pictures, learning gates, drawing and scoring."""

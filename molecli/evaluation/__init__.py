@@ -1,0 +1,1 @@
+"""Scores: how they are made, compared, stored and shown, whatever the base."""

@@ -1,0 +1,145 @@
+"""Whether another library makes of an export what this package meant: its updates, and the model's output with them.
+
+verify         both sides compared, in float32
+Verification   how far they are apart
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from molecli.errors import RunError
+from molecli.experts import LowRank
+from molecli.mixture.mixture import Mixture
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+# Relative differences that float32 arithmetic in another order explains, with room.
+DELTA_TOLERANCE, OUTPUT_TOLERANCE = 1e-5, 1e-3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Differences relative to the expected: of each ΔW in the Frobenius norm, of the output by its largest entry.
+
+    file: ΔW as loaded from that of the factors written; delta: from that of the composition, the rank's and the type's
+    rounding included; missing, surplus: matrices that the library leaves out, or adapts besides. exact: nothing was
+    left out, so that all are to be rounding.
+    """
+
+    library: str
+    exact: bool
+    file: Mapping[str, float]
+    delta: Mapping[str, float]
+    output: float
+    missing: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> str:
+        """The matrix whose ΔW is farthest from the composition's; "" where none was loaded."""
+        return max(self.delta, key=self.delta.__getitem__, default="")
+
+    def document(self) -> dict[str, Any]:
+        """The verification as JSON holds it."""
+        return {
+            "library": self.library,
+            "delta": {"worst": self.delta.get(self.worst), "matrix": self.worst, "by_matrix": dict(self.delta)},
+            "file": max(self.file.values(), default=None),
+            "output": self.output,
+            "missing": list(self.missing),
+            "surplus": list(self.surplus),
+        }
+
+    def line(self) -> str:
+        """The verification as text."""
+        if not self.delta:
+            return f"{self.library}: nothing was loaded, output differs by {self.output:.1e}"
+        worst = self.worst
+        return f"{self.library}: ΔW differs by at most {self.delta[worst]:.1e} ({worst}), output by {self.output:.1e}"
+
+    def check(self, folder: str) -> None:
+        """Nothing, where only rounding sets the two apart. Raises: RunError otherwise."""
+        problem = self._problem()
+        if problem is not None:
+            raise RunError(folder, f"{self.library} {problem}", "The files are kept; report.json has every matrix.")
+
+    def _problem(self) -> str | None:
+        if self.missing or self.surplus:
+            kind, names = ("leaves out", self.missing) if self.missing else ("adapts besides", self.surplus)
+            return f"{kind} {len(names)} matrices, such as {names[0]!r}"
+        for found in (self.file, self.delta if self.exact else {}):
+            name = max(found, key=found.__getitem__, default="")
+            if name and not found[name] <= DELTA_TOLERANCE:
+                return f"makes another update of {name!r} (relative difference {found[name]:.1e})"
+        if self.exact and not self.output <= OUTPUT_TOLERANCE:
+            return f"gives another output (relative difference {self.output:.1e})"
+        return None
+
+
+@torch.no_grad()
+def verify(
+    model: Any,
+    original: Mixture,
+    loaded: AbstractContextManager[None],
+    probe: Callable[[], Tensor],
+    *,
+    meant: Mapping[str, LowRank],
+    written: Mapping[str, LowRank],
+    exact: bool,
+    library: str,
+) -> Verification:
+    """How the adapter that `loaded` puts on `model` compares with `original`, which gives the updates `meant`.
+
+    written: the factors in the file; probe: the model's output on inputs of its own choice.
+    """
+    # On an accelerator convolutions would else be rounded to fewer digits than float32 has.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with original:
+            expected = probe()
+        with loaded:
+            file, delta, surplus = _deltas(model, meant, written)
+            found = probe()
+    missing = tuple(name for name in written if name not in file)
+    output = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+    return Verification(library, exact, file, delta, output, missing, surplus)
+
+
+def _deltas(
+    model: Any, meant: Mapping[str, LowRank], written: Mapping[str, LowRank]
+) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
+    """(difference of each loaded ΔW from the one written, from the one meant, matrices adapted besides)."""
+    from peft.tuners.lora import LoraLayer
+
+    file: dict[str, float] = {}
+    delta: dict[str, float] = {}
+    surplus = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if name not in written:
+            surplus.append(name)
+            continue
+        # As stored they may be in half precision, in which ΔW itself would be rounded.
+        module.lora_A.float()
+        module.lora_B.float()
+        found = module.get_delta_weight(next(iter(module.lora_A))).cpu()
+        found = found.T if getattr(module, "fan_in_fan_out", False) else found
+        file[name] = _relative(found, written[name])
+        delta[name] = _relative(found, meant[name])
+    return file, delta, tuple(surplus)
+
+
+def _relative(found: Tensor, low_rank: LowRank) -> float:
+    wide = LowRank(low_rank.A.double(), low_rank.B.double(), low_rank.scaling)
+    expected = wide.delta()
+    if found.shape != expected.shape:
+        return float("inf")
+    return ((found.double() - expected).norm() / expected.norm()).item()

@@ -1,0 +1,1 @@
+"""What the commands do on a diffusion pipeline; `text` holds the same rooms for language models."""

@@ -1,0 +1,107 @@
+"""Prior preservation: pictures of the class, drawn with the base where their folder has too few.
+
+Source: Ruiz et al., DreamBooth, arXiv 2208.12242, section 3.2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from molecli.catalog.methods import BASE
+from molecli.config import ImageConfig
+from molecli.errors import UsageError
+from molecli.files.pictures import pictures_in, read_picture
+from molecli.images.columns import Column
+from molecli.images.drawing import Job, check_drawn, draw
+from molecli.images.pictures import CLASS_TASK
+from molecli.images.png_metadata import write_png
+from molecli.images.sample import facts_of
+from molecli.protocols import Picture, Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from molecli.config import TrainLoraRecipe
+
+DEFAULT_FOLDER = "class_pictures"
+
+
+def class_folder(recipe: TrainLoraRecipe) -> Path | None:
+    """The folder of the class's pictures; None without prior preservation."""
+    config = recipe.pictures
+    if config is None or config.class_prompt is None:
+        return None
+    return Path(config.class_dir).expanduser() if config.class_dir else Path(recipe.output) / DEFAULT_FOLDER
+
+
+def class_pictures(recipe: TrainLoraRecipe) -> list[Picture]:
+    """The pictures of the class that are there, at most as many as asked for; none without prior preservation.
+
+    Raises: UsageError for a picture that was drawn for another prompt or with another base.
+    """
+    folder, config = class_folder(recipe), recipe.pictures
+    if folder is None or config is None or not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    files = pictures_in(folder)[: config.class_pictures]
+    for file in files:
+        _check_drawn_alike(file, {"prompt": str(config.class_prompt), "base": recipe.base.id})
+    return [Picture(CLASS_TASK, str(config.class_prompt), str(file)) for file in files]
+
+
+def draw_missing(
+    recipe: TrainLoraRecipe, backbone: Any, accelerator: Accelerator, progress: Progress | None = None
+) -> None:
+    """Fills the folder of the class up, each process drawing its share. Picture i has seed `recipe.seed` + i.
+
+    Each is written as soon as it is drawn, so that what an interruption leaves is not drawn again. Collective.
+    """
+    folder, config = class_folder(recipe), recipe.pictures
+    if folder is None or config is None:
+        return
+    missing = _free_places(folder, config.class_pictures - len(class_pictures(recipe)))
+    accelerator.wait_for_everyone()  # Every process must have counted before one of them writes.
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    side = config.resolution or backbone.resolution
+    image = ImageConfig(width=side, height=side)
+    jobs = [Job(str(config.class_prompt), recipe.seed + place, _name(place)) for place in mine]
+    done = 0
+
+    def keep(job: Job, picture: Image.Image) -> None:
+        nonlocal done
+        write_png(folder / job.name, picture, facts_of(job.prompt, job.seed, Column(BASE), image, backbone))
+        done += 1
+        if progress is not None:
+            progress("class pictures", done, len(jobs))
+
+    at_once = recipe.train.micro_batch_size or max(1, recipe.train.batch_size // accelerator.num_processes)
+    check_drawn(draw(backbone, jobs, image, batch_size=at_once, keep=keep), len(jobs))
+    accelerator.wait_for_everyone()
+
+
+def _free_places(folder: Path, count: int) -> list[int]:
+    """The lowest `count` numbers whose picture is not in the folder."""
+    places: list[int] = []
+    place = 0
+    while len(places) < count:
+        if not (folder / _name(place)).exists():
+            places.append(place)
+        place += 1
+    return places
+
+
+def _name(place: int) -> str:
+    return f"{place:05d}.png"
+
+
+def _check_drawn_alike(file: Path, wanted: dict[str, str]) -> None:
+    """Pictures from elsewhere say nothing of how they were drawn, and are taken as they are."""
+    read_picture(file)  # what is broken is said as of every picture
+    with Image.open(file) as image:
+        found = getattr(image, "text", {})
+    for key, value in wanted.items():
+        if "mole_version" in found and found.get(key) != value:
+            what = f"drawn for the {key} {found.get(key)!r}, and this run's is {value!r}"
+            raise UsageError(str(file), what, "Name another --class-dir.")

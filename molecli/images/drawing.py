@@ -1,0 +1,176 @@
+"""Drawing many pictures with one attached method: in batches, each picture kept as soon as it is there.
+
+A picture follows from its prompt, its seed and the method alone: neither the batch it was drawn in nor what was drawn
+before it changes it. So a batch that fails is drawn again in smaller pieces, and what fails alone is reported.
+
+Contents: Job, Failure, draw, check_drawn, warnings_as_notes, options, guidance_of.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from molecli.bases.diffusion import Diffusion
+from molecli.bases.out_of_memory import freed, out_of_memory
+from molecli.catalog.builtin import package_folder
+from molecli.config import ImageConfig
+from molecli.errors import RunError, UserError
+from molecli.protocols import Note
+
+LESS_MEMORY = (
+    "Lower --width and --height, or write --set image.branches_at_once=1, --set image.replay=false or --dtype bfloat16."
+)
+_NO_MEMORY = "one picture does not fit in memory"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw; `name` says in messages which."""
+
+    prompt: str
+    seed: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A picture that could not be drawn, and why."""
+
+    job: Job
+    reason: str
+    error: Exception
+
+
+def draw(
+    backbone: Any,
+    jobs: Sequence[Job],
+    image: ImageConfig,
+    *,
+    batch_size: int,
+    keep: Callable[[Job, Image.Image], object],
+    prepare: Note | None = None,
+    ease: Callable[[], bool] | None = None,
+    note: Note = lambda text: None,
+) -> list[Failure]:
+    """What could not be drawn; `keep` is given every picture, in the order of `jobs` within a batch.
+
+    `prepare(prompt)` is called before each prompt's batches, for methods that look at it; a batch then holds one.
+    `note` is told when batches become smaller. Where not even one picture fits in memory, `ease()` is asked for less;
+    once it says no, the rest is not tried.
+    Raises: UserError, which another picture would not escape either.
+    """
+    failures: list[Failure] = []
+    waiting = deque(_batches(jobs, batch_size, by_prompt=prepare is not None))
+    prepared: str | None = None
+    while waiting:
+        batch = waiting.popleft()
+        if prepare is not None and batch[0].prompt != prepared:
+            prepared = batch[0].prompt
+            prepare(prepared)
+        error = _attempt(backbone, batch, image, keep)
+        if error is None:
+            continue
+        if len(batch) > 1:
+            size = len(batch) // 2 if out_of_memory(error) else 1
+            if out_of_memory(error):
+                note(f"{len(batch)} pictures at once do not fit in memory: drawing {size}")
+                waiting = deque(piece for rest in waiting for piece in _pieces(rest, size))
+            waiting.extendleft(reversed(list(_pieces(batch, size))))
+        elif out_of_memory(error) and ease is not None and ease():
+            note("one picture does not fit in memory: drawing it with fewer LoRAs in a UNet call")
+            waiting.appendleft(batch)
+        elif out_of_memory(error):
+            rest = [batch[0], *(job for others in waiting for job in others)]
+            return failures + [Failure(job, _NO_MEMORY, error) for job in rest]
+        else:
+            failures.append(Failure(batch[0], _reason(error), error))
+    return failures
+
+
+def check_drawn(failures: Sequence[Failure], total: int) -> None:
+    """Nothing, when everything was drawn. Raises: RunError that says how many pictures were not, and why the first."""
+    if not failures:
+        return
+    first = failures[0]
+    reasons = {failure.reason for failure in failures}
+    what = f"{len(failures)} of {total} pictures could not be drawn ({first.job.name}: {first.reason})"
+    if len(reasons) > 1:
+        what += f", for {len(reasons)} different reasons"
+    remedy = LESS_MEMORY if _NO_MEMORY in reasons else "The others are kept. Run with --verbose for the traceback."
+    raise RunError("pictures", what, remedy) from first.error
+
+
+@contextmanager
+def warnings_as_notes(note: Note) -> Iterator[None]:
+    """Inside, what this package warns of (words that a prompt loses, say) goes to `note`, every text once."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], filename: str, *more: Any, **others: Any) -> None:
+            if not Path(filename).is_relative_to(package_folder()):
+                show(message, category, filename, *more, **others)
+            elif str(message) not in said:
+                said.add(str(message))
+                note(str(message))
+
+        warnings.showwarning = tell
+        warnings.filterwarnings("always", category=UserWarning, module=r"molecli\b")
+        yield
+
+
+def options(image: ImageConfig) -> dict[str, Any]:
+    """How pictures are denoised, as `Diffusion.generate` takes it."""
+    return image.model_dump(exclude={"branches_at_once"})
+
+
+def guidance_of(image: ImageConfig, backbone: Diffusion) -> float:
+    """The classifier-free guidance scale that pictures are drawn at: what `image` says, else the base's own."""
+    return backbone.guidance if image.guidance is None else image.guidance
+
+
+def _attempt(
+    backbone: Any, batch: Sequence[Job], image: ImageConfig, keep: Callable[[Job, Image.Image], object]
+) -> Exception | None:
+    """Why the batch could not be drawn; None when all of it was, and kept."""
+    try:
+        pictures = backbone.generate(
+            [job.prompt for job in batch],
+            seeds=[job.seed for job in batch],
+            **options(image),
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        freed(error)
+        return error
+    for job, picture in zip(batch, pictures, strict=True):
+        keep(job, picture)
+    return None
+
+
+def _batches(jobs: Sequence[Job], size: int, *, by_prompt: bool) -> Iterator[list[Job]]:
+    if not by_prompt:
+        yield from _pieces(jobs, size)
+        return
+    for _, same in groupby(jobs, key=lambda job: job.prompt):
+        yield from _pieces(list(same), size)
+
+
+def _pieces(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    for start in range(0, len(jobs), size):
+        yield list(jobs[start : start + size])
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join((str(error).strip() or "no message").splitlines()[0].split()).rstrip(".")
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,270 @@
+"""`mole sample` on a diffusion base: every method draws every prompt from the same seeds, onto one contact sheet.
+
+sample                 recipe -> Album: the whole command
+Album                  the pictures that were drawn, and what could not be
+Drawn                  one picture: prompt, method, seed, path
+sample_columns         what draws
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from molecli.bases.diffusion import Diffusion
+from molecli.bases.loading import load_backbone
+from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, builtin_loras
+from molecli.catalog.methods import ALONE, BASE
+from molecli.config import ImageConfig, SampleRecipe
+from molecli.config.unread import check_fields, check_options, composing
+from molecli.errors import UsageError
+from molecli.files.atomic import write_text
+from molecli.files.composition import Composition
+from molecli.files.lora_spec import LoraLike, LoraSpec
+from molecli.files.output_folder import SAMPLES_FILE
+from molecli.files.unique_names import numbered, slugs
+from molecli.images.columns import Column, Studio, masked, read_concepts
+from molecli.images.drawing import Failure, Job, check_drawn, draw, guidance_of, warnings_as_notes
+from molecli.images.png_metadata import PictureFacts, write_png
+from molecli.images.sheet import SheetRow, write_sheets
+from molecli.mixture.attach import base_of, read_experts
+from molecli.protocols import Note, Progress
+
+# Pictures are files: a folder is written where none is named too.
+IN_FOLDER = True
+TEXT_FIELDS = ("max_new_tokens", "temperature", "top_p")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture that was drawn."""
+
+    prompt: str
+    method: str
+    seed: int
+    path: str
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Album:
+    """The pictures in the order prompt, seed, method, and what could not be drawn."""
+
+    pictures: tuple[Drawn, ...]
+    failures: tuple[Failure, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def document(self) -> list[dict[str, Any]]:
+        """The pictures as JSON holds them."""
+        return [picture.document() for picture in self.pictures]
+
+    def lines(self) -> list[str]:
+        """Where the pictures are."""
+        return [picture.path for picture in self.pictures]
+
+    def check(self) -> None:
+        """Nothing, when everything was drawn. Raises: RunError."""
+        check_drawn(self.failures, len(self.pictures) + len(self.failures))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a picture goes: the place of its prompt, its column's name, its seed."""
+
+    prompt: int
+    column: str
+    seed: int
+
+
+def sample(
+    recipe: SampleRecipe,
+    composition: Composition | None,
+    *,
+    progress: Progress | None = None,
+    note: Note = lambda text: None,
+) -> Album:
+    """The pictures of `recipe.prompts` by every method, and what could not be drawn; all in `recipe.output`.
+
+    Image k of a prompt has seed `recipe.seed` + k under every method. A picture is written as soon as it is drawn;
+    sheet.png shows all, samples.jsonl lists them. `note` gets what a prompt loses.
+    Raises: UsageError where it is not clear which experts to use; MismatchError where they do not fit.
+    """
+    check_fields(recipe, TEXT_FIELDS, "texts")
+    check_options(recipe.method, composing(recipe.modes))
+    backbone: Any = load_backbone(base_of(recipe.base, composition), recipe.device)
+    columns = sample_columns(recipe, composition, backbone)
+    with warnings_as_notes(note):
+        return sample_pictures(recipe, columns, backbone, progress=progress, note=note)
+
+
+def sample_pictures(
+    recipe: SampleRecipe,
+    columns: Sequence[Column],
+    backbone: Diffusion,
+    *,
+    progress: Progress | None = None,
+    note: Note = lambda text: None,
+) -> Album:
+    """The pictures of every column, in `recipe.output`."""
+    assert recipe.output is not None
+    folder = Path(recipe.output)
+    paths = picture_paths(folder, recipe, [column.name for column in columns])
+    drawn: dict[_Place, Drawn] = {}
+    failures: list[Failure] = []
+    for column in columns:
+        places = [place for place in paths if place.column == column.name]
+        failures += _draw_column(recipe, backbone, column, {p: paths[p] for p in places}, drawn, progress, note)
+    found = [drawn[place] for place in paths if place in drawn]
+    if found:
+        write_text(folder / SAMPLES_FILE, "".join(json.dumps(d.document(), ensure_ascii=False) + "\n" for d in found))
+        write_sheets(folder, [column.name for column in columns], _rows(recipe, columns, drawn))
+    return Album(tuple(found), tuple(failures))
+
+
+def sample_columns(recipe: SampleRecipe, composition: Composition | None, backbone: Diffusion) -> list[Column]:
+    """What draws: the modes in their order, each with its LoRAs, and the composition last.
+
+    Raises: UsageError where it is not clear which experts to use; MismatchError where they do not fit.
+    """
+    loras = _loras(recipe, composition)
+    wanted = recipe.modes
+    if composition is None and not wanted:
+        wanted = _one_mode(recipe, loras)
+    needed = set(wanted) - {BASE}
+    if needed and not loras:
+        mode = next(mode for mode in wanted if mode in needed)
+        raise UsageError("--modes", f"{mode!r} needs LoRAs, and none are named", "Write --loras a=PATH,b=PATH.")
+    # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
+    experts = read_experts(backbone.model, loras if needed else [], allow_partial=not recipe.loras)
+    studio = Studio(
+        backbone.model,
+        {expert.name: expert for expert in experts},
+        {lora.name: getattr(lora, "weight", 1.0) for lora in loras},
+        read_concepts(loras, recipe.concepts) if needed else {},
+        recipe.method,
+        recipe.image.branches_at_once,
+    )
+    names = [lora.name for lora in loras]
+    columns: list[Column] = []
+    for mode in dict.fromkeys(wanted):
+        if mode == ALONE:
+            chosen = [n for n in names if n not in recipe.mask and n in (recipe.only or names)]
+            columns += [studio.alone(name) for name in chosen]
+        else:
+            columns.append(masked(studio.fixed(mode, names), mask=recipe.mask, only=recipe.only))
+    if composition is not None:
+        own = studio.composed(composition.mode, composition, recipe.loras)
+        columns.append(masked(own, mask=recipe.mask, only=recipe.only))
+    names = numbered(column.name for column in columns)
+    return [replace(column, name=name) for column, name in zip(columns, names, strict=True)]
+
+
+def picture_paths(folder: Path, recipe: SampleRecipe, columns: Sequence[str]) -> dict[_Place, Path]:
+    """Where every picture goes, in the order prompt, seed, method: `<prompt>-<method>-<seed>.png`."""
+    width = len(str(len(recipe.prompts) - 1))
+    short = slugs(columns)
+    seeds = range(recipe.seed, recipe.seed + recipe.images)
+    return {
+        _Place(i, name, seed): folder / f"{i:0{width}d}-{short[name]}-{seed}.png"
+        for i in range(len(recipe.prompts))
+        for seed in seeds
+        for name in columns
+    }
+
+
+def facts_of(prompt: str, seed: int, column: Column, image: ImageConfig, backbone: Diffusion) -> PictureFacts:
+    """What the PNG of a picture says of it."""
+    return PictureFacts(
+        prompt=prompt,
+        negative_prompt=image.negative_prompt,
+        seed=seed,
+        method=column.name,
+        loras=column.loras,
+        settings=column.settings,
+        dtype=str(backbone.pipe.unet.dtype)[6:],
+        steps=image.steps,
+        guidance=guidance_of(image, backbone),
+        scheduler=image.scheduler or type(backbone.pipe.scheduler).__name__,
+        base=backbone.name,
+    )
+
+
+def _draw_column(
+    recipe: SampleRecipe,
+    backbone: Diffusion,
+    column: Column,
+    paths: Mapping[_Place, Path],
+    drawn: dict[_Place, Drawn],
+    progress: Progress | None,
+    note: Note,
+) -> list[Failure]:
+    """Draws one column; whatever is kept is put into `drawn`."""
+    places = {path.name: place for place, path in paths.items()}
+    jobs = [Job(recipe.prompts[place.prompt], place.seed, path.name) for place, path in paths.items()]
+    done = 0
+
+    def keep(job: Job, picture: Image.Image) -> None:
+        nonlocal done
+        place = places[job.name]
+        path = write_png(paths[place], picture, facts_of(job.prompt, job.seed, column, recipe.image, backbone))
+        drawn[place] = Drawn(job.prompt, column.name, job.seed, str(path))
+        done += 1
+        if progress is not None:
+            progress(column.name, done, len(jobs))
+
+    with column.context:
+        return draw(
+            backbone,
+            jobs,
+            recipe.image,
+            batch_size=recipe.batch_size,
+            keep=keep,
+            prepare=column.prepare,
+            ease=column.ease,
+            note=note,
+        )
+
+
+def _rows(recipe: SampleRecipe, columns: Sequence[Column], drawn: Mapping[_Place, Drawn]) -> list[SheetRow]:
+    def path(place: _Place) -> Path | None:
+        return Path(drawn[place].path) if place in drawn else None
+
+    return [
+        SheetRow(prompt, f"seed {seed}", tuple(path(_Place(i, column.name, seed)) for column in columns))
+        for i, prompt in enumerate(recipe.prompts)
+        for seed in range(recipe.seed, recipe.seed + recipe.images)
+    ]
+
+
+def _loras(recipe: SampleRecipe, composition: Composition | None) -> list[LoraLike]:
+    """The LoRAs that were named, else the composition's, else with modes the base's own built-in ones."""
+    if recipe.loras:
+        return list(recipe.loras)
+    if composition is not None:
+        return [LoraSpec(record.name, record.source) for record in composition.experts]
+    builtin = recipe.base is not None and recipe.base.id == BUILTIN_IMAGE_BASE
+    if builtin and set(recipe.modes) - {BASE}:
+        return [LoraSpec(name, str(path)) for name, path in builtin_loras(BUILTIN_IMAGE_BASE).items()]
+    return []
+
+
+def _one_mode(recipe: SampleRecipe, loras: Sequence[LoraLike]) -> tuple[Any, ...]:
+    """The one column that is meant where no mode is named: the bare base, or one LoRA alone. Raises: UsageError."""
+    if not loras:
+        if recipe.mask or recipe.only:
+            raise UsageError("--mask", "there is no LoRA to switch off", "Name a composition, or --loras.")
+        return (BASE,)
+    if len(loras) > 1 and len(recipe.only) != 1:
+        what = f"{len(loras)} LoRAs and nothing that says how they mix"
+        remedy = "Write --modes linear,switch or the like, name a composition, or one LoRA with --only."
+        raise UsageError("--loras", what, remedy)
+    return (ALONE,)

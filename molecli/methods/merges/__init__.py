@@ -1,0 +1,1 @@
+"""Methods that make one LoRA of all, matrix by matrix: `merge`."""

@@ -1,0 +1,1 @@
+"""Methods that act on a denoising step of a UNet: `method`."""

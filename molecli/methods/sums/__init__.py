@@ -1,0 +1,1 @@
+"""Methods that add the LoRAs up with weights that never change: `gate`."""

@@ -1,0 +1,17 @@
+"""Normalised linear arithmetic composition, MoLE Eq. 2: the weights of Eq. 1 divided by their sum."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from molecli.errors import UsageError
+from molecli.methods.sums.fixed_gate import FixedGate
+
+
+def gate(weights: Tensor, only: int | None = None) -> FixedGate:
+    """Weights that sum to 1 (1/N each by default). Raises: UsageError where they sum to 0."""
+    total = float(weights.sum())
+    if abs(total) < 1e-12:
+        what = "the weights sum to 0, which `nla` divides by"
+        raise UsageError("--loras", what, "Change a weight or use --mode linear.")
+    return FixedGate(weights / total, normalized=True)

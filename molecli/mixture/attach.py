@@ -1,0 +1,183 @@
+"""Experts and compositions on a live model: the Python API (`molecli.attach`) and what the commands build on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from molecli.adapters import LoraLike, LoraSpec, parse_loras, read_expert
+from molecli.adapters.source import is_there, resolve_source
+from molecli.adapters.weights import Shape
+from molecli.bases.weights import BaseWeights
+from molecli.catalog.methods import ALONE, DEFAULT, SUM, get_method
+from molecli.config import BaseConfig, GateConfig, MethodConfig
+from molecli.config.unread import check_options
+from molecli.errors import UsageError
+from molecli.experts import Expert, ExpertBank, LowRank
+from molecli.files.composition import Composition, ExpertRecord, check_base, check_experts, load_composition
+from molecli.files.concepts import Concept, read_concept
+from molecli.functional.fingerprint import fingerprint, same_base
+from molecli.mixture.build import build_mixture
+from molecli.mixture.layout import adaptable_matrices, host_of
+from molecli.mixture.mixture import Mixture
+
+Loras = Mapping[str, str] | Iterable[str]
+
+
+def attach(
+    model: Any,
+    *,
+    loras: Loras | None = None,
+    composition: str | Path | None = None,
+    mode: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    only: str | None = None,
+    gate: GateConfig | None = None,
+    method: MethodConfig | None = None,
+    triggers: Mapping[str, str] | None = None,
+    allow_partial: bool = False,
+) -> Mixture:
+    """The LoRAs on `model`, a transformers model or a diffusers pipeline, as a context manager; inside it, the model's
+    own API runs the mixture.
+
+        with attach(model, loras={"a": "loras/a", "b": "loras/b"}, composition="runs/ab") as mixture:
+            model.generate(**inputs)
+        with attach(pipe, loras={"a": "loras/a", "b": "loras/b"}, mode="nla"):
+            pipe("a photo of ...")
+
+    Modes that weigh LoRAs by the prompt (w_switch, w_composite) need the words that call each: `triggers` by name, else
+    those of concept.json beside the LoRA; and `mixture.prepare(prompt)` before the pipeline is called.
+    `loras` maps names to folders, files or hub ids (or lists `name=PATH@WEIGHT`); a composition remembers its own.
+    With a composition its gates or weights are loaded and checked against base and LoRAs; without, `mode` says how
+    to compose (default linear). Raises: UsageError, MismatchError.
+    """
+    model = host_of(model)
+    if composition is not None:
+        if any(given is not None for given in (mode, weights, gate, only, method, triggers)):
+            raise UsageError("attach", "a composition brings its own mode, weights and gates", "Leave those out.")
+        return attach_composition(model, load_composition(composition), loras=_specs(loras) if loras else None)
+    specs = _specs(loras or ())
+    if not specs:
+        raise UsageError("attach", "no LoRA is named", "Write loras={'a': 'path/to/a'}.")
+    row = get_method(mode or SUM)
+    own_of = (("gate", gate, DEFAULT, row.family == "gates"), ("only", only, ALONE, row.name == ALONE))
+    for name, value, of, there in own_of:
+        if value is not None and not there:
+            raise UsageError("attach", f"{name}= says something in mode {of!r} alone", f"Write mode={of!r}.")
+    if weights is not None and row.level == "site" and row.trained:
+        raise UsageError("attach", f"the gates learn the weights in mode {mode!r}", "Leave weights= out.")
+    if method is not None:
+        check_options(method, [row.name])
+    experts = read_experts(model, specs, allow_partial=allow_partial)
+    own = {spec.name: spec.weight for spec in specs} | dict(weights or {})
+    concepts = _concepts(specs) if row.level == "output" else {}
+    return build_mixture(
+        model,
+        experts,
+        mode=row.name,
+        gate=gate,
+        weights=own,
+        only=only,
+        method=method,
+        triggers={name: concept.trigger for name, concept in concepts.items()} | dict(triggers or {}),
+        kinds={name: concept.kind for name, concept in concepts.items()},
+    )
+
+
+def read_experts(model: nn.Module, loras: Sequence[LoraLike], *, allow_partial: bool = False) -> list[Expert]:
+    """The experts that `loras` name, checked against the matrices of `model`."""
+    matrices, base = adaptable_matrices(model), BaseWeights(model)
+    return [read_expert(lora, matrices, allow_partial=allow_partial, base=base) for lora in loras]
+
+
+def attach_composition(
+    model: nn.Module,
+    composition: Composition,
+    *,
+    loras: Sequence[LoraLike] | None = None,
+    base: str = "",
+    experts: Sequence[Expert] | None = None,
+) -> Mixture:
+    """The composition on `model`, its base and LoRAs checked; `experts` saves reading the LoRAs again.
+
+    A merged one has its factors: LoRAs that it remembers and that are not to be found are absent, with a warning.
+    Raises: MismatchError where base, LoRAs or gates are not those it was made of.
+    """
+    check_base(composition, fingerprint(model), same_base, base=base)
+    if experts is None:
+        # A LoRA that only partly matched was accepted when the composition was made; its matrices are compared below.
+        found = read_experts(model, loras or specs_of(composition), allow_partial=True)
+        experts = found if loras else _with_absent(composition, found, adaptable_matrices(model))
+    check_experts(composition, ExpertBank(experts))
+    with torch.random.fork_rng(devices=[]):  # what fresh gates draw is loaded over: it costs no random number
+        mixture = build_mixture(
+            model,
+            experts,
+            mode=composition.mode,
+            gate=GateConfig.model_validate(composition.gate) if composition.gate else None,
+            only=composition.settings.get("only"),
+            method=MethodConfig.model_validate(composition.settings.get("method", {})),
+            triggers=composition.settings.get("triggers"),
+            kinds=composition.settings.get("kinds"),
+        )
+    mixture.load_state_dict(composition.tensors)
+    return mixture
+
+
+def not_found(composition: Composition) -> list[ExpertRecord]:
+    """The LoRAs of a merged composition that are not where they were; of others none, which cannot do without."""
+    if get_method(composition.mode).family != "merges":
+        return []
+    return [record for record in composition.experts if not is_there(LoraSpec(record.name, record.source))]
+
+
+def specs_of(composition: Composition) -> list[LoraSpec]:
+    """The LoRAs that a composition remembers, less those that it can do without, of which it warns."""
+    gone = not_found(composition)
+    if gone:
+        listed = ", ".join(f"no {record.name} at {record.source}" for record in gone)
+        what = f"the LoRAs of this composition ({composition.mode}) are not all there: {listed}"
+        warnings.warn(f"{what}. It is taken as it was merged; --mask and --only need them", stacklevel=2)
+    return [LoraSpec(record.name, record.source) for record in composition.experts if record not in gone]
+
+
+def _with_absent(composition: Composition, found: Iterable[Expert], shapes: Mapping[str, Shape]) -> list[Expert]:
+    """The composition's experts in its order; those not found are absent ones, on the base's matrices `shapes`."""
+    there = {expert.name: expert for expert in found}
+    return [there.get(record.name) or _absent(record, shapes) for record in composition.experts]
+
+
+def _absent(record: ExpertRecord, shapes: Mapping[str, Shape]) -> Expert:
+    factors = {
+        matrix: LowRank(torch.empty(0, *shapes[matrix][1:]), torch.empty(shapes[matrix][0], 0), 1.0)
+        for matrix in record.matrices
+        if matrix in shapes
+    }
+    return Expert(record.name, factors, record.source, record.sha256, record.rank, record.alpha, absent=True)
+
+
+def _concepts(specs: Sequence[LoraSpec]) -> dict[str, Concept]:
+    """What lies beside the LoRAs that says what they add, by name."""
+    found = {spec.name: read_concept(resolve_source(spec)) for spec in specs}
+    return {name: concept for name, concept in found.items() if concept is not None}
+
+
+def _specs(loras: Loras) -> tuple[LoraSpec, ...]:
+    if isinstance(loras, Mapping):
+        return tuple(LoraSpec(name, str(source)) for name, source in loras.items())
+    return parse_loras(loras)
+
+
+def base_of(base: BaseConfig | None, composition: Composition | None) -> BaseConfig:
+    """The base that was named, else the one the composition was made on, else the built-in one."""
+    if base is not None:
+        return base
+    if composition is None:
+        return BaseConfig()
+    return BaseConfig.model_validate(yaml.safe_load(composition.recipe)["base"])

@@ -1,0 +1,94 @@
+"""Matrices whose experts are kept apart, for branches that each have experts of their own; see `branching`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from molecli.experts import ExpertBank
+from molecli.mixture.site_state import HostedGroup, HostedSite, host_group
+from molecli.protocols import Group, Site
+
+# Of each branch in a UNet call: its experts and their weights, each a tensor [1] on the UNet's device.
+Branches = Sequence[Sequence[tuple[int, Tensor]]]
+
+
+class BranchedGroup:
+    """Matrices that read one input, the factors of each expert apart, so that a branch pays for its own only."""
+
+    def __init__(self, group: Group, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
+        self.parts: list[HostedGroup | None] = []
+        self.places: list[dict[int, int]] = []  # of each expert: place in the group -> place in its part
+        for expert in bank.experts:
+            own = [place for place, matrix in enumerate(group.matrices) if matrix in expert.factors]
+            part = Group(tuple(group.matrices[place] for place in own), group.stream)
+            site = HostedSite(Site(expert.name, (part,)), nn.Identity())
+            self.parts.append(host_group(part, site, ExpertBank([expert]), modules) if own else None)
+            self.places.append({place: i for i, place in enumerate(own)})
+        self.matrices = len(group.matrices)
+        self.x: Tensor | None = None
+        self.mixed: list[dict[int, tuple[Tensor, ...]]] = []
+        self.served = 0
+        self.lasting = next(part for part in self.parts if part is not None).lasting
+        self._last: tuple[weakref.ref[Tensor], int] | None = None
+        self._kept: list[tuple[Branches, list[dict[int, tuple[Tensor, ...]]]]] = []
+
+    def add(self, y: Tensor, x: Tensor, index: int, branches: Branches) -> Tensor:
+        """y, the output of the group's matrix `index` for x, and on each branch's rows the share of its experts."""
+        if self.x is not x:
+            self._mix(x, branches)
+        if len(branches) == 1:
+            y = self._expanded(y, 0, index)
+        else:
+            # In place without gradients: the pieces are views of y.
+            pieces = [self._expanded(piece, k, index) for k, piece in enumerate(y.chunk(len(branches)))]
+            y = torch.cat(pieces) if torch.is_grad_enabled() else y
+        self.served += 1
+        if self.served == self.matrices:
+            self.forget()
+        return y
+
+    def forget(self) -> None:
+        """Drop what is kept of the current input."""
+        self.x, self.mixed, self.served = None, [], 0
+
+    def _mix(self, x: Tensor, branches: Branches) -> None:
+        lasts = self.lasting and not torch.is_grad_enabled() and not x.is_inference()
+        kept = self._of_before(x, branches) if lasts else None
+        self.x, self.served = x, 0
+        if kept is not None:
+            self.mixed = kept
+            return
+        pieces = x.chunk(len(branches)) if len(branches) > 1 else (x,)
+        self.mixed = [
+            {expert: self._projected(expert, piece, weight) for expert, weight in branch}
+            for piece, branch in zip(pieces, branches, strict=True)
+        ]
+        if lasts:
+            self._kept.append((branches, self.mixed))
+
+    def _of_before(self, x: Tensor, branches: Branches) -> list[dict[int, tuple[Tensor, ...]]] | None:
+        """What an earlier pass made of the very same text for the same branches, if there was one."""
+        if self._last is None or self._last[0]() is not x or self._last[1] != x._version:
+            self._last, self._kept = (weakref.ref(x), x._version), []
+        return next((mixed for known, mixed in self._kept if known is branches), None)
+
+    def _projected(self, expert: int, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        part = self.parts[expert]
+        if part is None:
+            return ()
+        u = part.project(x)
+        part.weight(x, u, weight.to(u.dtype))
+        mixed = part.mixed
+        part.forget()
+        return mixed
+
+    def _expanded(self, y: Tensor, branch: int, index: int) -> Tensor:
+        for expert, mixed in self.mixed[branch].items():
+            part, place = self.parts[expert], self.places[expert].get(index)
+            if part is not None and place is not None:
+                y = part.expand(y, mixed[place], part.Bt[place])
+        return y

@@ -1,0 +1,175 @@
+"""From a model, its experts and a method to a mixture that can be attached: one builder a family of methods.
+
+Contents: build_mixture, sum_of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from molecli.bases.weights import BaseWeights
+from molecli.catalog.methods import SUM, Family, Method, check_runs_on, get_method
+from molecli.config import GateConfig, MethodConfig
+from molecli.config.method import share_of
+from molecli.errors import UsageError
+from molecli.experts import Expert, ExpertBank, Merged
+from molecli.mixture.branching import Branching
+from molecli.mixture.layout import blocks_of, layout_of
+from molecli.mixture.merged import MergedMixture, merge_experts
+from molecli.mixture.mixture import Mixture
+from molecli.mixture.streams import Layout
+from molecli.protocols import Granularity, Progress, Site
+
+
+def build_mixture(
+    model: nn.Module,
+    experts: Sequence[Expert],
+    *,
+    mode: str,
+    gate: GateConfig | None = None,
+    weights: Mapping[str, float] | None = None,
+    only: str | None = None,
+    method: MethodConfig | None = None,
+    triggers: Mapping[str, str] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    branches_at_once: int | None = None,
+    progress: Progress | None = None,
+) -> Mixture:
+    """The experts on `model`, composed by `mode`, not attached yet; fresh gates start as `gate.init_std` says.
+
+    `weights` are the users' coefficients by expert name, 1 where not given; `method`, `triggers` and `kinds` (by expert
+    name) are for the modes that act on the denoising steps; `method.layers` holds for all. Methods that merge do so
+    when they are first needed. Raises: UsageError, MismatchError.
+    """
+    row, config, layout = get_method(mode), method or MethodConfig(), layout_of(model)
+    check_runs_on(row.name, layout.kind)
+    bank = ExpertBank(experts if config.layers is None else _within(experts, layout, config.layers))
+    asked = Asked(
+        row, model, bank, layout, gate or GateConfig(), config, _values(bank, weights or {}),
+        None if only is None else bank.index(only), triggers or {}, kinds or {}, branches_at_once, progress,
+    )  # fmt: skip
+    return _BUILDERS[row.family](asked)
+
+
+def sum_of(model: nn.Module, experts: Sequence[Expert], weights: Mapping[str, float] | None = None) -> Mixture:
+    """The experts added up: of one, the LoRA as it was trained, times its weight."""
+    return build_mixture(model, experts, mode=SUM, weights=weights)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that a builder is given; `own` [N] are the users' coefficients, `only` the place of the one expert."""
+
+    row: Method
+    model: nn.Module
+    bank: ExpertBank
+    layout: Layout
+    gate: GateConfig
+    config: MethodConfig
+    own: Tensor
+    only: int | None
+    triggers: Mapping[str, str]
+    kinds: Mapping[str, str]
+    branches_at_once: int | None
+    progress: Progress | None
+
+    @property
+    def values(self) -> Tensor:
+        """[N], the experts' weights: the users' coefficients times `method.scale`."""
+        return self.own * self.config.scale
+
+    def sites(self, granularity: Granularity = "network", *, per_token: bool = False) -> list[Site]:
+        """The gate sites over all matrices that an expert adapts."""
+        return self.layout.sites(self.layout.in_order(self.bank.matrices), granularity, per_token=per_token)
+
+
+def _gated(asked: Asked) -> Mixture:
+    settings, layout = asked.gate, asked.layout
+    sites = asked.sites(settings.granularity, per_token=settings.pool == "token")
+    build = asked.row.load()
+    gates = build(settings, asked.bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
+    renormalize = settings.absent == "renormalize"
+    return Mixture(asked.model, asked.bank, sites, gates, streams=layout.streams(), renormalize_absent=renormalize)
+
+
+def _summed(asked: Asked) -> Mixture:
+    sites, fixed = asked.sites(), asked.row.load()(asked.values, asked.only)
+    gates = {site.name: fixed for site in sites}
+    return Mixture(asked.model, asked.bank, sites, gates, streams=asked.layout.streams())
+
+
+def _merged(asked: Asked) -> Mixture:
+    """The experts as the one LoRA that the method makes of them."""
+    merge, factors = asked.row.load(), asked.row.part("coefficients")
+    own = asked.own
+    if factors is not None:
+        own = own * torch.tensor(factors(asked.config, asked.bank.names))
+    device, base = next(asked.model.parameters()).device, BaseWeights(asked.model)
+
+    @cache
+    def there() -> ExpertBank:
+        """The experts beside the base: a search merges them again and again."""
+        return asked.bank.to(device)
+
+    def merged(weights: Sequence[float], kept: Sequence[int]) -> Merged:
+        return merge_experts(
+            there(), merge, weights, asked.config, base=base, kept=kept, device=device, progress=asked.progress
+        )
+
+    return MergedMixture(asked.model, asked.bank, asked.sites(), merged, own.tolist(), streams=asked.layout.streams())
+
+
+def _branching(asked: Asked) -> Mixture:
+    make = asked.row.load()
+    acting = make(asked.bank.names, asked.values, asked.config, triggers=asked.triggers, kinds=asked.kinds)
+    streams = asked.layout.streams()
+    return Branching(
+        asked.model, asked.bank, asked.sites(), acting, streams=streams, branches_at_once=asked.branches_at_once
+    )
+
+
+def _through_peft(asked: Asked) -> Mixture:
+    """The experts where PEFT hosts them."""
+    from molecli.mixture.peft_routed import routed, weighed_at  # which imports PEFT
+
+    width = asked.layout.memory_width
+    assert width is not None
+    config = asked.row.load()(asked.config, asked.bank, width=width, seq2seq=asked.layout.seq2seq)
+    sites = asked.sites(weighed_at(config), per_token=True)
+    return routed(asked.model, asked.bank, sites, config, asked.values, streams=asked.layout.streams())
+
+
+_BUILDERS: Mapping[Family, Callable[[Asked], Mixture]] = {
+    "gates": _gated,
+    "sums": _summed,
+    "merges": _merged,
+    "outputs": _branching,
+    "peft": _through_peft,
+}
+
+
+def _within(experts: Sequence[Expert], layout: Layout, share: str) -> list[Expert]:
+    """The experts with their factors in that share of the model's blocks alone: those whose middle lies in it.
+
+    So shares that follow one another divide the blocks among them. Raises: UsageError where no factor is left.
+    """
+    (low, high), blocks = share_of(share), blocks_of(layout)
+    inside = {m for i, block in enumerate(blocks) if low <= (i + 0.5) / len(blocks) < high for m in block}
+    kept = [replace(one, factors={m: f for m, f in one.factors.items() if m in inside}) for one in experts]
+    if not any(one.factors for one in kept):
+        part = f"from {100 * low:g} to {100 * high:g}% of the depth"
+        what = f"no LoRA adapts anything {part}, and the base has {len(blocks)} blocks"
+        raise UsageError("method.layers", what, "Write a wider share, such as 0-50.")
+    return kept
+
+
+def _values(bank: ExpertBank, weights: Mapping[str, float]) -> Tensor:
+    """[N], the users' coefficients."""
+    for name in weights:
+        bank.index(name)  # an unknown name is an error
+    return torch.tensor([float(weights.get(name, 1.0)) for name in bank.names])

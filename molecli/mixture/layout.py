@@ -1,0 +1,51 @@
+"""What a mixture asks of any hosting model, a language model or a diffusion pipeline: one seam for both.
+
+Contents: Layout, layout_of, blocks_of, host_of, adaptable_matrices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from molecli.bases.pipeline import PipelineModules
+from molecli.errors import UsageError
+from molecli.mixture.language_layout import TextLayout
+from molecli.mixture.pipeline_layout import PipelineLayout
+from molecli.mixture.streams import Layout
+from molecli.protocols import Shape
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a language model, or of the modules of a diffusion pipeline."""
+    return PipelineLayout(model) if isinstance(model, PipelineModules) else TextLayout(model)
+
+
+def blocks_of(layout: Layout) -> list[tuple[str, ...]]:
+    """The adaptable matrices by block, in the order of a forward pass: an encoder's blocks before the decoder's.
+
+    A block is a site of granularity `block`, with those of its matrices that run along other tokens.
+    """
+    blocks: dict[str, list[str]] = {}
+    for site in layout.sites(layout.in_order(layout.matrices()), "block", per_token=False):
+        blocks.setdefault(site.name.removesuffix(".memory").removesuffix(".time"), []).extend(site.matrices)
+    return [tuple(matrices) for matrices in blocks.values()]
+
+
+def host_of(model: Any) -> nn.Module:
+    """The module that experts are attached to: `model` itself, or the parts of a diffusers pipeline.
+
+    Raises: UsageError for anything else.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(getattr(model, "unet", None), nn.Module):
+        return PipelineModules(model)
+    what = f"experts go on a model or a diffusers pipeline with a UNet, not on a {type(model).__name__}"
+    raise UsageError("attach", what, "Write a transformers model or a StableDiffusion(XL)Pipeline.")
+
+
+def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
+    """Adaptable matrices of any hosting model: name -> shape."""
+    return layout_of(model).matrices()

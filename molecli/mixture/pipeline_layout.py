@@ -1,0 +1,169 @@
+"""A diffusion pipeline as a host of experts: its sites, and the passes of its parts, read by hooks.
+
+PipelineLayout       what a mixture asks of a kind of base      make_pipeline_sites    which matrices share a gate
+PipelineStreams      the current pass of each part              positions              a map as rows of positions
+
+A site never mixes axes: positions of the UNet (`spatial`), tokens of a text encoder or the keys and values of
+cross-attention made of them (`text`), and the one vector of the denoising time (`time`). Every position sees every
+other, padding included (CLIP is trained to look at it): nothing is left out of a mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from molecli.bases.pipeline import PipelineModules, idle_matrices, in_call_order, pipeline_matrices
+from molecli.catalog.methods import Kind
+from molecli.errors import UsageError
+from molecli.mixture.sites import as_registered, block_of, groups_of, layer_of
+from molecli.mixture.streams import Pass, Streams, outside
+from molecli.protocols import Granularity, Group, Reading, Shape, Site, Stream
+
+
+class PipelineLayout:
+    """A diffusion pipeline."""
+
+    kind: Kind = "pictures"
+
+    seq2seq = False
+
+    def __init__(self, model: PipelineModules) -> None:
+        self.model = model
+        self.memory_width: int | None = None
+
+    def matrices(self) -> dict[str, Shape]:
+        """See `pipeline.pipeline_matrices`."""
+        return pipeline_matrices(self.model)
+
+    def in_order(self, matrices: Iterable[str]) -> list[str]:
+        """In the order of the pipeline's calls."""
+        return in_call_order(as_registered(self.model, matrices))
+
+    def streams(self) -> Streams:
+        """The passes of the UNet and the text encoder(s)."""
+        return PipelineStreams(self.model)
+
+    def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
+        """See `make_pipeline_sites`; no site where nothing could be learned."""
+        sites = make_pipeline_sites(matrices, granularity, per_token=per_token)
+        idle = idle_matrices(self.model)
+        return [site for site in sites if not idle.issuperset(site.matrices)]
+
+
+_TIME = ("time_embedding", "add_embedding", "time_emb_proj")
+
+
+def pipeline_stream_of(matrix: str) -> Stream:
+    """The axis that `matrix` works along."""
+    part, *names = matrix.split(".")
+    if part != "unet" or ("attn2" in names and names[-1] in ("to_k", "to_v")):
+        return "text"
+    return "time" if any(name in _TIME for name in names) else "spatial"
+
+
+def make_pipeline_sites(matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
+    """The gate sites over `matrices` (in call order).
+
+    network: the UNet's positions, its keys and values of the text, its times, and each text encoder; block: one
+    `attentions.J` or `resnets.J` of the UNet, one layer of a text encoder; layer: self-attention, cross-attention,
+    feed-forward, projections and residual blocks apart; matrix: each alone.
+    Raises: UsageError for a gate per position over the whole UNet, whose resolutions differ.
+    """
+    members: dict[str, list[Group]] = {}
+    for group in groups_of(matrices, pipeline_stream_of, fuse=granularity != "matrix"):
+        members.setdefault(_site_name(group, granularity), []).append(group)
+    sites = [Site(name, tuple(groups)) for name, groups in members.items()]
+    if per_token and granularity == "network" and any(site.stream == "spatial" for site in sites):
+        what = "'token' has one gate per position, and the UNet's resolutions differ within the one site of 'network'"
+        raise UsageError("gate.pool", what, "Use pool auto or mean, or granularity block, layer or matrix.")
+    return sites
+
+
+def _site_name(group: Group, granularity: Granularity) -> str:
+    matrix = group.matrices[0]
+    part = matrix.partition(".")[0]
+    if granularity == "matrix":
+        return matrix
+    if granularity == "network":
+        name = part
+    elif part == "unet":
+        name = _unet_block(matrix) if granularity == "block" else _unet_layer(matrix)
+    else:
+        name = block_of(matrix) if granularity == "block" else layer_of(matrix)
+    return name + _suffix(group, name)
+
+
+def _suffix(group: Group, name: str) -> str:
+    """What sets the UNet's sites along another axis apart from those at the same place that follow its positions."""
+    if not group.matrices[0].startswith("unet.") or group.stream == "spatial" or name.rpartition(".")[2] in _TIME:
+        return ""
+    return ".memory" if group.stream == "text" else ".time"
+
+
+def _unet_block(matrix: str) -> str:
+    """`unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q` -> `unet.down_blocks.0.attentions.1`."""
+    found = re.match(r"unet\.(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+", matrix)
+    return found.group() if found else ".".join(matrix.split(".")[:2])
+
+
+def _unet_layer(matrix: str) -> str:
+    """The attention, feed-forward or projection inside the block; a residual block is one layer."""
+    found = re.match(r"unet\..*?\.attentions\.\d+\.(?:transformer_blocks\.\d+\.)?\w+", matrix)
+    return found.group() if found else _unet_block(matrix)
+
+
+class PipelineStreams:
+    """The current pass of the UNet and of each text encoder."""
+
+    def __init__(self, model: PipelineModules) -> None:
+        self.model = model
+        self.passes = {name: Pass() for name, _ in model.named_children()}
+
+    def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
+        """Hooks that count the passes of every part; `on_pass` is called at the start of each."""
+        self.passes = {name: Pass() for name in self.passes}
+        handles = []
+        for name, part in self.model.named_children():
+            handles.append(part.register_forward_pre_hook(self._begin(name, on_pass)))
+            handles.append(part.register_forward_hook(self._end(name)))
+        return handles
+
+    def of(self, site: Site) -> Pass:
+        """The pass of the part that the site's matrices are in, with whose name its own begins."""
+        return self.passes[site.name.partition(".")[0]]
+
+    def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
+        """x and u as [B, positions, .]; all positions count."""
+        current = self.of(site)
+        if current.step == 0:
+            raise outside()
+        if x.dim() == 4 and x.shape[-2:] != u.shape[-2:]:
+            # A convolution with a stride: the gates belong to its output's positions, and see what lies under each.
+            x = F.adaptive_avg_pool2d(x, (u.shape[-2], u.shape[-1]))
+        return Reading(positions(x), positions(u), None, None, shared=current.shared)
+
+    def _begin(self, name: str, on_pass: Callable[[], None]) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            on_pass()
+            self.passes[name] = Pass(self.passes[name].step + 1)
+
+        return hook
+
+    def _end(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            self.passes[name].over = True
+
+        return hook
+
+
+def positions(x: Tensor) -> Tensor:
+    """[B, T, C] of a map [B, C, H, W], of tokens [B, T, C], or of one vector a row [B, C]."""
+    if x.dim() == 4:
+        return x.flatten(2).transpose(1, 2)
+    return x.unsqueeze(1) if x.dim() == 2 else x

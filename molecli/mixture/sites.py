@@ -1,0 +1,96 @@
+"""Sites: which adapted matrices share one gate, read off the module names of a transformer.
+
+A *stream* says along which token axis a matrix works: `encoder`, `decoder` (also all of a causal model), or `memory`,
+the keys and values of cross-attention, which sit in the decoder but run along the encoder's tokens and are computed
+once per generation. A site never mixes the decoder's axis with another, else a gate per token would not fit and a
+cached key could depend on a later token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from torch import nn
+
+from molecli.protocols import Granularity, Group, Site, Stream
+
+_CROSS = ("EncDecAttention", "encoder_attn", "cross_attn", "crossattention")
+_KEYS_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value", "to_k", "to_v")
+# Leaves that read one and the same tensor when they hang under one parent.
+_SIBLINGS = (
+    ("q", "k", "v"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+
+
+def stream_of(matrix: str, *, seq2seq: bool) -> Stream:
+    """The token axis that `matrix` works along."""
+    if not seq2seq:
+        return "decoder"
+    parts = matrix.split(".")
+    if any(part in _CROSS for part in parts) and parts[-1] in _KEYS_VALUES:
+        return "memory"
+    return "encoder" if "encoder" in parts else "decoder"
+
+
+def make_sites(matrices: Sequence[str], granularity: Granularity, *, seq2seq: bool, per_token: bool) -> list[Site]:
+    """The gate sites over `matrices` (in model order).
+
+    `per_token` gates of a seq2seq network cannot span encoder and decoder: `network` then means one site per axis.
+    """
+    members: dict[str, list[Group]] = {}
+    stream = partial(stream_of, seq2seq=seq2seq)
+    for group in groups_of(matrices, stream, fuse=granularity != "matrix"):
+        members.setdefault(_site_name(group, granularity, seq2seq, per_token), []).append(group)
+    return [Site(name, tuple(groups)) for name, groups in members.items()]
+
+
+def _site_name(group: Group, granularity: Granularity, seq2seq: bool, per_token: bool) -> str:
+    matrix = group.matrices[0]
+    if granularity == "matrix":
+        return matrix
+    if granularity == "network":
+        if not (seq2seq and per_token):
+            return "network"
+        return "network.decoder" if group.stream == "decoder" else "network.encoder"
+    name = block_of(matrix) if granularity == "block" else layer_of(matrix)
+    return f"{name}.memory" if group.stream == "memory" else name
+
+
+def groups_of(matrices: Iterable[str], stream_of: Callable[[str], Stream], *, fuse: bool) -> list[Group]:
+    """The matrices in groups that read one tensor, in the order of each one's first; alone without `fuse`."""
+    grouped: dict[tuple[str, object, Stream], list[str]] = {}
+    for matrix in matrices:
+        parent, _, leaf = matrix.rpartition(".")
+        stream = stream_of(matrix)
+        family = next((f for f in _SIBLINGS if leaf in f), None) if fuse else None
+        # In cross-attention the query reads the decoder, key and value the encoder: the stream keeps them apart.
+        grouped.setdefault((parent, family or leaf, stream), []).append(matrix)
+    return [Group(tuple(members), stream) for (_, _, stream), members in grouped.items()]
+
+
+def block_of(matrix: str) -> str:
+    """The path up to the first index: `model.layers.3.mlp.up_proj` -> `model.layers.3`."""
+    found = re.match(r"(.*?\.\d+)(?:\.|$)", matrix)
+    return found.group(1) if found else matrix
+
+
+def layer_of(matrix: str) -> str:
+    """The sub-layer inside the block; matrices right under the block (BART's fc1, fc2) form its feed-forward."""
+    block = block_of(matrix)
+    rest = matrix[len(block) + 1 :].split(".")
+    if len(rest) <= 1:
+        return f"{block}.feed_forward" if rest != [""] else block
+    return f"{block}.{rest[0]}" + (f".{rest[1]}" if rest[1].isdigit() else "")
+
+
+def as_registered(model: nn.Module, matrices: Iterable[str]) -> list[str]:
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(matrices, key=lambda matrix: order.get(matrix, len(order)))

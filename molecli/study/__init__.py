@@ -1,0 +1,1 @@
+"""`mole study`: many commands from one recipe, and one report on them."""

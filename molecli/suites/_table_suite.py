@@ -1,0 +1,77 @@
+"""What suites share whose tasks are tables: of files in a folder, or of a set on the hub."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from molecli.protocols import Example, Source, Split
+from molecli.suites._hub import HubSet
+from molecli.suites._rows import Row, half_of, in_order, read_rows, task_files
+
+
+class TabledSuite(ABC):
+    """The tasks of `hubs` from `data_dir` or the hub; a suite adds what a row asks and what it gives."""
+
+    hubs: ClassVar[Mapping[str, HubSet]]
+
+    @abstractmethod
+    def question(self, task: str, row: Row) -> str:
+        """What a lone file is divided by into train and test. Raises: UsageError for a row that cannot be read."""
+
+    @abstractmethod
+    def example(self, task: str, row: Row) -> Example:
+        """The row as an example. Raises: UsageError for a row that cannot be read."""
+
+    def tasks(self, data_dir: str | None = None) -> list[str]:
+        """The tasks whose files are in `data_dir`; all on the hub."""
+        return list(self.hubs) if data_dir is None else local_tasks(list(self.hubs), data_dir)
+
+    def known(self, data_dir: str | None = None) -> list[str]:
+        """All tasks."""
+        return list(self.hubs)
+
+    def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
+        """The split's file or the lone one; else the hub's table."""
+        if data_dir is None:
+            return self.hubs[task].source(split)
+        return Source(str(local_file(task, split, data_dir)))
+
+    def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
+        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
+        if data_dir is None:
+            rows = self.hubs[task].rows(split)
+        else:
+            rows = local_rows(task, split, data_dir, lambda row: self.question(task, row))
+        return [self.example(task, row) for row in rows]
+
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+def local_tasks(names: Sequence[str], data_dir: str) -> list[str]:
+    """Those of the tasks `names` that have a file in `data_dir`. Raises: UsageError where the folder is missing."""
+    found = set(task_files(data_dir))
+    for split in SPLITS:
+        if Path(data_dir, split).is_dir():
+            found |= set(task_files(Path(data_dir, split)))
+    return in_order(names, found)
+
+
+def local_file(task: str, split: Split, data_dir: str) -> Path:
+    """The file that holds a split of a task: the split's own, or the lone one where that is there instead."""
+    of_split = [Path(data_dir, name, f"{task}.jsonl") for name in (split, *SPLITS)]
+    lone = Path(data_dir, f"{task}.jsonl")
+    # With a file for one split alone, the other is missing: the lone file may repeat its rows.
+    return of_split[0] if any(path.is_file() for path in of_split) or not lone.is_file() else lone
+
+
+def local_rows(task: str, split: Split, data_dir: str, asked: Callable[[Row], str]) -> list[Row]:
+    """The rows of one split; `asked` is what a lone file is halved by. Raises: UsageError as `read_rows` does."""
+    path = local_file(task, split, data_dir)
+    rows = read_rows(path)
+    if path != Path(data_dir, f"{task}.jsonl"):
+        return rows
+    return [row for row in rows if half_of(asked(row)) == split]

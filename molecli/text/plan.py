@@ -1,0 +1,70 @@
+"""What a run on a language model would do, in numbers and without weights: the parts of a plan that only texts have.
+
+Contents: to_train, to_evaluate, kept_bytes, at_once, count_examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from molecli.catalog.methods import ALONE, BASE
+from molecli.config import EvalDataConfig
+from molecli.suites import load_suite, select_tasks
+from molecli.suites.origins import find_sources
+from molecli.text.evaluate import check
+from molecli.training.examples import load_tasks, split_tasks
+from molecli.training.planned_work import PlannedWork
+
+if TYPE_CHECKING:
+    from molecli.config import DataConfig, EvaluateRecipe, TrainLoraRecipe
+    from molecli.files.composition import Composition
+    from molecli.protocols import Shape
+
+LEARNS_FROM = "examples"
+# A guess at the length of an example, prompt and target: real lengths need the tokenizer and every line.
+TOKENS_PER_EXAMPLE = 256
+
+
+def to_train(recipe: TrainLoraRecipe, shapes: Mapping[str, Shape], *, fetch: bool) -> PlannedWork:
+    """The matrices that would be adapted, and the examples. Raises: UserError as the run would."""
+    from molecli.training.adapter import target_matrices  # imports PEFT, which the other plans can do without
+
+    targets = target_matrices(recipe.adapter.targets, shapes)
+    return PlannedWork(count_examples(recipe.data, fetch=fetch), {"train": find_sources(recipe.data)}, targets=targets)
+
+
+def to_evaluate(recipe: EvaluateRecipe, compositions: Mapping[str, Composition], *, fetch: bool) -> PlannedWork:
+    """The LoRAs that are scored, the examples and passes. Raises: UserError as the run would."""
+    _, loras, modes = check(recipe, compositions)
+    needed = loras if set(modes) - {BASE} else list(recipe.loras)
+    sources, count = {"evaluate": find_sources(recipe.eval.data)}, count_examples(recipe.eval.data, fetch=fetch)
+    unmixed = {BASE: 1, ALONE: len(needed)}
+    methods = len(recipe.switched) * (len(compositions) + sum(mode not in unmixed for mode in modes))
+    methods += sum(unmixed.get(mode, 0) for mode in modes)
+    return PlannedWork(count, sources, loras=needed, passes=methods * ceil(count / recipe.eval.batch_size))
+
+
+def kept_bytes(skeleton: nn.Module, shapes: Mapping[str, Shape], *, rows: int, width: int) -> int:
+    """Of so many examples, what the backward pass needs; `width` bytes a number."""
+    config: Any = skeleton.config
+    vocabulary = int(getattr(config, "vocab_size", 0))
+    # Each matrix keeps its input and its output; the loss the logits and their gradient in float32.
+    return rows * TOKENS_PER_EXAMPLE * (sum(map(sum, shapes.values())) * width + vocabulary * 8)
+
+
+def at_once(rows: int) -> str:
+    """What the estimate of memory is of."""
+    return f"{TOKENS_PER_EXAMPLE} tokens an example"
+
+
+def count_examples(data: DataConfig, *, fetch: bool = True) -> int:
+    """The number of examples; unless they are to be fetched, of those online what the limit allows, 0 without one."""
+    if not fetch and find_sources(data).online:
+        suite = load_suite(data.suite, files=data.files)
+        return (data.limit or 0) * len(select_tasks(suite, data.tasks, data.data_dir))
+    tasks = load_tasks(data) if data.holdout == 0 else split_tasks(data)[isinstance(data, EvalDataConfig)]
+    return sum(map(len, tasks.values()))

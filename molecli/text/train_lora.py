@@ -1,0 +1,149 @@
+"""`mole train-lora` on a language model: one adapter trained with the task loss, in a folder that PEFT loads.
+
+train_lora          recipe -> report: the whole command
+task_loss           the loss that it trains with
+held_out_losses     what the adapter is worth on examples that it did not see
+write_adapter       the folder of a LoRA
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+
+from molecli import __version__
+from molecli.bases.loading import load_backbone
+from molecli.files.atomic import write_bytes, write_text
+from molecli.protocols import Backbone, Example, Note, Progress
+from molecli.training.adapter import adapted, trained_parameters, write_shifts
+from molecli.training.checkpoints import REPORT_FILE, discard_checkpoints, recipe_digest
+from molecli.training.examples import Tasks, flatten, split_tasks
+from molecli.training.loop import LossFunction, Record, StepLoss, train
+from molecli.training.ranks import StepContext
+from molecli.training.shifted import Shifted
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from molecli.config import BaseConfig, TrainLoraRecipe
+
+
+def train_lora(
+    recipe: TrainLoraRecipe,
+    accelerator: Accelerator,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    note: Note = lambda text: None,
+) -> dict[str, Any]:
+    """Trains the adapter of `recipe` into its output folder; returns the report, which is also written there.
+
+    Raises: UserError.
+    """
+    folder = Path(recipe.output)
+    tasks, held_out = split_tasks(recipe.data)
+    backbone = load_backbone(recipe.base, accelerator.device)
+    start_s = time.monotonic()
+    with adapted(backbone, recipe.adapter, seed=recipe.seed, progress=progress) as model:
+        history = train(
+            parameters=trained_parameters(model),
+            loss_fn=task_loss(backbone),
+            examples=flatten(tasks),
+            settings=recipe.train,
+            seed=recipe.seed,
+            folder=folder,
+            resume=resume,
+            accelerator=accelerator,
+            progress=progress,
+            # B starts at zero, so that A has no gradient yet; and a sparse model routes no token to some matrices.
+            gradient_check="any",
+        )
+        report = _report(recipe, model, tasks, history)
+        report["held_out"] = held_out_losses(backbone, model, held_out, recipe.train.batch_size, accelerator)
+        report["seconds"] = round(time.monotonic() - start_s, 1)
+        if accelerator.is_main_process:
+            write = write_shifts if isinstance(model, Shifted) else write_adapter
+            write(model, folder, recipe.base)
+            write_text(folder / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+            discard_checkpoints(folder)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def task_loss(backbone: Backbone) -> LossFunction:
+    """The loss that `train` asks for: summed cross-entropy of the targets."""
+
+    def loss(examples: Sequence[Example], context: StepContext) -> StepLoss:
+        total, count = backbone.token_loss(backbone.collate(examples))
+        return StepLoss(total, count)
+
+    return loss
+
+
+@torch.no_grad()
+def held_out_losses(
+    backbone: Backbone, model: PeftModel | Shifted, tasks: Tasks, batch_size: int, accelerator: Accelerator
+) -> dict[str, dict[str, float]]:
+    """{task: {"base": mean token loss, "lora": the same with the adapter}} on held-out examples. Collective."""
+    losses: dict[str, dict[str, float]] = {}
+    context, model_is = StepContext(0, accelerator), {"base": model.disable_adapter, "lora": nullcontext}
+    training = model.training
+    model.eval()
+    for task, examples in tasks.items():
+        mine, row = examples[accelerator.process_index :: accelerator.num_processes], {}
+        for name, switched in model_is.items():
+            sums = torch.zeros(2, device=accelerator.device)
+            with switched():
+                for start in range(0, len(mine), batch_size):
+                    total, count = backbone.token_loss(backbone.collate(mine[start : start + batch_size]))
+                    sums += torch.stack([total.float(), count.float()])
+            total, count = context.total(sums).tolist()
+            row[name] = total / max(count, 1.0)
+        losses[task] = row
+    model.train(training)
+    return losses
+
+
+def write_adapter(model: PeftModel, folder: Path, base: BaseConfig) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json; the config last, as readers look for it first."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base.id, base.revision
+    with tempfile.TemporaryDirectory() as scratch:
+        # save_embedding_layers: left to itself, PEFT asks the hub whether the vocabulary was resized.
+        model.save_pretrained(scratch, save_embedding_layers=False)
+        weights = (Path(scratch) / "adapter_model.safetensors").read_bytes()
+        settings = json.loads((Path(scratch) / "adapter_config.json").read_text())
+    # PEFT keeps targets in a set, whose order differs from run to run.
+    settings["target_modules"] = sorted(settings["target_modules"])
+    write_bytes(folder / "adapter_model.safetensors", weights)
+    write_text(folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _report(
+    recipe: TrainLoraRecipe,
+    model: PeftModel | Shifted,
+    tasks: Mapping[str, Sequence[Example]],
+    history: Sequence[Record],
+) -> dict[str, Any]:
+    tail = history[-max(1, len(history) // 10) :]
+    return {
+        "command": recipe.command,
+        "molecli_version": __version__,
+        "recipe_digest": recipe_digest(recipe),
+        "base": recipe.base.id,
+        "method": recipe.adapter.method,
+        "matrices": len(model.targeted_module_names),
+        "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),
+        "examples": {task: len(examples) for task, examples in tasks.items()},
+        "steps": len(history),
+        "tokens": int(sum(record["count"] for record in history)),
+        "loss": {"first": history[0]["loss"], "last_tenth": sum(record["loss"] for record in tail) / len(tail)},
+    }

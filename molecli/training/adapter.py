@@ -1,0 +1,131 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from molecli.adapters import Origin, write_svdiff
+from molecli.bases.weights import BaseWeights
+from molecli.errors import UsageError, suggestion
+from molecli.protocols import Backbone, Progress
+from molecli.training.shifted import Shifted
+
+if TYPE_CHECKING:
+    from molecli.config import AdapterConfig, BaseConfig
+
+
+ALL_LINEAR = "all-linear"
+
+
+TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
+
+
+@contextmanager
+def adapted(
+    backbone: Backbone,
+    adapter: AdapterConfig,
+    *,
+    seed: int,
+    targets: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[PeftModel | Shifted]:
+    """The backbone's model with a fresh adapter in it, of the adapter's method; when the block ends, the backbone is as
+    it was.
+
+    Only the adapter trains, in float32 whatever the base's dtype. The base stays in eval mode: of all dropouts only the
+    adapter's own is active. `targets` are full names, by default those that the adapter's mean.
+    Raises: UsageError for targets that name no adaptable matrix.
+    """
+    if targets is None:
+        targets = target_matrices(adapter.targets, backbone.matrices())
+    if adapter.method == "svdiff":
+        with Shifted(BaseWeights(backbone.model), targets, progress=progress) as shifted:
+            yield shifted
+        return
+    with _lora(backbone, adapter, seed, targets) as model:
+        yield model
+
+
+@contextmanager
+def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequence[str]) -> Iterator[PeftModel]:
+    """The backbone's model with a fresh LoRA in it."""
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(targets),
+        use_rslora=adapter.rslora,
+        bias="none",
+        task_type=TASK_TYPES.get(backbone.family),
+        fan_in_fan_out=any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in targets),
+    )
+    # PEFT draws A from the global generator.
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        # PEFT asks transformers 5 a question by its old name; a user can do nothing about it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = get_peft_model(backbone.model, config, autocast_adapter_dtype=True)
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+def target_matrices(targets: str | Sequence[str], matrices: Collection[str]) -> list[str]:
+    """The full names of the matrices that `targets` means: all-linear, a regex, or a list of names or name endings.
+
+    Resolved here and not by PEFT, which would also adapt the output head or an embedding where a name or regex
+    matches it, and passes over a listed name that matches nothing.
+    """
+    if targets == ALL_LINEAR:
+        return list(matrices)
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.,\s]+", targets):
+        return _matching(targets, matrices)
+    names = [part.strip() for part in targets.split(",")] if isinstance(targets, str) else targets
+    chosen: set[str] = set()
+    for target in names:
+        matched = {name for name in matrices if name == target or name.endswith(f".{target}")}
+        if not matched:
+            what = f"no matrix is called {target!r}"
+            raise UsageError("adapter.targets", what, suggestion(target, _endings(matrices)))
+        chosen |= matched
+    return [name for name in matrices if name in chosen]
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train: the adapter's."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def write_shifts(model: Shifted, folder: Path, base: BaseConfig) -> None:
+    """Writes svdiff.safetensors, which says in its metadata which base it belongs to."""
+    weights, names = model.weights, model.targeted_module_names
+    digests = {name: weights.digest(name) for name in names}
+    shapes = {name: weights.shape(name) for name in names}
+    origin = Origin(base.id, weights.dtype(names[0]), weights.fingerprint(), digests)
+    write_svdiff(folder, model.shifts(), shapes, origin)
+
+
+def _matching(regex: str, matrices: Collection[str]) -> list[str]:
+    try:
+        found = [name for name in matrices if re.fullmatch(regex, name)]
+    except re.error as error:
+        raise UsageError("adapter.targets", f"{regex!r} is not a valid regex ({error})", "Mend it.") from None
+    if not found:
+        known = ", ".join(_endings(matrices))
+        raise UsageError("adapter.targets", f"the regex {regex!r} matches no matrix", f"Names end in {known}.")
+    return found
+
+
+def _endings(matrices: Collection[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in matrices})
