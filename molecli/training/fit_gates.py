@@ -113,9 +113,13 @@ def fit(
 
 
 def _telling(mixture: Mixture, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    """The name of one parameter per gate, the first of `_TELLING` that it has."""
-    candidates = [[f"site/{site}/{key}" for key in _TELLING] for site in mixture.gate_modules()]
-    return {next(name for name in names if name in parameters) for names in candidates}
+    """The name of one parameter of each gate that learns: the first of `_TELLING` that it has, else its first."""
+    found = set()
+    for site in mixture.gate_modules():
+        own = [name for name in parameters if name.startswith(f"site/{site}/")]
+        known = (f"site/{site}/{key}" for key in _TELLING)
+        found.update(next(([name] for name in known if name in own), own[:1]))
+    return found
 
 
 @torch.no_grad()

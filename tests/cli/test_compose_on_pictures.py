@@ -127,8 +127,8 @@ def test_guidance_without_a_clip(mole: Mole, job: tuple[str, ...], tmp_path: Pat
     [
         (("--suite", "bbh"), "data.suite: a suite's tasks teach gates on a language model; on a diffusion base the "
          "concepts' pictures do. Leave it out."),
-        (("--eval-limit", "3"), "evaluate: a composition on a diffusion base is scored when it is finished. "
-         "Leave it out, and write mole evaluate {run} afterwards."),
+        (("--eval-limit", "3"), "evaluate: a composition on a diffusion base is scored only after it is finished. "
+         "Leave it out, and run mole evaluate {run} afterwards."),
         (("--order", "cat,dog", "--mode", "switch"), "method.order: there is no LoRA 'dog'. Known: cat, hat."),
         (("--denoise", "0"), "objective: every term has weight 0, so that gates would learn nothing. "
          "Write --denoise 1, or --clip 1."),
@@ -146,8 +146,8 @@ def test_flags_that_are_wrong(mole: Mole, job: tuple[str, ...], tmp_path: Path, 
          "Write gated, linear or another that is for a language model."),
         (("--collage", "0.5"), "objective: only a diffusion pipeline reads it, and the base is a language model. "
          "Leave it out."),
-        (("--tau", "3"), "method.tau: only a diffusion pipeline reads it, and the base is a language model. "
-         "Leave it out."),
+        (("--tau", "3"), "method.tau: mode gated does not read it. It reads layers; "
+         "tau is for switch, w_switch."),
     ],
 )  # fmt: skip
 def test_what_only_pictures_have_on_a_language_model(
