@@ -1,11 +1,11 @@
-"""Whether a method's completions have the form of an answer, and how often they are right where they have it.
+"""How often a method's completions have the form of an answer, and how often these are right.
 
     python benchmarks/answer_form.py RUN [--only METHOD]... [--tasks-of METHOD]
 
-RUN is a folder that `mole study` wrote, with its study-steps/scores. A completion has an answer's form if it equals the
-answer to some test question of its task; both as LoRAHub's scoring of BIG-Bench Hard reads them. `same`: completions
-that equal the task's most frequent one, 100 for a method that always says the same. Percentages are means over tasks,
-each of a method's runs counting alike; `right of these` is right over in form, of those means.
+RUN is a folder that `mole study` wrote, with its study-steps/scores. A completion has the form of an answer if it
+equals the answer to some test question of its task; both are normalised as in LoRAHub's scoring of BIG-Bench Hard.
+`same`: completions that equal the task's most frequent one (100 for a constant method). Percentages are means over
+tasks, with equal weight for each run of a method; `right of these` is right divided by in form, of those means.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Form(NamedTuple):
 
 
 def form(samples: Sequence[Sample]) -> Form:
-    """Of the samples of one task and method, as `mole evaluate` stores them."""
+    """The percentages for the samples of one task and method, as `mole evaluate` stores them."""
     answers = {lorahub_text(answer) for sample in samples for answer in sample["answers"]}
     said = [lorahub_text(sample["resps"][0][0]) for sample in samples]
     right = [one in map(lorahub_text, sample["answers"]) for one, sample in zip(said, samples, strict=True)]
@@ -40,7 +40,7 @@ def form(samples: Sequence[Sample]) -> Form:
 
 
 def forms(run: Path) -> dict[str, dict[str, list[Form]]]:
-    """method -> task -> one for each of its runs."""
+    """method -> task -> the percentages of each of its runs."""
     found: dict[str, dict[str, list[Form]]] = defaultdict(lambda: defaultdict(list))
     for file in sorted((run / "study-steps" / "scores").rglob(RESULTS_FILE)):
         for task, by_method in read_run(str(file)).samples.items():
@@ -50,14 +50,14 @@ def forms(run: Path) -> dict[str, dict[str, list[Form]]]:
 
 
 def rows(found: dict[str, dict[str, list[Form]]], tasks: Sequence[str]) -> Iterator[tuple[str, Form]]:
-    """(method, its mean over the tasks), the most often right first; of methods that have all of them."""
+    """(method, its mean over the tasks) of methods with all tasks, sorted by how often they are right."""
     whole = {name: by for name, by in found.items() if all(task in by for task in tasks)}
     means = {name: mean([mean(by[task]) for task in tasks]) for name, by in whole.items()}
     yield from sorted(means.items(), key=lambda item: -item[1].right)
 
 
 def mean(some: Sequence[Form]) -> Form:
-    """Column by column."""
+    """The mean of each column."""
     return Form(*map(fmean, zip(*some, strict=True)))
 
 

@@ -1,10 +1,10 @@
-"""What blind answers score on the test rows of a suite's tasks, beside a study of them.
+"""The scores of constant answers on the test rows of a suite's tasks, compared with a study.
 
     python benchmarks/chance.py --suite bbh --data-dir DATA/bbh --study benchmarks/results/study-unseen.json
 
-`most frequent`: the test set's most frequent answer every time, the best that a constant can do. `most frequent in
-training`: that of the training rows, the first of them where several are. A method above the first has learned more
-than a task's answers.
+`most frequent`: always the test set's most frequent answer, which is the best constant. `most frequent in training`:
+that of the training rows; if several are equally frequent, the first. A method above the first has learned more than
+the distribution of answers.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What gating costs beside the base, PEFT with N active adapters and PEFT's X-LoRA: time and memory, in one run.
+"""The cost of gating compared with the base, PEFT with N active adapters and PEFT's X-LoRA: time and memory.
 
     python benchmarks/engine_cost.py --shape smol --experts 8,32            # CPU; --layers 6 for a first look
     python benchmarks/engine_cost.py --shape engine --experts 8,32          # CUDA, bf16
 
-Every round calls each variant once, in an order that rotates; a ratio is the median over rounds of time by time in the
-same round, so that a slow minute of the machine falls on both. Models are random: only their shapes matter here.
+Every round calls each variant once, in a rotating order. A ratio is the median over rounds of the ratio of times in the
+same round, so that a slow minute of the machine affects both. Models are random, because only their shapes matter.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """All that the hosts are built from."""
+    """Everything that the hosts are built from."""
 
     shape: Shape
     device: str
@@ -199,7 +199,7 @@ def _cpu_memory(host: Host) -> dict[str, int]:
 
 
 def time_rounds(hosts: Sequence[Host], shape: Shape, device: str, *, rounds: int, warmup: int) -> list[Row]:
-    """Every work of every host, timed once a round."""
+    """Every work of every host, timed once per round."""
     works: list[tuple[Row, Callable[[], Any], Callable[[], Any]]] = []
     for host in hosts:
         floor = shape.floor(host.experts)
@@ -253,7 +253,7 @@ def _ratio(row: Row, other: Row) -> float:
 
 
 def describe(args: argparse.Namespace, shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Where and how this was measured."""
+    """The facts about the measurement: machine, versions, settings."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),

@@ -1,6 +1,6 @@
 """What `engine_cost.py` times: one frozen Llama with random weights, alone, under mole, and under PEFT.
 
-Hosts share the base's weights and nothing else, so that all of them stand side by side and rounds can interleave them.
+Hosts share only the base's weights, so that all of them can exist at the same time and rounds can interleave them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BALANCE = 0.01
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama and the work on it; all its linear layers but the head are adapted."""
+    """A Llama and the work on it; all its linear layers except the head are adapted."""
 
     layers: int
     width: int
@@ -52,7 +52,7 @@ class Shape:
         }
 
     def floor(self, experts: int) -> float:
-        """Multiplications of a forward pass with the experts stacked, over those of the base."""
+        """The multiplications of a forward pass with stacked experts, divided by those of the base."""
         dense = sum(d_out * d_in for d_out, d_in in self.matrices.values()) + 2 * self.tokens * self.width
         low_rank = experts * self.rank * sum(d_out + d_in for d_out, d_in in self.matrices.values())
         return 1 + self.layers * low_rank / (self.layers * dense + self.width * self.vocab)
@@ -69,7 +69,7 @@ SHAPES = {
 class Host:
     """A model that can be timed.
 
-    loss: builds the graph of one training step; clear: drops its gradients; extra_bytes: held beside the base.
+    loss: builds the graph of one training step; clear: drops its gradients; extra_bytes: memory besides the base.
     """
 
     name: str
@@ -86,18 +86,18 @@ class Host:
             return self.model(input_ids=self.batch["input_ids"], use_cache=False).logits
 
     def step(self) -> None:
-        """Forward and backward to whatever is trained here; the optimiser is left out everywhere."""
+        """Forward and backward to the trained parameters, without the optimiser (for all hosts)."""
         assert self.loss is not None
         self.loss().backward()
         self.clear()
 
     def prefill(self) -> None:
-        """The prompt into a fresh cache; comes before each `decode`."""
+        """Runs the prompt into a new cache; called before each `decode`."""
         with torch.no_grad():
             self._cache = self.model(input_ids=self.batch["input_ids"], use_cache=True).past_key_values
 
     def decode(self, tokens: int) -> None:
-        """Greedy tokens, one at a time, on the cache that `prefill` left."""
+        """Greedy tokens, one at a time, with the cache from `prefill`."""
         token = self.batch["input_ids"][:, -1:]
         with torch.no_grad():
             for _ in range(tokens):
@@ -135,7 +135,7 @@ def make_batch(shape: Shape, *, device: str, seed: int) -> dict[str, Tensor]:
 
 
 def make_experts(shape: Shape, count: int, *, dtype: torch.dtype, seed: int) -> list[Expert]:
-    """Random LoRAs, named 0, 1, ..: the names X-LoRA's loader insists on."""
+    """Random LoRAs named 0, 1, ..: X-LoRA's loader requires these names."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(rows: int, columns: int) -> Tensor:
@@ -153,7 +153,7 @@ def make_experts(shape: Shape, count: int, *, dtype: torch.dtype, seed: int) -> 
 
 
 def base_host(model: nn.Module, batch: dict[str, Tensor]) -> Host:
-    """The base alone; its step goes back through the activations to the embedded tokens."""
+    """The base alone; its backward pass goes through the activations to the embedded tokens."""
     model = _sharing(model)
 
     def loss() -> Tensor:
@@ -166,7 +166,7 @@ def base_host(model: nn.Module, batch: dict[str, Tensor]) -> Host:
 def mole_host(
     model: nn.Module, batch: dict[str, Tensor], experts: Sequence[Expert], gate: GateConfig, name: str
 ) -> Host:
-    """Gated by mole; its step trains the gates, balance loss included."""
+    """Gated by mole; its step trains the gates, with the balance loss."""
     model = _sharing(model)
     mixture = build_mixture(model, experts, mode="gated", gate=gate)
     mixture.attach()
@@ -209,7 +209,7 @@ def xlora_host(
 ) -> Host:
     """PEFT's X-LoRA with its own classifier: two passes; its step trains the classifier.
 
-    PEFT keeps adapters in float32; `cast` brings them to the base's dtype, which is faster.
+    PEFT keeps adapters in float32; `cast` converts them to the base's dtype, which is faster.
     """
     import peft
 

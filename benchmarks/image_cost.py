@@ -1,12 +1,12 @@
-"""What composing LoRAs costs in a diffusion pipeline, beside the base, single passes and diffusers: time and memory.
+"""The cost of composing LoRAs in a diffusion pipeline, compared with the base, single passes and diffusers.
 
     python benchmarks/image_cost.py --shape sd15                    # CUDA, bf16, 512x512
     python benchmarks/image_cost.py --shape sd15 --pixels 256       # CPU
     python benchmarks/image_cost.py --shape tiny                    # the embedded pipeline
 
-Every round calls each method once, in an order that rotates; a ratio is the median over rounds of time by time in the
-same round, so that a slow minute of the machine falls on both. A time is that of one denoising step with guidance, by
-the pipeline's own call. Models and LoRAs are random: only their shapes matter here.
+Every round calls each method once, in a rotating order. A ratio is the median over rounds of the ratio of times in the
+same round, so that a slow minute of the machine affects both. A time is that of one denoising step with guidance, by
+the pipeline's own call. Models and LoRAs are random, because only their shapes matter.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, with what the device and --smoke say filled in."""
+    """The command line, with defaults that depend on the device and on --smoke."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="sd15")
     parser.add_argument("--pixels", type=int, help="side of the pictures, instead of the shape's")
@@ -162,7 +162,7 @@ def make_hosts(pipe: Any, args: argparse.Namespace, folder: Path) -> list[Host]:
 def time_rounds(
     works: Sequence[Callable[[], Any]], device: str, *, rounds: int, warmup: int, until: float, clock: str
 ) -> list[list[float]]:
-    """Seconds of every work in every round; no round but the first begins after `until`."""
+    """Seconds of every work in every round; only the first round can begin after `until`."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     now = time.perf_counter if clock == "wall" else time.process_time
     times: list[list[float]] = [[] for _ in works]
@@ -185,14 +185,14 @@ def picture_memory(host: Host, work: Work, device: str) -> dict[str, int]:
     """Most bytes alive beyond the weights: while denoising, and for the whole picture, VAE included."""
     found: dict[str, int] = {}
     with _peak(device) as peak:
-        host.draw(work, 2, decode=True, told=lambda: found.update(denoising=peak()))
+        host.draw(work, 2, decode=True, on_step=lambda: found.update(denoising=peak()))
         found["picture"] = peak()
     return found
 
 
 @contextmanager
 def _peak(device: str) -> Iterator[Callable[[], int]]:
-    """A function that tells the most bytes alive since, beyond those there were."""
+    """A function that returns the most bytes alive since this call, beyond those at this call."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -249,7 +249,7 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 
 def describe(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
-    """Where and how this was measured."""
+    """The facts about the measurement: machine, versions, settings."""
     cuda = args.device == "cuda"
     packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     settings = {
@@ -274,7 +274,7 @@ def _cpu_name() -> str:
 
 
 def write(result: dict[str, Any], folder: Path, name: str) -> None:
-    """Nothing; the result as JSON and as Markdown, which is also printed."""
+    """Writes the result as JSON and as Markdown, and prints the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = tables(result)

@@ -1,7 +1,7 @@
 """What `image_cost.py` times: one frozen pipeline alone, under mole, and under diffusers' own adapters.
 
-Hosts share the base's weights and nothing else (diffusers' fused one needs its own UNet), so that all stand side by
-side and rounds can interleave them.
+Hosts share only the base's weights (diffusers' fused one needs its own UNet), so that all can exist at the same time
+and rounds can interleave them.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PROMPT = "a cat and a dog by the sea"
 
 @dataclass
 class Host:
-    """A pipeline that can be timed; one denoising step of it stands for `passes` single passes with one LoRA.
+    """A pipeline that can be timed; one denoising step of it corresponds to `passes` single passes with one LoRA.
 
-    steps: the fewest of a call that show its cost; bytes: of base and LoRAs; mixture: of mole's own; stand_in: draws
-    from recorded steps, as `mole sample` does on a GPU.
+    steps: the smallest number per call that shows its cost; bytes: of base and LoRAs; mixture: for mole's own hosts;
+    stand_in: draws from recorded steps, as `mole sample` does on a GPU.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Host:
     stand_in: Replayed | None = None
 
     def replay(self) -> None:
-        """From here on, draw from recorded steps."""
+        """Draws from recorded steps from now on."""
         parts = self.mixture.model if self.mixture else PipelineModules(self.pipe)
         self.stand_in = Replayed(parts)
 
-    def draw(self, work: Work, steps: int, *, decode: bool = False, told: Callable[[], None] | None = None) -> Any:
-        """The pictures, or their latents without `decode`, by the pipeline's own call; `told` after each step."""
+    def draw(self, work: Work, steps: int, *, decode: bool = False, on_step: Callable[[], None] | None = None) -> Any:
+        """The pictures, or their latents without `decode`, by the pipeline's own call; `on_step` after each step."""
         with replaying(self.pipe, self.stand_in) if self.stand_in else nullcontext():
             return self.pipe(
                 **work.prompts,
@@ -70,13 +70,13 @@ class Host:
                 height=work.pixels,
                 width=work.pixels,
                 output_type="np" if decode else "latent",
-                callback_on_step_end=_telling(told) if told else None,
+                callback_on_step_end=_step_callback(on_step) if on_step else None,
             ).images
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every host draws: starting latents [B, C, h, w], and the prompts as the pipeline's call takes them."""
+    """The inputs of every host: starting latents [B, C, h, w], and prompts as arguments of the pipeline's call."""
 
     pixels: int
     latents: Tensor
@@ -84,7 +84,7 @@ class Work:
 
 
 def make_work(pipe: Any, *, batch: int, pixels: int, encode: bool, seed: int) -> Work:
-    """`batch` pictures; unless `encode`, their prompts come encoded, so that steps are all that is timed."""
+    """The inputs of `batch` pictures; without `encode` the prompts are encoded already, and only steps are timed."""
     side = pixels // pipe.vae_scale_factor
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, pipe.unet.config.in_channels, side, side, generator=generator)
@@ -174,9 +174,9 @@ def _bytes(pipe: Any, experts: Sequence[Expert]) -> int:
     return held + pipe.unet.dtype.itemsize * sum(f.A.numel() + f.B.numel() for e in experts for f in e.factors.values())
 
 
-def _telling(told: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+def _step_callback(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
     def callback(*_: Any) -> dict[str, Any]:
-        told()
+        on_step()
         return {}
 
     return callback

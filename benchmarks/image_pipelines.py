@@ -17,18 +17,18 @@ from torch import nn
 from tools.image_builtin import models
 from tools.image_builtin.captions import LENGTH
 
-# They tell of every further adapter what it lacks of the others, and of parts that none adapts.
+# These loggers warn about every further adapter that lacks keys, and about parts that no adapter changes.
 diffusers.logging.set_verbosity_error()
 transformers.logging.set_verbosity_error()
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# What CLIP-L knows; only its first rows are read here.
+# CLIP-L's vocabulary; only its first rows are read here.
 CLIP_VOCABULARY = 49408
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A pipeline and the side in pixels of the pictures that it draws; `parts` makes (unet, vae, clip, scheduler)."""
+    """A pipeline and the side of its pictures in pixels; `parts` makes (unet, vae, clip, scheduler)."""
 
     pixels: int
     tokens: int
@@ -58,7 +58,7 @@ def assemble(parts: dict[str, Any]) -> Any:
 
 
 def build_tokenizer(tokens: int) -> Any:
-    """A CLIP tokenizer whose tokens are letters; at most so many, start and end included."""
+    """A CLIP tokenizer whose tokens are letters, with a maximum length that includes start and end."""
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     pieces = [*letters, *(letter + "</w>" for letter in letters), START, END]
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -66,7 +66,7 @@ def build_tokenizer(tokens: int) -> Any:
 
 
 def _stable_diffusion(widths: tuple[int, ...], text: int, layers: int, vae: tuple[int, ...], side: int) -> Any:
-    """`parts` of a pipeline with SD 1.5's modules, so wide."""
+    """`parts` of a pipeline with SD 1.5's modules of a given width."""
 
     def parts(tokenizer: Any) -> tuple[nn.Module, nn.Module, nn.Module, Any]:
         unet = diffusers.UNet2DConditionModel(
@@ -122,7 +122,7 @@ def _embedded(tokenizer: Any) -> tuple[nn.Module, nn.Module, nn.Module, Any]:
 
 SHAPES = {
     "sd15": Shape(512, 77, _stable_diffusion((320, 640, 1280, 1280), 768, 12, (128, 256, 512, 512), 64)),
-    # SD 1.5's modules, so narrow that what remains is the cost of calling them: an accelerator's cost at small batches.
+    # SD 1.5's modules, so narrow that only the cost of calling them remains: the main cost of small batches on a GPU.
     "narrow": Shape(64, 77, _stable_diffusion((32, 32, 64, 64), 64, 2, (32, 32, 32, 32), 8)),
     "tiny": Shape(64, LENGTH, _embedded),
 }

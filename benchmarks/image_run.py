@@ -1,11 +1,11 @@
-"""The first result: the embedded LoRAs composed by every method, two to five at once, as recogniser and CLIP see it.
+"""The first result: the embedded LoRAs composed by every method, two to five at once, scored by recogniser and CLIP.
 
     python benchmarks/image_run.py gates --work RUN                      # gated compositions: ours, and variants of it
     python benchmarks/image_run.py draw --work RUN                       # every method on the emoji suite, test scenes
     python benchmarks/image_run.py table --work RUN --output benchmarks/results
 
-Each stage calls the `mole` commands a user would, `--jobs` side by side. What is called `gated` is one setting, chosen
-on the suite's training scenes; `variants` change one thing each and are drawn on these training scenes alone.
+Each stage calls the `mole` commands that a user would call, `--jobs` at a time. `gated` is one setting, chosen on the
+suite's training scenes; `variants` change one thing each and are drawn only on these training scenes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BASE = "builtin:tiny-sd"
 SIZES = ("2 LoRAs", "3 LoRAs", "4 LoRAs", "5 LoRAs")
 METRICS = ("recognised", "text_alignment", "image_alignment")
 OURS = "gated"
-# Columns of the table; a process each, so that a GPU is never waiting.
+# Columns of the table, with a process each, so that a GPU never waits.
 FIXED = (("linear", "nla"), ("composite",), ("switch",), ("base",), ("w_switch",), ("w_composite",), ("loratorio",))
 VARIANTS: dict[str, tuple[str, ...]] = {
     OURS: (),
@@ -55,7 +55,7 @@ class Job:
 
 
 def run(jobs: Sequence[Job], logs: Path, *, at_once: int) -> int:
-    """How many failed; `at_once` side by side, spread over the GPUs there are."""
+    """The number of failed jobs, after running `at_once` at a time over the GPUs."""
     logs.mkdir(parents=True, exist_ok=True)
     devices: Queue[str] = Queue()
     seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(max(1, torch.cuda.device_count()))))
@@ -80,7 +80,7 @@ def run(jobs: Sequence[Job], logs: Path, *, at_once: int) -> int:
 
 
 def gates(given: argparse.Namespace) -> int:
-    """Learn the gates of every variant that is asked for."""
+    """Learns the gates of every requested variant."""
     common = ["--base", BASE, "--mode", "gated", "--no-preview", "--seed", str(given.seed), "--dtype", given.dtype]
     jobs = []
     for name in given.variants or VARIANTS:
@@ -92,7 +92,7 @@ def gates(given: argparse.Namespace) -> int:
 
 
 def draw(given: argparse.Namespace) -> int:
-    """Draw the test scenes by every method, or with --split train the training scenes by the variants."""
+    """Draws the test scenes with every method, or with --split train the training scenes with the variants."""
     flags = ["--base", BASE, "--suite", "emoji", "--tasks", ",".join(given.sizes), "--split", given.split]
     flags += ["--images", str(given.images), "--batch-size", str(given.batch_size), "--bootstrap", "0"]
     flags += ["--denoise-steps", str(given.denoise_steps), "--dtype", given.dtype]
@@ -159,7 +159,7 @@ def read(folder: Path) -> dict[str, dict[str, Scores]]:
 
 
 def _columns(found: Mapping[str, Mapping[str, Scores]]) -> dict[str, object]:
-    """The pictures (task | scene and seed) once, and by method and metric their scores in that order."""
+    """The pictures (task | scene and seed), and their scores in that order by method and metric."""
     pictures = sorted({place for by in found.values() for scores in by.values() for place in scores})
     scores = {
         name: {metric: [round(of[p], 4) if p in of else None for p in pictures] for metric, of in by.items()}
@@ -214,7 +214,7 @@ def _interval(tasks: Sequence[torch.Tensor]) -> Interval:
 
 
 def device_name(given: argparse.Namespace) -> str:
-    """What drew the pictures; noted by `draw`, for a table that is made elsewhere."""
+    """The device that drew the pictures; `draw` notes it, for a table that is made elsewhere."""
     file = given.work / "device.txt"
     if not file.exists():
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}"
@@ -231,28 +231,28 @@ def parser() -> argparse.ArgumentParser:
     """The options of every stage."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("stage", choices=["gates", "draw", "table"])
-    options.add_argument("--work", type=Path, default=Path("runs/image"), help="where stages leave what they make")
+    options.add_argument("--work", type=Path, default=Path("runs/image"), help="folder of the stages' outputs")
     options.add_argument("--jobs", type=int, default=1, help="commands side by side")
-    options.add_argument("--variants", type=lambda text: text.split(","), help="of the gates; all unless told")
+    options.add_argument("--variants", type=lambda text: text.split(","), help="of the gates; all by default")
     options.add_argument(
         "--modes", type=lambda text: text.split(","), help="`draw`: some of the methods, `gated` among them"
     )
     options.add_argument("--split", choices=["test", "train"], default="test")
     options.add_argument("--images", type=int, default=20, help="pictures a scene; there are ten scenes a size")
     options.add_argument("--batch-size", type=int, default=40)
-    options.add_argument("--guidance", type=float, help="`draw`: the base's own unless told")
+    options.add_argument("--guidance", type=float, help="`draw`: the base's own by default")
     options.add_argument("--denoise-steps", type=int, default=25)
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options.add_argument("--resume", action="store_true", help="`draw`: only pictures that are not there yet")
     options.add_argument("--sizes", type=lambda text: text.split(","), default=list(SIZES), help="`draw`: some tasks")
-    options.add_argument("--steps", type=int, help="`gates`: training steps, the recipe's own unless told")
+    options.add_argument("--steps", type=int, help="`gates`: training steps, by default the recipe's")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output", type=Path, help="`table`: folder for the tables and all scores")
     return options
 
 
 def main() -> int:
-    """Run what the command line says."""
+    """Runs the stage that the command line names."""
     given = parser().parse_args()
     device_name(given)
     return {"gates": gates, "draw": draw, "table": table}[given.stage](given)

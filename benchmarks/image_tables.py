@@ -9,7 +9,7 @@ MIB = 2**20
 
 
 def tables(result: dict[str, Any]) -> str:
-    """What was measured, where and how; a training step's table, if any; the steps' table last."""
+    """The facts about the measurement, the table of a training step if there is one, and the table of steps."""
     pixels, rows = result["pixels"], 2 * result["batch"]
     lines = [
         f"{result['device']}, {result['threads']} threads, {result['dtype']}, {result['versions']}",

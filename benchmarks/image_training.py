@@ -1,4 +1,4 @@
-"""What a gates-only training step costs beside the base's forward and backward pass, as rows for `image_cost.py`."""
+"""The cost of a training step of gates compared with the base's forward and backward pass, for `image_cost.py`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_rows(backbone: Diffusion, batch: int, side: int, seed: int) -> dict[str
 
 
 def training_step(host: Host, backbone: Diffusion, rows: dict[str, Any], checkpointed: bool) -> None:
-    """Forward and backward to the gates; of the base, to its input. The optimiser is left out."""
+    """Forward and backward to the gates, or for the base to its input, without the optimiser."""
     unet = host.pipe.unet
     if checkpointed:
         unet.enable_gradient_checkpointing()

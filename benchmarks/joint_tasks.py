@@ -1,11 +1,10 @@
-"""Tasks that need two skills at once, of instruction_induction's files: the second goes on from the first's answer.
+"""Tasks that need two skills at once, made from instruction_induction's files: the second continues the first's answer.
 
     python benchmarks/joint_tasks.py --data-dir DATA/instruction_induction --output DATA/joint
 
-Writes train/<task>.jsonl and test/<task>.jsonl with lines of input, target and references, as the suite `jsonl` reads
-them.
-An answer is known only where the second task's own files hold it, so nothing is made up; a test row's input is in the
-first task's test file.
+Writes train/<task>.jsonl and test/<task>.jsonl with lines of input, target and references, for the suite `jsonl`.
+Answers come only from the second task's own files, so nothing is invented; a test row's input is in the first task's
+test file.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def rows(data_dir: Path, split: str, task: str) -> list[dict[str, object]]:
 
 
 def answers(data_dir: Path, task: str) -> dict[str, list[str]]:
-    """input -> accepted outputs, of both splits; letters follow from the word."""
+    """input -> accepted outputs, of both splits; letters are computed from the word."""
     known: dict[str, list[str]] = {}
     for split in ("train", "test"):
         for row in rows(data_dir, split, task):
@@ -50,7 +49,7 @@ def answers(data_dir: Path, task: str) -> dict[str, list[str]]:
 
 
 def second_answer(task: str, known: dict[str, list[str]], word: str) -> list[str]:
-    """What the second task makes of the first one's answer; nothing where its files do not say."""
+    """The second task's output for the first one's answer; None if its files do not have it."""
     if task == SPELLED:
         return [" ".join(word)] if word.isalpha() else []
     if task == "first_word_letter":
@@ -61,7 +60,7 @@ def second_answer(task: str, known: dict[str, list[str]], word: str) -> list[str
 
 
 def joint(data_dir: Path, split: str, first: str, second: str) -> Iterator[dict[str, object]]:
-    """Every row of the first task whose answer the second can go on from."""
+    """Every row of the first task whose answer is an input of the second."""
     known = answers(data_dir, second)
     then = TASKS[second].instruction
     for row in rows(data_dir, split, first):

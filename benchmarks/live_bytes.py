@@ -1,4 +1,4 @@
-"""Bytes of tensors alive during a piece of work, for devices whose allocator does not count them (CPU)."""
+"""The bytes of live tensors during some work, for devices whose allocator does not count them (CPU)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts each storage that an operation creates inside the context until it is freed.
 
-    now, peak: bytes. What existed before (weights, experts, the batch) is not counted, nor what a kernel uses inside.
+    now, peak: bytes. Tensors from before (weights, experts, the batch) and memory inside kernels are not counted.
     """
 
     def __init__(self) -> None:

@@ -5,8 +5,8 @@
     python benchmarks/real_run.py gates --work RUN --data-dir DATA               # gates x seeds, variants, test sets
     python benchmarks/real_run.py table --work RUN --output benchmarks/results   # one JSON and the tables
 
-Each stage calls the `mole` commands a user would, side by side on the accelerators there are (`--jobs` at once).
-A tenth of every training set is kept from LoRAs and gates alike: settings are compared on it, never on the test sets.
+Each stage calls the `mole` commands that a user would call, `--jobs` at a time over the accelerators. A tenth of every
+training set is held out from LoRAs and gates: settings are compared on it, never on the test sets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SUITE = "instruction_induction+nli"
 SEEDS = (0, 1, 2)
 GRANULARITIES = ("matrix", "layer", "block", "network")
 HOLDOUT = 0.1
-# One seed each, for the analysis: what the paper has, and what our defaults change, one thing at a time.
+# With one seed each, for the analysis: the paper's settings, and single changes towards our defaults.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "paper": ("preset=paper", "train.steps=800", "gate.granularity=layer"),
     "paper, lr 2e-2": ("preset=paper", "train.lr=2e-2", "train.steps=300", "gate.granularity=layer"),
@@ -55,7 +55,7 @@ Scores = dict[str, list[float]]  # task -> main score of every example, in [0, 1
 
 @dataclass(frozen=True)
 class Job:
-    """`mole` command lines to run one after the other, and the log they write."""
+    """`mole` command lines that run one after the other, and their log."""
 
     name: str
     commands: Sequence[Sequence[str]]
@@ -63,12 +63,12 @@ class Job:
 
 
 def tasks() -> list[str]:
-    """The twelve tasks, as the recipe names them."""
+    """The twelve tasks that the recipe names."""
     return yaml.safe_load((RECIPES / "smollm2-gated.yaml").read_text())["data"]["tasks"]
 
 
 def run(jobs: Sequence[Job], *, at_once: int) -> None:
-    """Runs the jobs in order, `at_once` side by side, spread evenly over the accelerators; a failed one is reported."""
+    """Runs the jobs in order, `at_once` at a time, spread evenly over the accelerators; reports failed ones."""
     devices: Queue[int] = Queue()
     for slot in range(at_once):
         devices.put(slot % max(1, torch.cuda.device_count()))
@@ -92,7 +92,7 @@ def run(jobs: Sequence[Job], *, at_once: int) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """RUN/base: the GGUF unpacked to safetensors, so that every later command loads it in a second."""
+    """Writes RUN/base: the GGUF unpacked to safetensors, which every later command loads in a second."""
     from molecli.bases.loading import load_backbone
     from molecli.config import BaseConfig
 
@@ -103,12 +103,12 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def loras(args: argparse.Namespace) -> None:
-    """RUN/loras/<task>, one train-lora each."""
+    """Writes RUN/loras/<task>, with one train-lora each."""
     run([_lora(args, task) for task in tasks()], at_once=args.jobs)
 
 
 def gates(args: argparse.Namespace) -> None:
-    """RUN/gates/<name> with its held-out score, and RUN/tests/<name> with the test sets, for every gate and method."""
+    """Writes RUN/gates/<name> with its held-out score and RUN/tests/<name> with test scores, for every method."""
     runs = [(name, 0, settings) for name, settings in VARIANTS.items()]
     runs += [(f"{g} s{seed}", seed, (f"gate.granularity={g}",)) for g in GRANULARITIES for seed in SEEDS]
     jobs = [_gates(args, name, seed, settings) for name, seed, settings in runs]
@@ -202,7 +202,7 @@ def table(args: argparse.Namespace) -> None:
 
 
 def device_name() -> str:
-    """The accelerator's name, or the processor's."""
+    """The name of the accelerator or of the processor."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
 
 
@@ -262,7 +262,7 @@ def _average(scores: Scores) -> float:
 
 
 def _differences(methods: dict[str, Scores]) -> dict[str, tuple[float, float, float]]:
-    """Percentage points with 95% intervals: each method's average, and each gated one minus each other."""
+    """Percentage points with 95% intervals: each method's average, and each gated method minus each other one."""
     tensors = {name: [100 * torch.tensor(scores[task]) for task in tasks()] for name, scores in methods.items()}
     found = {}
     for name, rows in tensors.items():

@@ -1,9 +1,9 @@
-"""docs/results.md and its plots from studies' results: nothing in it is typed by hand.
+"""Writes docs/results.md and its plots from the results of studies, without any manual editing.
 
     python benchmarks/report.py RUN... --results benchmarks/results --page docs/results.md
 
-Takes study.json and study.md of every RUN (a folder that `mole study` wrote) into --results as study-<name>.*, and
-writes the page of all that lie there. Without a RUN it only writes the page anew.
+Copies study.json and study.md of every RUN (a folder that `mole study` wrote) to --results as study-<name>.*, and
+writes the page from all results there. Without a RUN it only writes the page again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def take(run: Path, results: Path) -> None:
-    """Copy what a study found, under the name of its folder."""
+    """Copies the results of a study, under the name of its folder."""
     results.mkdir(parents=True, exist_ok=True)
     for suffix in (".json", ".md"):
         shutil.copy(run / f"study{suffix}", results / f"study-{run.resolve().name}{suffix}")
@@ -79,8 +79,8 @@ def page(studies: Sequence[Path], folder: Path) -> str:
 
 
 def ranked(found: Mapping[str, Any], number: str) -> list[str]:
-    """Of every comparison a table of the methods from the best on, each with the margin of the study's subject, else
-    the winner's, over it."""
+    """For every comparison a table of the methods, best first, each with the margin by which the study's subject
+    (otherwise the winner) is ahead of it."""
     tables = []
     for one in found["comparisons"][number]["comparisons"]:
         row = "average" if "average" in one["scores"] else next(iter(one["scores"]))
@@ -101,7 +101,7 @@ def ranked(found: Mapping[str, Any], number: str) -> list[str]:
 
 
 def ahead(margin: Mapping[str, Any]) -> str:
-    """`+3.1 [+1.2, +5.0] *`: the star where the interval excludes zero."""
+    """`+3.1 [+1.2, +5.0] *`, with a star if the interval excludes zero."""
     if margin["low"] is None:
         return f"{margin['difference']:+.1f}"
     star = " *" * bool(margin["significant"])
@@ -109,14 +109,14 @@ def ahead(margin: Mapping[str, Any]) -> str:
 
 
 def chosen(found: Mapping[str, Any]) -> str:
-    """What it was tried on; what was chosen for every method, and whether it lies at the edge of what was tried."""
+    """The examples used for the choice, and for every method its chosen setting, with its edge."""
     choices = [Choice(**one) for one in found["tuned"]]
     rows = choice_table(choices).rows
     return f"{chosen_on(choices)}: " + "; ".join(f"{row.label}: {row.texts[0]}" for row in rows)
 
 
 def libraries(found: Mapping[str, Any]) -> str:
-    """The versions that a reader would ask for."""
+    """The versions of the main libraries."""
     return ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "peft"))
 
 

@@ -3,8 +3,9 @@
     python benchmarks/structure.py [--repo FOLDER] [--json]
 
 Circles count every import that runs, inside functions too; `folders in circles` those of the first level. The way is
-that of `mole compose --loras a,b,c --mode gated`, two steps: the files of which a function runs, and the functions of
-`molecli` on the stack between the command and the first gate's softmax in training.
+that of `mole compose --loras a,b,c --mode gated`, two steps: the files of which a function runs, the functions of
+`molecli` on the stack between the command and the first gate's softmax in training, and the recipe's way: the files to
+which functions it is given, and how often it comes back to one that it had left.
 """
 
 from __future__ import annotations
@@ -177,12 +178,15 @@ def trace() -> dict[str, int]:
 
     entered: set[str] = set()
     depths: list[int] = []
+    visits: list[str] = []
 
     def profile(frame: Any, event: str, _: Any) -> None:
         file = frame.f_code.co_filename
         if event != "call" or f"/{PACKAGE}/" not in file or frame.f_code.co_name == "<module>":
             return
         entered.add(file)
+        if _carries(frame) and visits[-1:] != [file]:
+            visits.append(file)
         if not depths and file.endswith("functional/gating.py") and _training(frame):
             depths.append(_frames(frame))
 
@@ -193,7 +197,19 @@ def trace() -> dict[str, int]:
     sys.setprofile(None)
     if code:
         raise SystemExit(f"mole {' '.join(COMMAND)} exited with {code}")
-    return {"files entered": len(entered), "frames to the softmax": depths[0] if depths else 0}
+    return {
+        "files entered": len(entered),
+        "frames to the softmax": depths[0] if depths else 0,
+        "files that see the recipe": len(set(visits)),
+        "returns of the recipe": len(visits) - len(set(visits)),
+    }
+
+
+def _carries(frame: Any) -> bool:
+    """Whether the function is given the recipe itself, or what holds it."""
+    count = frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount
+    given = [frame.f_locals.get(name) for name in frame.f_code.co_varnames[:count]]
+    return any("ComposeRecipe" in (type(one).__name__, type(getattr(one, "recipe", None)).__name__) for one in given)
 
 
 def _stack(frame: Any) -> Iterator[Any]:

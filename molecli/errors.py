@@ -1,4 +1,4 @@
-"""User errors: one family, turned into a message and an exit code at one place (`molecli.cli.app`)."""
+"""User errors. `molecli.cli.app` turns them into a message and an exit code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 
 class UserError(Exception):
-    """A mistake the user can mend, said as *where: what is wrong. What to do.*"""
+    """A mistake that the user can correct. Its message is *where: what is wrong. What to do.*"""
 
     exit_code: ClassVar[int] = 1
 
@@ -36,13 +36,13 @@ class MismatchError(UserError):
 
 
 def near(key: str, known: Iterable[str]) -> str | None:
-    """The known name closest to `key`, or None when nothing is close."""
+    """The known name closest to `key`, or None if none is close."""
     matches = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:
-    """A remedy for the unknown name `key`: "Did you mean 'x'?", or the list of what is known."""
+    """A remedy for the unknown name `key`: "Did you mean 'x'?", or the list of known names."""
     names = list(known)
     nearest = near(key, names)
     return f"Did you mean {nearest!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."

@@ -33,17 +33,17 @@ class LowRank:
         return self.A.shape[0]
 
     def delta(self) -> Tensor:
-        """The dense update, [d_out, d_in] or [c_out, c_in, k_h, k_w]. For references and merging; a mixture never
+        """The dense update, [d_out, d_in] or [c_out, c_in, k_h, k_w]. Only for references and merging: a mixture never
         builds it."""
         return self.scaling * (self.B @ self.A.flatten(1)).view(-1, *self.A.shape[1:])
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A named, frozen LoRA: its factors by matrix name, and where it came from.
+    """A named, frozen LoRA: its factors by matrix name, and its source.
 
-    absent: its files are not to be found, and its factors have rank 0, which says its matrices and their shapes;
-    left_out: matrices that it adapts and the base does not have.
+    absent: its files are missing; its factors have rank 0 and only give its matrices and their shapes. left_out:
+    matrices that it adapts but the base lacks.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Merged:
-    """Several experts as one LoRA: its factors by matrix, and what its rank cost at each, ‖meant − merged‖/‖meant‖."""
+    """Several experts as one LoRA: its factors and its truncation error ‖exact − merged‖/‖exact‖, by matrix."""
 
     factors: Mapping[str, LowRank]
     errors: Mapping[str, float]
@@ -70,7 +70,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Stacked:
-    """All experts at one matrix, concatenated along rank; scalings are folded into B.
+    """All experts at one matrix, concatenated along the rank; B includes the scalings.
 
     A: [R, d_in] or [R, c_in, k_h, k_w]; B: [d_out, R]; owner: [R], the index of the expert that each rank belongs to.
     """
@@ -81,7 +81,7 @@ class Stacked:
 
 
 class ExpertBank:
-    """N experts in a fixed order, stacked per matrix (mixed ranks need no padding)."""
+    """N experts in a fixed order, stacked per matrix; different ranks need no padding."""
 
     def __init__(self, experts: Sequence[Expert]) -> None:
         names = [expert.name for expert in experts]
@@ -108,7 +108,7 @@ class ExpertBank:
         return tuple(i for i, expert in enumerate(self.experts) if matrix in expert.factors)
 
     def width(self, matrix: str) -> int:
-        """d_in (c_in) of `matrix`, read off the factors."""
+        """d_in (c_in) of `matrix`, from the factors."""
         return self.experts[self.present(matrix)[0]].factors[matrix].A.shape[1]
 
     def owner(self, matrix: str) -> Tensor:
@@ -119,15 +119,15 @@ class ExpertBank:
     def stacked(
         self, matrix: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Stacked:
-        """The experts at `matrix` as one pair of factors; an expert absent there contributes nothing."""
+        """The experts at `matrix` as one pair of factors, without experts that do not adapt it."""
         members = [(i, self.experts[i].factors[matrix]) for i in self.present(matrix)]
         A = torch.cat([f.A.to(device=device, dtype=dtype) for _, f in members])
-        # Scale in float32 before the cast: a bf16 product of scaling and B would round twice.
+        # Scale in float32 before the cast: scaling B in bfloat16 would round twice.
         B = torch.cat([(f.scaling * f.B.float()).to(device=device, dtype=dtype) for _, f in members], dim=1)
         return Stacked(A, B, self.owner(matrix).to(device))
 
     def to(self, device: torch.device | str) -> ExpertBank:
-        """The same experts on `device` in float32, one transfer each: a GPU that others use makes every one wait."""
+        """The same experts on `device` in float32, with one transfer each: on a shared GPU every transfer waits."""
         return ExpertBank([_moved(expert, device) for expert in self.experts])
 
     def permuted(self, order: Sequence[int]) -> ExpertBank:

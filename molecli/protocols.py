@@ -1,4 +1,4 @@
-"""The small protocols that let backbones, suites, metrics and methods stay apart."""
+"""Small protocols that keep backbones, suites, metrics and methods independent of each other."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 Family = Literal["seq2seq", "causal", "diffusion"]
 Split = Literal["train", "test"]
 Granularity = Literal["network", "block", "layer", "matrix"]
-# Token axes. Language models: the encoder's tokens, the decoder's (all of a causal model), and the encoder's as keys
-# and values of cross-attention. Diffusion: a UNet's positions, a text encoder's tokens and the keys and values made of
-# them, and the embedding of the denoising time, one vector a picture.
+# Token axes. Language models: the tokens of the encoder, those of the decoder (all tokens of a causal model), and the
+# encoder's as keys and values of cross-attention. Diffusion: the positions of the UNet, the tokens of a text encoder
+# and the keys and values made from them, and the embedding of the timestep, one vector per picture.
 Stream = Literal["encoder", "decoder", "memory", "spatial", "text", "time"]
-# What an element of a picture is.
+# The type of an element of a picture.
 ElementKind = Literal["object", "character", "clothing", "style", "background"]
 # (d_out, d_in) of a linear layer, (c_out, c_in, k_h, k_w) of a convolution.
 Shape = tuple[int, ...]
-# What long work calls as it goes on: a label, how much is done, of how much.
+# Called by long work: label, number of steps done, total number.
 Progress = Callable[[str, int, int], None]
-# What work calls with a line that the user should read.
+# Called with a line for the user to read.
 Note = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One line of work: `prompt` goes in, any of `references` may come out; `target` is trained on."""
+    """One example: `prompt` is the input, any of `references` is a correct output, `target` is trained on."""
 
     task: str
     prompt: str
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to learn: `target` is its file, `task` the concept that it shows."""
+    """One training picture: `target` is its file, `task` the concept that it shows."""
 
     task: str
     prompt: str
@@ -52,7 +52,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Element:
-    """One thing a picture should show: its type (character, style, ...), its name and the features that call it."""
+    """One element that a picture should show: its type (character, style, ...), its name and its trigger words."""
 
     kind: str
     name: str
@@ -61,9 +61,9 @@ class Element:
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt to draw with several LoRAs at once; `name` tells it from the other scenes of its task.
+    """A prompt to draw with several LoRAs at once; `name` is unique within its task.
 
-    elements: what a judge is told to look for, one for each LoRA; classes: what a recogniser should find.
+    elements: what a judge should look for, one per LoRA; classes: what a recogniser should find.
     """
 
     task: str
@@ -76,9 +76,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class Moment:
-    """One denoising step: `index` of `total`, from 0; `timestep` as the UNet is told it.
+    """One denoising step: `index` of `total`, from 0; `timestep` is the input of the UNet.
 
-    guided: the UNet's rows are two halves, unconditional and conditional (classifier-free guidance).
+    guided: the batch has two halves, unconditional and conditional (classifier-free guidance).
     """
 
     index: int
@@ -90,7 +90,7 @@ class Moment:
 class Backbone(Protocol):
     """A frozen model that hosts experts: a language model, or the UNet and text encoder(s) of a diffusion pipeline.
 
-    What it learns from and what it makes follow its `family`: examples and completions, or pictures.
+    Its `family` determines its training data and outputs: examples and completions, or pictures.
     """
 
     family: Family
@@ -101,21 +101,21 @@ class Backbone(Protocol):
     def device(self) -> torch.device: ...
 
     def matrices(self) -> dict[str, Shape]:
-        """Adaptable matrices: module name -> shape, whatever layout the layer stores."""
+        """Adaptable matrices: module name -> shape, independent of the layer's storage layout."""
         ...
 
     def collate(self, rows: Sequence[Any], /) -> dict[str, Any]:
-        """A batch to learn: for teacher forcing input_ids, attention_mask, labels (-100 is not scored); of pictures
+        """A training batch: input_ids, attention_mask and labels (-100 is not scored) for teacher forcing; for pictures
         pixels, prompts, noise and timesteps."""
         ...
 
     def token_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Summed loss and the number of what it is summed over (both scalars): cross-entropies of the scored tokens,
-        or squared errors of pictures."""
+        """The summed loss and the number of summands (both scalars): cross-entropies of the scored tokens, or squared
+        errors of pictures."""
         ...
 
     def example_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The examples' or pictures' mean losses, summed, and their number (both scalars)."""
+        """The sum of the mean losses of the examples or pictures, and their number (both scalars)."""
         ...
 
     def example_losses(self, batch: Mapping[str, Any]) -> Tensor:
@@ -123,23 +123,23 @@ class Backbone(Protocol):
         ...
 
     def generate(self, prompts: Sequence[str], *args: Any, **options: Any) -> list[Any]:
-        """What the model makes of a batch of prompts: completions, or pictures; the options are the family's own."""
+        """The completions or pictures for a batch of prompts; the options depend on the family."""
         ...
 
     def fingerprint(self) -> str:
-        """A string that tells this base from another; see `functional.fingerprint`."""
+        """A string that identifies this base; see `functional.fingerprint`."""
         ...
 
 
 class Metric(Protocol):
-    """Scores of completions against their answers, in [0, 1] or [0, 100]; see `metrics`."""
+    """Scores completions against their answers, in [0, 1] or [0, 100]; see `metrics`."""
 
     def __call__(self, predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's examples are: the path of a file ("-" is stdin), or what is asked of a public place."""
+    """The place of a task's examples: the path of a file ("-" is stdin), or with `online` a public data set."""
 
     place: str
     online: bool = False
@@ -154,11 +154,11 @@ class Suite(Protocol):
     def tasks(self, data_dir: str | None) -> list[str]: ...
 
     def known(self, data_dir: str | None) -> Sequence[str]:
-        """Every task that the suite has, whether or not its examples are in `data_dir`."""
+        """All tasks of the suite, even if their examples are not in `data_dir`."""
         ...
 
     def source(self, task: str, split: Split, data_dir: str | None) -> Source | None:
-        """What `load` would read; nothing is read or asked here. None where examples are made, not read."""
+        """What `load` would read, without reading or requesting it. None if the examples are generated."""
         ...
 
     def load(self, task: str, split: Split, data_dir: str | None) -> list[Example]: ...
@@ -169,9 +169,9 @@ class Suite(Protocol):
 
 
 class SceneSuite(Protocol):
-    """A named, versioned set of scenes, by task; which there are follows from the LoRAs at hand.
+    """A named, versioned set of scenes, by task; the scenes depend on the given LoRAs.
 
-    `concepts` has an entry for each LoRA: what is known of it, such as the words that call it; None where nothing is.
+    `concepts` has an entry for each LoRA: its known concept, such as its trigger words, or None.
     """
 
     name: str
@@ -184,13 +184,13 @@ class SceneSuite(Protocol):
     def metrics(self, task: str) -> tuple[str, ...]: ...
 
     def pictures(self, lora: str, data_dir: str | None) -> str | None:
-        """The folder of the pictures that show what `lora` adds, where the suite has them."""
+        """The folder of pictures that show what `lora` adds, or None if the suite has none."""
         ...
 
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that read the same input tensor, so that one GEMM projects them all."""
+    """Matrices that read the same input tensor, so that one matrix product projects them all."""
 
     matrices: tuple[str, ...]
     stream: Stream
@@ -198,7 +198,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Site:
-    """Matrices under one gate, as groups in call order; the first group is the entry the gate looks at."""
+    """Matrices under one gate, as groups in call order; the gate reads the input of the first group, the entry."""
 
     name: str
     groups: tuple[Group, ...]
@@ -218,13 +218,13 @@ class Site:
 
 @dataclass
 class Reading:
-    """What a gate sees at its site's entry: B sequences of T tokens, or B pictures of T positions.
+    """The input of a gate at the entry of its site: B sequences of T tokens, or B pictures of T positions.
 
-    x: [B, T, d_in], the entry's input; u: [B, T, R], that input projected onto every expert's A;
-    valid, prompt: [B, T], which tokens are not padding, and which belong to the prompt; None where nothing is padding;
-    memory: [B, S, d], the encoder's output where the site sits in a seq2seq decoder, with memory_valid [B, S];
-    state: what `running` pooling left behind after an earlier chunk of the same sequences;
-    shared: lives as long as the pass, for what all its gates compute alike.
+    x: [B, T, d_in], the input of the entry; u: [B, T, R], this input projected by the A of every expert;
+    valid, prompt: [B, T], which tokens are not padding, and which belong to the prompt; None without padding;
+    memory: [B, S, d], the encoder's output for sites in a seq2seq decoder, with memory_valid [B, S];
+    state: the state of `running` pooling after an earlier chunk of the same sequences;
+    shared: exists during one pass, for values that all its gates share.
     """
 
     x: Tensor
@@ -241,8 +241,8 @@ class Gate(Protocol):
     """Weights for the experts at one site.
 
     Returns [N] (the same for every input), [B, N] (one per sequence) or [B, T, N] (one per token). `keep` [N] is 0 for
-    masked experts. `per_sequence` gates stay as the prompt set them; those that `remember` depend on earlier tokens;
-    `constant` ones need no reading.
+    masked experts. `per_sequence` gates are fixed after the prompt; gates that `remember` depend on earlier tokens;
+    `constant` gates need no reading.
     """
 
     per_sequence: bool
@@ -255,15 +255,15 @@ class Gate(Protocol):
 class OutputMethod(Protocol):
     """A composition that acts on the UNet's outputs: at each denoising step K branches run, each with its own weights.
 
-    weights [N]: the experts' own, on the CPU; reads_prompt: whether `prepare` must be called for every prompt.
-    `keep` [N] is 0 for masked experts, None when none is.
+    weights [N]: the user's weights of the experts, on the CPU; reads_prompt: whether `prepare` must be called for every
+    prompt. `keep` [N] is 0 for masked experts, or None if none is masked.
     """
 
     weights: Tensor
     reads_prompt: bool
 
     def prepare(self, prompt: str, encode: Callable[[Sequence[str]], Tensor]) -> None:
-        """Look at the prompt, for methods that do; `encode` gives [P, T, d], texts as the base alone encodes them."""
+        """Read the prompt, in methods that use it; `encode` gives [P, T, d], texts encoded by the base alone."""
         ...
 
     def text_weights(self, keep: Tensor | None) -> Tensor:

@@ -4,9 +4,9 @@
     python tools/text_builtin.py --smoke --output /tmp/builtin   # every step of it, briefly
 
 The base learns to copy and reorder sentences, to translate into German and Spanish, to read French and plurals, and to
-do two of these at once, so that its layers keep *which words* and *which order* apart. It never sees a skill of
-`molecli.suites.builtin`. Each LoRA learns one skill, alone and combined with operations the base already knows, never
-with another LoRA's skill. Test sentences occur nowhere in training. Prints exact match of the base and of every LoRA.
+do two of these at once, so that its layers separate *which words* from *which order*. It never sees a skill of
+`molecli.suites.builtin`. Each LoRA learns one skill, alone and combined with operations that the base knows, never with
+another LoRA's skill. Test sentences do not occur in training. It prints exact match of the base and of every LoRA.
 
 In this file: the base's operations, the training pool, the tokenizer and model, training, scoring, the run.
 """
@@ -50,7 +50,7 @@ SEED = 20260101
 BASE_ID = "builtin:tiny-t5"
 PROMPT_LENGTH, TARGET_LENGTH = 10, 11
 
-# No skill's name or function, though `exchange` reverses a sentence of three words.
+# None has a skill's name or function, except that `exchange` reverses a sentence of three words.
 ORDERS: dict[str, Operation] = {
     "copy": lambda w: w,
     "rotate": lambda w: w[1:] + w[:1],
@@ -100,7 +100,7 @@ def base_example(rng: random.Random) -> tuple[Words, Words]:
 
 
 def skill_example(rng: random.Random, skill: str, composed: float) -> tuple[Words, Words]:
-    """One example of a skill, a share of them composed with an operation of the base."""
+    """One example of a skill; a share of them is combined with an operation of the base."""
     if rng.random() >= composed:
         return applied([skill], rng)
     if skill in ORDER_SKILLS:
@@ -109,7 +109,7 @@ def skill_example(rng: random.Random, skill: str, composed: float) -> tuple[Word
 
 
 def applied(names: list[str], rng: random.Random) -> tuple[Words, Words]:
-    """Prompt words and target words of the named operations, the rightmost first, on a sentence they can act on."""
+    """Prompt words and target words of the named operations, applied from right to left to a suitable sentence."""
     words = train_sentence(rng)
     draw = rng.random()
     reorders_only = not set(names) - set(ORDERS)
@@ -120,12 +120,12 @@ def applied(names: list[str], rng: random.Random) -> tuple[Words, Words]:
     target = words
     for name in reversed(names):
         target = OPERATIONS[name](target)
-    # Doubling a doubled sentence does not fit the longest target.
+    # A sentence that is doubled twice would be too long for a target.
     return ((*names, ":", *words), target) if len(target) < TARGET_LENGTH else applied(names[:1], rng)
 
 
 def vocabulary() -> list[str]:
-    """Every token, in the order of its id: T5 starts decoding from id 0, the padding."""
+    """Every token in the order of ids. T5 starts decoding from id 0, the padding."""
     words = [word for table in (NOUNS, VERBS, ADJECTIVES) for row in rows(table) for word in row]
     return ["<pad>", "</s>", "<unk>", ":", *SKILLS, *ORDERS, *LEXICAL, *words]
 
@@ -203,7 +203,7 @@ class Pool:
 
 
 def encode(examples: Iterable[tuple[Words, Words]], device: str) -> Pool:
-    """A pool of padded ids, each ended by </s>."""
+    """A pool of padded ids, each ending in </s>."""
     ids = {word: i for i, word in enumerate(vocabulary())}
 
     def padded(words: Words, length: int) -> list[int]:
@@ -216,7 +216,7 @@ def encode(examples: Iterable[tuple[Words, Words]], device: str) -> Pool:
 
 
 def train(model: torch.nn.Module, pool: Pool, *, steps: int, batch: int, lr: float, seed: int, label: str) -> None:
-    """Trains what requires grad, in place, with AdamW and a warmed-up cosine."""
+    """Trains the parameters that require grad, in place, with AdamW and a cosine schedule with warm-up."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     warmup = max(1, steps // 20)
@@ -262,7 +262,7 @@ def train_lora(base: T5ForConditionalGeneration, skill: str, plan: Plan, device:
 
 
 def load_base(output: Path, device: str) -> T5ForConditionalGeneration:
-    """The base as it is shipped, float16 values in float32: what LoRAs are trained on and users load."""
+    """The base as it is shipped (float16 values, loaded in float32), on which LoRAs are trained."""
     return T5ForConditionalGeneration.from_pretrained(base_folder(output), dtype=torch.float32).to(device).eval()
 
 
@@ -279,7 +279,7 @@ def accuracy(model: torch.nn.Module, task: str) -> float:
 
 
 def save_base(model: T5ForConditionalGeneration, folder: Path) -> None:
-    """Writes the base in float16; its config asks loaders for float32, in which CPUs compute fastest."""
+    """Writes the base in float16. Its config makes loaders use float32, which is fastest on CPUs."""
     model.half().save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
@@ -288,7 +288,7 @@ def save_base(model: T5ForConditionalGeneration, folder: Path) -> None:
 
 
 def save_lora(model: PeftModel, folder: Path) -> None:
-    """Writes one adapter as PEFT does, in float16 and with nothing in it that differs from build to build."""
+    """Writes one adapter like PEFT, in float16, and without parts that differ between builds."""
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.inference_mode = BASE_ID, True
     model.half().save_pretrained(folder, save_embedding_layers=False)
@@ -310,7 +310,7 @@ def print_table(rows: dict[str, list[float]], tasks: list[str]) -> None:
 
 
 def base_folder(output: Path) -> Path:
-    """Where the base is."""
+    """The folder of the base."""
     return output / BASE_ID.removeprefix("builtin:")
 
 

@@ -1,9 +1,9 @@
-"""Trained LoRAs in files: PEFT's, diffusers' and kohya's layouts, read into experts and written back; SVDiff's shifts.
+"""LoRA files: reads the layouts of PEFT, diffusers and kohya into experts, and writes them; also SVDiff's shifts.
 
-`lora_spec` names them and `source` finds them. `keys` knows the layouts' tensor names, `settings` and `metadata` what
-scales them; `info` describes a LoRA without its factors. `place` gives it a base's names (`blocks`: the names of the
-original Stable Diffusion code), `coverage` and `architecture` compare it with the base. `read` and the three `write`
-modules move the factors; `svdiff` and `shifted` do the same for shifts of the base's singular values.
+`source` finds the files. `keys` knows the tensor names of the layouts, `settings` and `metadata` the scaling; `info`
+describes a LoRA without reading its factors. `place` renames its matrices to those of a base (`blocks`: the names in
+the original Stable Diffusion code), and `coverage` compares it with the base. `read` and the three `write` modules read
+and write the factors; `svdiff` and `svdiff_expert` do the same for shifts of the base's singular values.
 """
 
 from __future__ import annotations

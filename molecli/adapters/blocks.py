@@ -1,11 +1,11 @@
-"""What the modules of a UNet are called in the original code of Stable Diffusion, in which some LoRAs name them."""
+"""The names of UNet modules in the original Stable Diffusion code, which some LoRAs use."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# Outside the blocks. diffusers' name: the original's.
+# Outside the blocks: name in diffusers -> original name.
 _ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -26,10 +26,10 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """module path in diffusers' UNet -> its path in the original's, for all that have one.
+    """module path in diffusers' UNet -> its path in the original UNet, if it has one.
 
-    `paths` are those of a whole UNet: the original numbers its blocks throughout, one for each resnet (with the
-    attention that follows it) and one for each downsampler, so that a number depends on all blocks before it.
+    `paths` must be those of a whole UNet: the original code numbers its blocks consecutively, one for each resnet (with
+    the following attention) and one for each downsampler, so that each number depends on all blocks before it.
     """
     paths = list(paths)
     matches = {path: match for path in paths if (match := _BLOCK.fullmatch(path))}
@@ -52,7 +52,7 @@ def original_names(paths: Iterable[str]) -> dict[str, str]:
         blocks = "input_blocks" if side == "down" else "output_blocks"
         if kind == "downsamplers":
             found[path] = f"{blocks}.{start + size}.0.op"
-        elif kind == "upsamplers":  # it ends the last resnet's block, behind the attention if there is one
+        elif kind == "upsamplers":  # at the end of the last resnet's block, after the attention if there is one
             place = 2 if (side, block, "attentions") in kinds else 1
             found[path] = f"{blocks}.{start + size - 1}.{place}.{rest}"
         else:

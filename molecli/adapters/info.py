@@ -1,4 +1,4 @@
-"""A LoRA described from its configuration and its files' headers: no factor is read."""
+"""The description of a LoRA from its configuration and the headers of its files, without reading factors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from molecli.files.lora_spec import CONFIG_FILE, DIFFUSERS_FILE, LoraLike
 
 @dataclass(frozen=True)
 class Adapted:
-    """One adapted matrix: its shape as the factors have it, what scales it, and where its factors are."""
+    """One adapted matrix: its shape (from the factors), its scaling, and the keys of its factors."""
 
     shape: Shape
     rank: int
@@ -34,10 +34,10 @@ class Adapted:
 class AdapterInfo:
     """One LoRA without its tensors; `adapted` is by matrix name.
 
-    `rank` and `alpha` are the configured ones, else the commonest. The names are the file's own (kohya's keep their
-    underscores, bare ones their missing component) until `place` gives them those of a base. `path` is the file, or
-    the folder whose subfolders hold one per component. `origin` is an SVDiff adapter's, which holds shifts and no
-    factors.
+    `rank` and `alpha` are the configured ones, else the most frequent ones. Matrices have the names in the file (in
+    kohya's layout with underscores; bare names lack their component) until `place` renames them to those of a base.
+    `path` is the file, or the folder with one subfolder per component. `origin` is set for SVDiff adapters, which have
+    shifts instead of factors.
     """
 
     name: str
@@ -52,7 +52,7 @@ class AdapterInfo:
 
     @property
     def where(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return f"{self.name} ({self.path})"
 
     @property
@@ -109,14 +109,14 @@ def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, 
         if is_svdiff(metadata):
             origin, shifted = described(where, file, metadata)
             ranks = {name: min(shape[0], prod(shape[1:])) for name, (_, shape) in shifted.items()}
-            # The factors that they will be: of every rank, with the scaling in them.
+            # Shifts become factors of full rank with the scaling included.
             matrices = {
                 name: Adapted(shape, ranks[name], float(ranks[name]), 1.0, Keys(path, key, key))
                 for name, (key, shape) in shifted.items()
             }
             return matrices, Configured(base_model=origin.base), origin
-        # The configuration first: it names an unsupported kind better than the tensors' keys do. An adapter_config.json
-        # is PEFT's: it says nothing of another layout's file that happens to lie beside it.
+        # The configuration first: it names an unsupported kind better than the tensor keys do. An adapter_config.json
+        # belongs to PEFT's layout: it is ignored next to a file in another layout.
         said = configured(where, path, metadata, beside=all(map(is_bare, names)))
         keys = factor_keys(where, path, names)
         shapes = {m: (file.get_slice(k.A).get_shape(), file.get_slice(k.B).get_shape()) for m, k in keys.items()}
@@ -130,7 +130,7 @@ def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, 
         if settings is not None and settings.rank_of(local) != rank:
             what = f"{module!r} has rank {rank}, but {said.origin} says {settings.rank_of(local)}"
             raise MismatchError(where, what, said.remedy)
-        # An alpha stored beside the factors is the one they were trained with.
+        # An alpha stored with the factors is the one of the training.
         alpha = stored.get(module, settings.alpha_of(local) if settings else float(rank))
         scaling = settings.scaling(alpha, rank) if settings else alpha / rank
         adapted[module] = Adapted(shape, rank, alpha, scaling, keys[module])
@@ -145,14 +145,14 @@ def _check_alphas(
     stored: Mapping[str, float],
     said: Configured,
 ) -> None:
-    """Nothing, when every alpha is told or implied by the layout. Raises: UsageError: alpha is never guessed."""
-    if path.name == DIFFUSERS_FILE:  # in this file a missing alpha means the rank, whatever the keys look like
+    """Checks that every alpha is given or implied by the layout: none is guessed. Raises: UsageError."""
+    if path.name == DIFFUSERS_FILE:  # in this file a missing alpha means alpha = rank, whatever the keys
         return
     if any(m not in stored and not k.implied and said.of(m)[0] is None for m, k in keys.items()):
         rank = max(ranks.values())
         example = f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": ALPHA}}'
         remedy = f"Put {CONFIG_FILE} into {path.parent} with {example}."
-        raise UsageError(where, f"does not say its alpha (rank {rank})", remedy)
+        raise UsageError(where, f"its alpha is not given (its rank is {rank})", remedy)
 
 
 def _commonest(values: Iterable[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The names of a LoRA's tensors, in every layout that is read: the module they adapt, and which factor they are.
+"""The tensor names of LoRA files in all supported layouts: the adapted module and the factor of each tensor.
 
 PEFT       base_model.model.<path>.lora_A.weight
 diffusers  <component>.<path>.lora_A.weight, and its older forms with lora.down, to_q_lora.down, lora_linear_layer.down
@@ -17,7 +17,7 @@ from molecli.errors import MismatchError
 from molecli.files.lora_spec import COMPONENTS
 
 PEFT_PREFIX = "base_model.model."
-# In files, the modules of CLIP's text model lie under it; in transformers 5 its encoder alone no longer has it.
+# In files, the modules of CLIP's text model have this prefix; in transformers 5 a bare encoder lacks it.
 CLIP_PREFIX = "text_model."
 AGAIN = "Download or export it again."
 KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
@@ -31,10 +31,10 @@ _PAIRS = (
 )
 _FACTORS = {mark: ("AB"[i], pair) for pair in _PAIRS for i, mark in enumerate(pair)}
 _FACTOR = re.compile(rf"(?P<module>.+?)(?P<joint>[._])(?P<mark>{'|'.join(map(re.escape, _FACTORS))})\.(?P<rest>.+)")
-# The oldest diffusers files name an attention's four matrices alike in the UNet and in CLIP; the models do not.
+# The oldest diffusers files use the same names for the attention matrices of the UNet and of CLIP.
 _OLD_UNET = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 _OLD_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-# A part of a key -> the kind of adapter that holds it
+# Part of a key -> the kind of adapter that has it
 _FOREIGN = {
     "lora_magnitude_vector": "DoRA",
     "dora_scale": "DoRA",
@@ -51,9 +51,9 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class Keys:
-    """Where one module's factors are: the file and their keys in it; `alpha` is that of its scalar, if it has one.
+    """The file and the keys of one module's factors; `alpha` is the key of its alpha, if that is stored.
 
-    `implied`: the layout means scaling 1 (alpha = rank) where it stores no alpha, as kohya's and diffusers' do.
+    `implied`: without a stored alpha the layout means scaling 1 (alpha = rank), as in kohya's and diffusers' layouts.
     """
 
     path: Path
@@ -67,9 +67,9 @@ class Keys:
 def factor_keys(where: str, path: Path, names: Iterable[str]) -> dict[str, Keys]:
     """module -> its keys in the file at `path`, in the file's order.
 
-    Modules are dotted, with their component where the file names one; kohya's stay as they are, since only the base
-    tells which "_" stands for a dot. Raises: UsageError naming a kind of adapter that is not read; MismatchError when
-    half of a pair is missing.
+    Modules are dotted, with their component if the file names one. Names in kohya's layout stay unchanged: only with
+    the base is it known which "_" stands for a dot. Raises: UsageError that names an unsupported kind of adapter;
+    MismatchError if one factor of a pair is missing.
     """
     names = list(names)
     for part, kind in _FOREIGN.items():
@@ -83,7 +83,7 @@ def factor_keys(where: str, path: Path, names: Iterable[str]) -> dict[str, Keys]
         if pair is not None:
             pairs[module] = pair
     if not found:
-        raise MismatchError(where, "holds no LoRA", "Name a LoRA that was trained and saved.")
+        raise MismatchError(where, "there is no LoRA in it", "Name a LoRA that was trained and saved.")
     for module, parts in found.items():
         for part, mark in zip("AB", pairs.get(module, _PEFT_PAIR), strict=True):
             if part not in parts:
@@ -95,23 +95,23 @@ def factor_keys(where: str, path: Path, names: Iterable[str]) -> dict[str, Keys]
 
 
 def is_bare(name: str) -> bool:
-    """Whether a key or a module says no component of a pipeline: PEFT's layout, and language models."""
+    """Whether a key or module names no component of a pipeline, as in PEFT's layout and language models."""
     return name.partition(".")[0] not in COMPONENTS and not name.startswith(tuple(KOHYA))
 
 
 def component_of(module: str) -> str:
-    """The component that `module` names, in either spelling; "" for none."""
+    """The component in the name of `module`, dotted or in kohya's layout; "" for none."""
     prefix = module.partition(".")[0]
     return next((c for start, c in KOHYA.items() if module.startswith(start)), prefix if prefix in COMPONENTS else "")
 
 
 def filed(component: str, path: str) -> str:
-    """The path of a component's module as files have it: a text encoder's layers under "text_model."."""
+    """The path of a component's module in files, where a text encoder's layers are under "text_model."."""
     return CLIP_PREFIX + path if component != "unet" and path.startswith("encoder.") else path
 
 
 def underscored(path: str) -> str:
-    """A module's path as kohya's trainers write it."""
+    """A module's path in kohya's layout."""
     return path.replace(".", "_")
 
 
@@ -120,7 +120,7 @@ def _implied(module: str, pair: tuple[str, str]) -> bool:
 
 
 def _split(where: str, key: str) -> tuple[str, str, tuple[str, str] | None]:
-    """(module, "A", "B" or "alpha", the pair of marks) of one key. Raises: UsageError for another kind of adapter."""
+    """(module, "A", "B" or "alpha", names of the factors) of one key. Raises: UsageError for other kinds of adapter."""
     name, dot, last = key.rpartition(".")
     if dot and last == "alpha":
         return _module(name), last, None
@@ -134,19 +134,19 @@ def _split(where: str, key: str) -> tuple[str, str, tuple[str, str] | None]:
             module = _old_attention(module)
         if module:
             return module, *_FACTORS[match["mark"]]
-    kind = "LoRA with bias" if key.endswith("bias") else f"a LoRA that also holds {key!r}"
+    kind = "LoRA with bias" if key.endswith("bias") else f"a LoRA that also has {key!r}"
     raise unsupported(where, kind)
 
 
 def _module(name: str) -> str:
-    """`name` without what wrappers put before a module: PEFT's prefix, the attention processor."""
+    """`name` without the additions of wrappers: PEFT's prefix, the attention processor."""
     name = name.replace(".processor.", ".").removeprefix(PEFT_PREFIX)
     component, dot, path = name.partition(".")
     return f"{component}.{path.removeprefix(PEFT_PREFIX)}" if dot and component in COMPONENTS else name
 
 
 def _old_attention(module: str) -> str:
-    """The matrix that "….to_q", of a key "….to_q_lora.down.weight", means; "" when it is none of the four."""
+    """The matrix for "….to_q" of a key "….to_q_lora.down.weight"; "" if it is not one of the four."""
     attention, _, last = module.rpartition(".")
     names = _OLD_CLIP if attention.endswith("self_attn") else _OLD_UNET
     return f"{attention}.{names[last]}" if last in names else ""

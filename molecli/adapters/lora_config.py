@@ -1,4 +1,4 @@
-"""What PEFT's configuration says of given factors: their ranks and alphas, as patterns where they differ."""
+"""PEFT's configuration for given factors: their ranks and alphas, as patterns if they differ."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from molecli.experts import LowRank
 
 
 def exact_pattern(matrix: str) -> str:
-    """The regular expression that means `matrix` alone."""
-    # PEFT matches a pattern at the end of a name; the anchor keeps "decoder.q" from meaning "x.decoder.q" too.
+    """The regular expression that matches only `matrix`."""
+    # PEFT matches patterns at the end of a name; without the anchor "decoder.q" would also match "x.decoder.q".
     return f"^{re.escape(matrix)}"
 
 
 def lora_config(factors: Mapping[str, LowRank], exactly: Callable[[str], str] = exact_pattern) -> dict[str, Any]:
-    """The part of a LoraConfig that scales `factors` (matrix name -> A, B, scaling) and says where they belong.
+    """The LoraConfig entries for `factors` (matrix name -> A, B, scaling): ranks, alphas and target modules.
 
-    The commonest rank and alpha become `r` and `lora_alpha`, the others patterns; `exactly` gives the pattern that
-    means one matrix alone.
+    The most frequent rank and alpha become `r` and `lora_alpha`, the others patterns; `exactly` gives the pattern that
+    matches only one matrix.
     """
     ranks = {matrix: low_rank.rank for matrix, low_rank in factors.items()}
     alphas = {matrix: exact_alpha(low_rank) for matrix, low_rank in factors.items()}
@@ -36,7 +36,7 @@ def lora_config(factors: Mapping[str, LowRank], exactly: Callable[[str], str] = 
 
 
 def exact_alpha(low_rank: LowRank) -> float:
-    """The alpha for which alpha / r is the scaling to the last bit, as an integer where it is one."""
+    """The alpha for which alpha / r equals the scaling exactly; an integer if possible."""
     alpha = low_rank.scaling * low_rank.rank
     near = (alpha, float(round(alpha)), math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     exact = next((a for a in near if a / low_rank.rank == low_rank.scaling), alpha)

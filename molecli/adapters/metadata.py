@@ -1,4 +1,4 @@
-"""The configuration that comes with a LoRA's file: adapter_config.json beside it, or JSON in its metadata."""
+"""The configuration of a LoRA file: adapter_config.json next to it, or JSON in its metadata."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from molecli.adapters.settings import LoraSettings, parse_config, read_config
 from molecli.files.lora_spec import COMPONENTS, CONFIG_FILE
 
-# Metadata keys under which a single file may carry PEFT's configuration as JSON; the first is diffusers'.
+# Metadata keys that may hold PEFT's configuration as JSON; the first is that of diffusers.
 CONFIG_KEYS = ("lora_adapter_metadata", "adapter_config", "peft_config", "config")
-# Metadata keys that name the base: this package's own, then kohya's.
+# Metadata keys that name the base: that of this package, then kohya's.
 BASE_KEYS = ("base_model_name_or_path", "ss_sd_model_name")
 
 
 @dataclass(frozen=True)
 class Configured:
-    """Settings by component of a pipeline ("": whatever has none of its own), and where they were found."""
+    """Settings by component of a pipeline ("" is the default), and where they were found."""
 
     by_component: Mapping[str, LoraSettings] = field(default_factory=dict)
     origin: str = CONFIG_FILE
@@ -27,7 +27,7 @@ class Configured:
     base_model: str | None = None
 
     def of(self, module: str) -> tuple[LoraSettings | None, str]:
-        """(the settings that hold for `module`, its name in their patterns): components are configured on their own."""
+        """(the settings of `module`, its name in their patterns): each component has its own configuration."""
         component, _, path = module.partition(".")
         if component not in COMPONENTS:
             return self.by_component.get(""), module
@@ -35,7 +35,7 @@ class Configured:
 
 
 def configured(where: str, path: Path, metadata: Mapping[str, str], *, beside: bool) -> Configured:
-    """The configuration of the LoRA file at `path`: beside it (if that is asked for), else in its metadata, else none.
+    """The configuration of the LoRA file at `path`: next to it (with `beside`), else in its metadata, else none.
 
     Raises: UsageError, MismatchError as `parse_config` does.
     """
@@ -57,10 +57,10 @@ def configured(where: str, path: Path, metadata: Mapping[str, str], *, beside: b
 
 
 def _by_component(text: str) -> dict[str, dict[str, Any]]:
-    """component -> its part of the JSON object in `text`; none if it is no object.
+    """component -> its part of the JSON object in `text`; {} if that is not an object.
 
-    diffusers writes all in one object, each key behind its component: "unet.r". A prefix that is no component but
-    common to all keys ("transformer.") is dropped.
+    diffusers writes one object whose keys begin with the component: "unet.r". Another prefix that all keys share
+    ("transformer.") is dropped.
     """
     try:
         value = json.loads(text)

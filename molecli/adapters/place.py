@@ -1,4 +1,4 @@
-"""A LoRA's modules under the names that a base gives its matrices."""
+"""Renames the modules of a LoRA to the matrices of a base."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from molecli.files.lora_spec import COMPONENTS
 
 
 def place(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
-    """`info` under the names and in the shapes of a base's `matrices`; what the base does not have stays as it is.
+    """`info` with the names and shapes of a base's `matrices`; matrices that the base lacks stay unchanged.
 
-    A matrix stored as a 1x1 convolution and one stored as a linear layer are the same: the base's shape is taken.
-    Raises: MismatchError where a name could mean two matrices, or two names mean one.
+    A 1x1 convolution and a linear layer count as the same, and the base's shape is used.
+    Raises: MismatchError if a name fits two matrices, or two names fit one.
     """
     names = _resolved(info, matrices)
     adapted = {}
@@ -34,13 +34,13 @@ def place(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
 
 
 def components_in(names: Iterable[str]) -> tuple[str, ...]:
-    """The components of a pipeline that matrix names mention, in order; none for a language model."""
+    """The components of a pipeline in the matrix names, in order; () for a language model."""
     found = {component_of(name) for name in names}
     return tuple(component for component in COMPONENTS if component in found)
 
 
 def _resolved(info: AdapterInfo, matrices: Mapping[str, Shape]) -> dict[str, str]:
-    """module -> matrix, for the modules of `info` that the base has under another name."""
+    """module -> matrix, for the modules of `info` that have another name in the base."""
     wanted = {module: matrix.shape for module, matrix in info.adapted.items() if module not in matrices}
     if not wanted or not components_in(matrices):
         return {}
@@ -62,7 +62,7 @@ def _resolved(info: AdapterInfo, matrices: Mapping[str, Shape]) -> dict[str, str
 
 
 def _spellings(matrices: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(spelling, matrix) for every spelling of every matrix; "text_model." is left out of all of them."""
+    """(spelling, matrix) for all spellings of all matrices, without "text_model."."""
     matrices = list(matrices)
     originals = original_names(n.removeprefix("unet.") for n in matrices if n.startswith("unet."))
     for name in matrices:
@@ -76,7 +76,7 @@ def _spellings(matrices: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _spelled(module: str) -> str:
-    """`module` as `_spellings` has it."""
+    """`module` in the form of `_spellings`."""
     start = next((start for start in KOHYA if module.startswith(start)), "")
     if start:
         return start + module.removeprefix(start).removeprefix(underscored(CLIP_PREFIX))
@@ -87,9 +87,9 @@ def _spelled(module: str) -> str:
 def _component_of_bare(
     where: str, bare: Mapping[str, Shape], known: Mapping[str, list[str]], matrices: Mapping[str, Shape]
 ) -> str | None:
-    """The component that names without one belong to: that which has most of them, and in their shapes; None if none.
+    """The component of names without one: the component that has most of them in their shapes; None if none has any.
 
-    Raises: MismatchError when two encoders have all of them alike.
+    Raises: MismatchError if two encoders fit equally well.
     """
 
     def fit(component: str) -> tuple[int, int]:
@@ -103,13 +103,13 @@ def _component_of_bare(
     if most == (0, 0):
         return None
     if len(best) > 1:
-        what = f"does not say whether it adapts {' or '.join(best)}, and both would do"
-        raise MismatchError(where, what, f"Put it into a subfolder named after the one it was trained on: {best[0]}/.")
+        what = f"it does not say whether it adapts {' or '.join(best)}, and it fits both"
+        raise MismatchError(where, what, f"Put it into a subfolder with the name of the right one, such as {best[0]}/.")
     return best[0]
 
 
 def _as_in_base(shape: Shape, base: Shape | None) -> Shape:
-    """`shape`, or the base's where the two differ by a 1x1 kernel's axes alone."""
+    """`shape`, or the base's shape if they differ only by the axes of a 1x1 kernel."""
     if base is not None and shape[:2] == tuple(base[:2]) and {*shape[2:], *base[2:]} <= {1}:
         return tuple(base)
     return shape

@@ -1,4 +1,4 @@
-"""A LoRA's files as an expert."""
+"""Reads the files of a LoRA as an expert."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def read_expert(
 ) -> Expert:
     """The expert that `spec` names, on the base whose matrices are `matrices`: name -> shape.
 
-    Factors keep the type they are stored in, on the CPU, in the order of the base's matrices; those of an SVDiff
-    adapter are made of `base`, in float32.
+    Factors keep their stored type, on the CPU, in the order of the base's matrices; those of an SVDiff adapter are
+    computed from `base`, in float32.
     Raises: UsageError, MismatchError as `read_info` and `check_coverage` do, and for weights that are not finite.
     """
     found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
@@ -49,7 +49,7 @@ def read_expert(
 
 
 def _factors(info: AdapterInfo, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (A, B) as stored, or an SVDiff adapter's shifts twice, in the order of `names`; files are opened once."""
+    """name -> (A, B) as stored (the shifts twice for SVDiff), in the order of `names`; each file is opened once."""
     found = {}
     for path in dict.fromkeys(info.adapted[name].keys.path for name in names):
         with opened_lora(path) as file:
@@ -61,12 +61,12 @@ def _factors(info: AdapterInfo, names: list[str]) -> dict[str, tuple[Tensor, Ten
 
 
 def _low_rank(matrix: Adapted, a: Tensor, b: Tensor) -> LowRank:
-    """The factors shaped for the matrix: A [r, d_in] or [r, c_in, k_h, k_w], B [d_out, r]."""
+    """The factors in the shape for the matrix: A [r, d_in] or [r, c_in, k_h, k_w], B [d_out, r]."""
     return LowRank(a.reshape(matrix.rank, *matrix.shape[1:]), b.reshape(-1, matrix.rank), matrix.scaling)
 
 
 def _check_finite(info: AdapterInfo, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Nothing, when every entry is a finite floating-point number. Raises: UsageError, MismatchError otherwise."""
+    """Checks that all entries are finite floating-point numbers. Raises: UsageError, MismatchError."""
     tensors: dict[tuple[Path, str], Tensor] = {}
     for name, (a, b) in factors.items():
         keys = info.adapted[name].keys
@@ -76,7 +76,7 @@ def _check_finite(info: AdapterInfo, factors: Mapping[str, tuple[Tensor, Tensor]
         if not tensor.is_floating_point():
             raise unsupported(info.where, f"a LoRA stored as {str(tensor.dtype).removeprefix('torch.')}")
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no arithmetic
-        # The smallest and largest entries carry any NaN or infinity: one pass, no mask of the tensor's size.
+        # Minimum and maximum show any NaN or infinity: one pass, without a mask of the tensor's size.
         extremes += [extreme.float() for extreme in torch.aminmax(wide)]
     finite = torch.stack(extremes).isfinite().view(-1, 2).all(dim=1)
     if not finite.all():

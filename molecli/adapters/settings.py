@@ -1,4 +1,4 @@
-"""What scales a LoRA: rank, alpha and their patterns, from PEFT's configuration. All else it asks for is refused."""
+"""Rank, alpha and their patterns from PEFT's configuration. Any other setting with an effect is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from molecli.errors import MismatchError, UsageError
 
-# PEFT configuration key -> what an adapter that sets it is called. Each changes the forward pass.
+# PEFT configuration key -> name of the kind of adapter that sets it. Each changes the forward pass.
 _REFUSED = {
     "use_dora": "DoRA",
     "lora_bias": "LoRA with bias (lora_bias)",
@@ -27,7 +27,7 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
 }
-# These initialisations change the base's own weights, so the adapter fits no published base.
+# These initialisations change the weights of the base, so that the adapter fits no published base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _EMPTY: Mapping[str, Any] = {}
 
@@ -44,11 +44,11 @@ class LoraSettings:
     base_model: str | None = None
 
     def rank_of(self, matrix: str) -> int:
-        """The rank that the configuration gives `matrix`."""
+        """The configured rank of `matrix`."""
         return int(_matched(self.rank_pattern, matrix, self.rank))
 
     def alpha_of(self, matrix: str) -> float:
-        """The alpha that the configuration gives `matrix`."""
+        """The configured alpha of `matrix`."""
         return float(_matched(self.alpha_pattern, matrix, self.alpha))
 
     def scaling(self, alpha: float, rank: int) -> float:
@@ -61,7 +61,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(str(path), f"cannot be read ({error.strerror})", "Check the path and its rights.") from None
+        raise UsageError(
+            str(path), f"it cannot be read ({error.strerror})", "Check the path and its permissions."
+        ) from None
     except ValueError as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise MismatchError(f"{path}{line}", "not valid JSON", "Export the adapter again.") from None
@@ -71,16 +73,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def parse_config(where: str, config: Mapping[str, Any]) -> LoraSettings:
-    """The settings that PEFT's configuration `config` gives.
+    """The settings in PEFT's configuration `config`.
 
-    Raises: UsageError naming what is not supported; MismatchError for a value that makes no sense.
+    Raises: UsageError for an unsupported setting; MismatchError for an invalid value.
     """
     refuse_unsupported(where, config)
     for key in ("r", "lora_alpha"):
         number = config.get(key)
         if isinstance(number, bool) or not isinstance(number, (int, float)) or number <= 0:
             raise MismatchError(
-                where, f"{key} is {number!r}, not a positive number", f"Write the {key} it was trained with."
+                where, f"{key} is {number!r}, not a positive number", f"Write the {key} of its training."
             )
     return LoraSettings(
         rank=int(config["r"]),
@@ -93,7 +95,7 @@ def parse_config(where: str, config: Mapping[str, Any]) -> LoraSettings:
 
 
 def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
-    """Nothing, for a plain LoRA. Raises: UsageError that names the kind otherwise."""
+    """Checks that the adapter is a plain LoRA. Raises: UsageError that names its kind."""
     kind = str(config.get("peft_type") or "LORA").upper()
     if kind != "LORA":
         raise unsupported(where, f"the adapter type {kind}")
@@ -104,14 +106,14 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
         raise unsupported(where, f"LoRA with bias (bias: {config['bias']})")
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(_CHANGES_BASE):
-        what = f"was started with {start}, which changes the base's own weights"
+        what = f"it was initialised with {start}, which changes the weights of the base"
         raise UsageError(
             where, what, "Convert it: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
 
 
 def unsupported(where: str, name: str) -> UsageError:
-    """The error for an adapter of a kind that is not read."""
+    """The error for an unsupported kind of adapter."""
     return UsageError(where, f"{name} is not supported", "Use a plain LoRA (or rsLoRA).")
 
 
@@ -130,7 +132,7 @@ def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, An
 def _matched(pattern: Mapping[str, Any], matrix: str, default: float) -> Any:
     """PEFT's rule: the first key that matches the end of the name, from its start or after a dot.
 
-    CLIP's modules lie under "text_model." in some releases of transformers and not in others: either name will do.
+    CLIP's modules are under "text_model." in some releases of transformers only; both names are accepted.
     Source: peft.utils.other.get_pattern_key.
     """
     for name in dict.fromkeys((matrix, matrix.removeprefix("text_model."))):

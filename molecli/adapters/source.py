@@ -1,4 +1,4 @@
-"""Where a LoRA's files are: a built-in name, a local path or the hub."""
+"""Finds the files of a LoRA: a built-in name, a local path or the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from molecli.files.lora_spec import COMPONENTS, CONFIG_FILE, DIFFUSERS_FILE, WEI
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# Files of these names are no LoRAs: whole models, and gates.
+# Files with these names are not LoRAs, but whole models or gates.
 _OTHERS = re.compile(r"(model|diffusion_pytorch_model|composition)\b.*")
 _EITHER = "Name a PEFT folder or a .safetensors file."
 
@@ -22,8 +22,8 @@ _EITHER = "Name a PEFT folder or a .safetensors file."
 def resolve_source(spec: LoraLike) -> Path:
     """The folder or the .safetensors file that `spec.source` names, downloaded from the hub if it must be.
 
-    A LoRA of one's own comes before a built-in name, any other path before a hub id.
-    Raises: UsageError when there is nothing there; RunError when the hub cannot be reached.
+    A LoRA at a local path takes precedence over a built-in name, any local path over a hub id.
+    Raises: UsageError if there is nothing; RunError if the hub cannot be reached.
     """
     builtin = builtin_meant(spec.source)
     if builtin is not None:
@@ -39,7 +39,7 @@ def resolve_source(spec: LoraLike) -> Path:
 
 
 def is_there(spec: LoraLike) -> bool:
-    """Whether there is a LoRA's file at `spec.source`, on disk or on the hub as far as that can be reached."""
+    """Whether there is a LoRA file at `spec.source`, on disk or on the hub (if that can be reached)."""
     try:
         weights_files(resolve_source(spec))
     except (UsageError, RunError):
@@ -48,7 +48,7 @@ def is_there(spec: LoraLike) -> bool:
 
 
 def canonical_source(spec: LoraLike) -> str:
-    """`spec.source` in a form that holds from any working folder: local paths made absolute."""
+    """`spec.source` in a form that is valid in any working folder: local paths are made absolute."""
     builtin = builtin_meant(spec.source)
     if builtin is not None:
         return builtin[0]
@@ -57,17 +57,17 @@ def canonical_source(spec: LoraLike) -> str:
 
 
 def weights_files(path: Path) -> dict[str, Path]:
-    """component -> .safetensors file at `path`, a file or a folder; the component is "" for a file that holds all.
+    """component -> .safetensors file at `path`, a file or a folder; "" for a file with all components.
 
-    A folder holds PEFT's file, diffusers' file, subfolders of PEFT's (unet, text_encoder, …) or one other file.
-    Raises: UsageError for a pickle, for none and for several files.
+    A folder has PEFT's file, diffusers' file, PEFT's files in subfolders (unet, text_encoder, …) or one other file.
+    Raises: UsageError for a pickle, for no file and for several files.
     """
     if path.is_dir():
         return _in_folder(path)
     if path.suffix in _PICKLES:
         raise _pickle(path)
     if path.suffix != ".safetensors":
-        raise UsageError(str(path), "not a .safetensors file", _EITHER)
+        raise UsageError(str(path), "it is not a .safetensors file", _EITHER)
     return {"": path}
 
 
@@ -82,15 +82,15 @@ def _in_folder(folder: Path) -> dict[str, Path]:
         raise _pickle(pickles[0])
     others = _other_files(file.name for file in folder.iterdir())
     if len(others) > 1:
-        what = f"holds {len(others)} .safetensors files: {', '.join(others)}"
+        what = f"it has {len(others)} .safetensors files: {', '.join(others)}"
         raise UsageError(str(folder), what, f"Name one: {folder / others[0]}.")
     if not others:
-        raise UsageError(str(folder), f"holds no {WEIGHTS_FILE}", _EITHER)
+        raise UsageError(str(folder), f"it has no {WEIGHTS_FILE}", _EITHER)
     return {"": folder / others[0]}
 
 
 def _named_files(folder: Path) -> dict[str, Path]:
-    """component -> file, of those in `folder` whose names say what they are."""
+    """component -> file, for the files in `folder` with the standard names."""
     for name in (WEIGHTS_FILE, DIFFUSERS_FILE):
         if (folder / name).is_file():
             return {"": folder / name}
@@ -104,11 +104,11 @@ def _other_files(names: Any) -> list[str]:
 
 def _pickle(path: Path) -> UsageError:
     remedy = "Save it again with safe_serialization=True."
-    return UsageError(str(path), "a pickle, which can run code when it is loaded, is refused", remedy)
+    return UsageError(str(path), "it is a pickle, which is refused because it can run code when it is loaded", remedy)
 
 
 def _download(repository: str) -> Path:
-    # Imported here: huggingface_hub is only needed for ids that are no local path.
+    # Imported here: huggingface_hub is only needed for hub ids.
     from huggingface_hub import HfApi, snapshot_download
 
     names = (CONFIG_FILE, WEIGHTS_FILE)
@@ -116,11 +116,11 @@ def _download(repository: str) -> Path:
     folder = _from_hub(repository, lambda: Path(snapshot_download(repository, allow_patterns=patterns)))
     if _named_files(folder) or _other_files(file.name for file in folder.iterdir()):
         return folder
-    # A trainer's own file name, which only the list of the repository's files tells.
+    # Another file name, to be found in the list of the repository's files.
     others = _other_files(_from_hub(repository, lambda: HfApi().list_repo_files(repository)))
     others = [name for name in others if "/" not in name]
     if len(others) > 1:
-        what = f"holds {len(others)} .safetensors files: {', '.join(others)}"
+        what = f"it has {len(others)} .safetensors files: {', '.join(others)}"
         raise UsageError(repository, what, "Download one and name the file.")
     if others:
         return _from_hub(repository, lambda: Path(snapshot_download(repository, allow_patterns=others)))
@@ -128,7 +128,7 @@ def _download(repository: str) -> Path:
 
 
 def _from_hub(repository: str, call: Callable[[], Any]) -> Any:
-    """What `call` returns, its errors explained. Raises: UsageError, RunError."""
+    """The result of `call`. Raises: UsageError, RunError that explain its errors."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
@@ -137,9 +137,11 @@ def _from_hub(repository: str, call: Callable[[], Any]) -> Any:
         raise UsageError(repository, "no such folder, file or hub repository", "Check the path.") from None
     except LocalEntryNotFoundError:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            what = "no such folder or file, and not in the hub's local cache (HF_HUB_OFFLINE is set)"
+            what = "no such folder or file, and it is not in the hub's local cache (HF_HUB_OFFLINE is set)"
             raise UsageError(repository, what, "Check the path, or unset HF_HUB_OFFLINE to download.") from None
-        raise RunError(repository, "no such folder or file, and the hub cannot be reached", "Check both.") from None
+        raise RunError(
+            repository, "no such folder or file, and the hub cannot be reached", "Check the path and the network."
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(repository, f"cannot be downloaded ({reason})", "Try again.") from None
+        raise RunError(repository, f"it cannot be downloaded ({reason})", "Try again.") from None

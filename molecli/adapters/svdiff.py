@@ -1,9 +1,9 @@
-"""SVDiff adapters in files: shifts of the base's singular values, and which base that was.
+"""SVDiff adapter files: shifts of the base's singular values, and the base that they belong to.
 
     svdiff.safetensors      svdiff/<matrix>/delta, [min(d_out, d_in)] in the order of the singular values, largest first
 
-Shifts mean nothing without the vectors they belong to, so that the metadata hold the base's fingerprint and a hash of
-every matrix. Contents: Origin, Base, is_svdiff, described, write_svdiff.
+Shifts are meaningless without the singular vectors of the base. The metadata therefore have the fingerprint of the base
+and a hash of every matrix. Contents: Origin, Base, is_svdiff, described, write_svdiff.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _PREFIX, _SUFFIX = "svdiff/", "/delta"
 
 @dataclass(frozen=True)
 class Origin:
-    """The base whose singular values are shifted: its name, the type it was loaded in, its fingerprint, and a hash of
-    every matrix by the key of its shifts."""
+    """The base whose singular values are shifted: its name, number type and fingerprint, and a hash of every matrix, by
+    the key of its shifts."""
 
     base: str
     dtype: str
@@ -43,7 +43,7 @@ class Origin:
 
 
 class Base(Protocol):
-    """What reading shifts asks of the base; see `bases.weights.BaseWeights`."""
+    """The base, as needed to read shifts; see `bases.weights.BaseWeights`."""
 
     def fingerprint(self) -> str: ...
 
@@ -53,40 +53,40 @@ class Base(Protocol):
 
 
 def is_svdiff(metadata: Mapping[str, str]) -> bool:
-    """Whether a file of these metadata holds shifts and no LoRA."""
+    """Whether a file with these metadata is an SVDiff adapter, not a LoRA."""
     return metadata.get("format") == FORMAT
 
 
 def described(where: str, file: Any, metadata: Mapping[str, str]) -> tuple[Origin, dict[str, tuple[str, Shape]]]:
-    """(where the shifts belong, matrix -> (key, shape)) of an opened file; no shift is read.
+    """(the base of the shifts, matrix -> (key, shape)) of an opened file, without reading shifts.
 
     Raises: UsageError for a newer version, MismatchError for a damaged file.
     """
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
-        what = f"written in version {version} of its format, and this mole reads {FORMAT_VERSION}"
-        raise UsageError(where, what, "Upgrade it.")
+        what = f"it has format version {version}, and this version of mole reads {FORMAT_VERSION}"
+        raise UsageError(where, what, "Upgrade mole.")
     try:
         known = json.loads(metadata["matrices"])
         found = {name: (_key(name), _shape(entry["shape"])) for name, entry in known.items()}
         digests = {_key(name): str(entry["sha256"]) for name, entry in known.items()}
         origin = Origin(metadata[BASE_KEYS[0]], metadata["base_dtype"], metadata["base_fingerprint"], digests)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise MismatchError(where, "its metadata do not say which base it shifts", AGAIN) from None
+        raise MismatchError(where, "its metadata do not name the base that it shifts", AGAIN) from None
     if not known:
-        raise MismatchError(where, "holds no shifts", "Name an adapter that was trained and saved.")
+        raise MismatchError(where, "there are no shifts in it", "Name an adapter that was trained and saved.")
     for key in sorted(set(digests) ^ set(file.keys())):
-        what = "is missing" if key in digests else "is none of its shifts"
+        what = "is missing" if key in digests else "is not one of its shifts"
         raise MismatchError(where, f"{key!r} {what}", AGAIN)
     for key, shape in found.values():
         wanted, there = [min(shape[0], prod(shape[1:]))], file.get_slice(key).get_shape()
         if there != wanted:
-            raise MismatchError(where, f"{key!r} has the shape {there}, where {wanted} belongs", AGAIN)
+            raise MismatchError(where, f"{key!r} has the shape {there}, not {wanted}", AGAIN)
     return origin, found
 
 
 def write_svdiff(folder: str | Path, shifts: Mapping[str, Tensor], shapes: Mapping[str, Shape], origin: Origin) -> Path:
-    """The file, holding `shifts` by matrix, [k] each; `origin.digests` here by matrix too. Raises: RunError."""
+    """Writes `shifts` (matrix -> [k]) and returns the file; `origin.digests` is by matrix here. Raises: RunError."""
     matrices = {name: {"shape": list(shapes[name]), "sha256": origin.digests[name]} for name in shifts}
     metadata = {
         "format": FORMAT,

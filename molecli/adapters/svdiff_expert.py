@@ -1,4 +1,4 @@
-"""An SVDiff adapter's shifts as low-rank factors of the updates that they make."""
+"""Turns the shifts of an SVDiff adapter into low-rank factors of the same updates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from molecli.functional.spectral import factored_shift, moved, shared
 def shifted_factors(
     info: AdapterInfo, origin: Origin, shifts: Mapping[str, Tensor], base: Base | None
 ) -> dict[str, LowRank]:
-    """matrix -> factors of ΔW = U diag(ReLU(σ + δ) − σ) Vᵀ, exact: of as many ranks as there are shifts that are not 0.
+    """matrix -> exact factors of ΔW = U diag(ReLU(σ + δ) − σ) Vᵀ; their rank is the number of nonzero shifts.
 
-    Raises: UsageError without a base; MismatchError on one whose weights are not those in training, to the last bit.
+    Raises: UsageError without a base; MismatchError if its weights are not exactly those of the training.
     """
     if base is None:
-        what = "it shifts singular values, which are read beside the base that has them"
+        what = "it shifts singular values of a base, and no base is loaded"
         raise UsageError(info.where, what, "Load the base first.")
     if not same_base(origin.fingerprint, base.fingerprint()):
         what = f"it shifts the singular values of {origin.base}, whose weights differ from this base's"
@@ -31,7 +31,7 @@ def shifted_factors(
     for matrix, shift in shifts.items():
         adapted = info.adapted[matrix]
         if base.digest(matrix) != origin.digests[adapted.keys.A]:
-            what = f"the weights of {matrix!r} are not those whose singular values it shifts, to the last bit"
+            what = f"it needs exactly the weights of {matrix!r} that it was trained on, and these differ"
             remedy = f"Load {origin.base} in the precision it was trained on: --dtype {origin.dtype}."
             raise MismatchError(info.where, what, remedy)
         own = base.spectrum(matrix)

@@ -1,4 +1,4 @@
-"""The file of a LoRA: opened safely, hashed, its shapes checked."""
+"""LoRA files: safe opening, hashes, checks of shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from molecli.adapters.keys import AGAIN, Keys
 from molecli.errors import MismatchError
 from molecli.files.tensor_file import opened
 
-# Of a matrix: (d_out, d_in), or (c_out, c_in, k_h, k_w) for a convolution.
+# Shape of a matrix: (d_out, d_in), or (c_out, c_in, k_h, k_w) for a convolution.
 Shape = tuple[int, ...]
 
 _CHUNK_BYTES = 1 << 20
@@ -27,7 +27,7 @@ def opened_lora(path: Path) -> AbstractContextManager[Any]:
 
 
 def sha256_of(paths: Sequence[Path]) -> str:
-    """The SHA-256 of a file's bytes, in hex; of several files, that of their hashes in order."""
+    """The SHA-256 of a file in hex; for several files, that of their hashes in order."""
     hashes = [_file_hash(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -43,20 +43,20 @@ def _file_hash(path: Path) -> str:
 def factor_shape(where: str, module: str, keys: Keys, a: list[int], b: list[int]) -> tuple[int, Shape]:
     """(rank, shape of the matrix) from the shapes of the factors; see `Shape`.
 
-    A is [r, d_in] or [r, c_in, k_h, k_w], B [d_out, r], for a convolution mostly stored as [d_out, r, 1, 1].
+    A is [r, d_in] or [r, c_in, k_h, k_w]; B is [d_out, r], for a convolution usually stored as [d_out, r, 1, 1].
     Raises: MismatchError if they do not fit each other.
     """
     fit = len(a) in (2, 4) and len(b) in (2, 4) and a[0] == b[1] and set(b[2:]) <= {1}
     if not fit or 0 in (*a, *b):
         down, up = keys.pair
-        raise MismatchError(where, f"{down} {a} and {up} {b} of {module!r} do not multiply", AGAIN)
+        raise MismatchError(where, f"{down} {a} and {up} {b} of {module!r} cannot be multiplied", AGAIN)
     return a[0], (b[0], *a[1:])
 
 
 def alpha_in(where: str, module: str, tensor: Tensor) -> float:
-    """The alpha stored beside the factors of `module`. Raises: MismatchError unless it is one finite number."""
+    """The alpha stored with the factors of `module`. Raises: MismatchError unless it is one finite number."""
     if tensor.numel() != 1:
-        what = f"alpha of {module!r} has the shape {list(tensor.shape)}, where one number belongs"
+        what = f"alpha of {module!r} has the shape {list(tensor.shape)}, and must be one number"
         raise MismatchError(where, what, AGAIN)
     alpha = float(tensor)
     if not math.isfinite(alpha):
@@ -65,5 +65,5 @@ def alpha_in(where: str, module: str, tensor: Tensor) -> float:
 
 
 def metadata_of(file: Any) -> Mapping[str, str]:
-    """The string metadata of an opened file, empty when it has none."""
+    """The text metadata of an opened file, or {}."""
     return file.metadata() or {}

@@ -1,4 +1,4 @@
-"""Low-rank factors as a folder that PEFT loads."""
+"""Writes low-rank factors as a folder that PEFT loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from molecli.experts import LowRank
 from molecli.files.atomic import atomic_folder
 from molecli.files.lora_spec import CONFIG_FILE, WEIGHTS_FILE
 
-# What PEFT's configuration says of every LoRA that this package writes.
+# PEFT's configuration, the part that is equal for all LoRAs.
 _CONFIG = {
     "peft_type": "LORA",
     "lora_dropout": 0.0,
@@ -37,10 +37,10 @@ def write_peft(
     fan_in_fan_out: bool = False,
     replace: bool = False,
 ) -> Path:
-    """The folder, holding `factors` (matrix name -> A, B, scaling) so that PEFT computes the same updates.
+    """Writes `factors` (matrix name -> A, B, scaling) for PEFT to compute the same updates; returns the folder.
 
-    The commonest rank and alpha become `r` and `lora_alpha`, the others patterns. `fan_in_fan_out` is for bases
-    with transposed layers (GPT-2); it changes no factor. Raises: RunError when the folder cannot be written.
+    The most frequent rank and alpha become `r` and `lora_alpha`, the others patterns. `fan_in_fan_out` is for bases
+    with transposed layers (GPT-2); it changes no factor. Raises: RunError if the folder cannot be written.
     """
     with atomic_folder(folder, replace=replace) as part:
         tensors = {}

@@ -1,4 +1,4 @@
-"""Low-rank factors of a pipeline as a folder that diffusers' `load_lora_weights` reads."""
+"""Writes low-rank factors of a pipeline as a folder for diffusers' `load_lora_weights`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def write_diffusers(
     metadata: Mapping[str, str] | None = None,
     replace: bool = False,
 ) -> Path:
-    """The folder, holding `factors` (unet.…, text_encoder.…, text_encoder_2.…) for diffusers to compute the same.
+    """Writes `factors` (unet.…, text_encoder.…, text_encoder_2.…) for diffusers; returns the folder.
 
-    Ranks and alphas go where diffusers keeps them, a LoraConfig for each component in the file's metadata, beside
-    the strings of `metadata` (`base_model_name_or_path` names the base). Raises: RunError when it cannot be written.
+    Ranks and alphas are stored as by diffusers: one LoraConfig per component in the file's metadata, together with
+    `metadata` (`base_model_name_or_path` names the base). Raises: RunError if the folder cannot be written.
     """
     components: dict[str, dict[str, LowRank]] = {}
     tensors: dict[str, Tensor] = {}
@@ -46,9 +46,9 @@ def write_diffusers(
 
 
 def stored(low_rank: LowRank) -> tuple[Tensor, Tensor]:
-    """(A, B) as files hold them: a convolution's B is a 1x1 kernel, [c_out, r, 1, 1]."""
+    """(A, B) as stored in files: B of a convolution is a 1x1 kernel, [c_out, r, 1, 1]."""
     a, b = low_rank.A, low_rank.B
-    # A copy each: safetensors refuses tensors that share memory, as views of stacked factors do.
+    # Copies, because safetensors refuses tensors that share memory, such as views of stacked factors.
     return a.detach().cpu().contiguous().clone(), b.detach().cpu().reshape(
         *b.shape, *[1] * (a.ndim - 2)
     ).contiguous().clone()
@@ -59,5 +59,5 @@ def _config(component: str, factors: Mapping[str, LowRank]) -> dict[str, Any]:
 
 
 def _with_or_without_prefix(path: str) -> str:
-    # Which of the two names CLIP's modules have depends on the release of transformers.
+    # The release of transformers determines which of the two names CLIP's modules have.
     return f"^({re.escape(CLIP_PREFIX)})?{re.escape(path)}"

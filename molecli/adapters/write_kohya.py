@@ -1,4 +1,4 @@
-"""Low-rank factors of a pipeline as one file in kohya's layout, which A1111, ComfyUI and diffusers read."""
+"""Writes low-rank factors of a pipeline as one file in kohya's layout, for A1111, ComfyUI and diffusers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def write_kohya(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """The file, holding `factors` (unet.…, text_encoder.…, text_encoder_2.…) with an alpha each, in float32.
+    """Writes `factors` (unet.…, text_encoder.…, text_encoder_2.…), each with its alpha, in float32; returns the file.
 
-    `matrices` are the names of all the base's: they tell SDXL, whose UNet the layout names by the original's blocks,
-    and the blocks' numbers. Raises: RunError when the file cannot be written.
+    `matrices` names all matrices of the base. They show the numbers of its blocks, and whether it is SDXL, whose UNet
+    has the original block names in this layout. Raises: RunError if the file cannot be written.
     """
     names = kohya_names(matrices)
     tensors: dict[str, Tensor] = {}
@@ -40,9 +40,9 @@ def write_kohya(
 
 
 def with_one_alpha(factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The same updates, B rescaled so that every matrix has the commonest rank as its alpha.
+    """The same updates with B rescaled so that every alpha is the most frequent rank.
 
-    Some readers of kohya's layout, diffusers among them, take one alpha for many matrices.
+    Some readers of kohya's layout, such as diffusers, use one alpha for many matrices.
     """
     alpha = Counter(low_rank.rank for low_rank in factors.values()).most_common(1)[0][0]
     return {name: _at_alpha(low_rank, alpha) for name, low_rank in factors.items()}
@@ -54,7 +54,7 @@ def _at_alpha(low_rank: LowRank, alpha: float) -> LowRank:
 
 
 def kohya_names(matrices: Iterable[str]) -> dict[str, str]:
-    """matrix of a pipeline -> its module in kohya's layout."""
+    """matrix of a pipeline -> the name of its module in kohya's layout."""
     matrices = list(matrices)
     sdxl = any(name.startswith("text_encoder_2.") for name in matrices)
     originals = original_names(n.removeprefix("unet.") for n in matrices if n.startswith("unet.")) if sdxl else {}

@@ -1,4 +1,4 @@
-"""Causal backbones (Llama family, Qwen, GPT-2, ...): the target continues the prompt."""
+"""Causal backbones (Llama family, Qwen, GPT-2, ...), with Causal and PromptFormat: the target continues the prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Causal:
         self.tokenizer = tokenizer
         self.name = name
         if tokenizer.eos_token_id is None:
-            raise UsageError(name or "tokenizer", "it has no eos token, so no completion could end", "Add eos_token.")
+            raise UsageError(name or "tokenizer", "it has no eos token, so completions would not end", "Add eos_token.")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         chat = chat_template and bool(tokenizer.chat_template)
@@ -68,7 +68,7 @@ class Causal:
         return language.summed_loss(*self._scored(batch))
 
     def example_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The examples' mean cross-entropies, summed, and the number of examples (both scalars)."""
+        """The sum of the examples' mean cross-entropies, and the number of examples (both scalars)."""
         return language.summed(self.example_losses(batch))
 
     def example_losses(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -76,16 +76,16 @@ class Causal:
         return language.mean_losses(*self._scored(batch))
 
     def _scored(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(logits, labels) at the places that some row is scored at."""
+        """(logits, labels) at the positions where some row is scored."""
         labels = batch["labels"]
         following = labels[:, 1:]
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         if not self._sliced:
             return self.model(**inputs, labels=labels).logits[:, :-1], following
-        # Logits only where some row is scored: over a prompt they would cost more than the rest of a small model.
+        # Logits only where some row is scored: over the whole prompt they can cost more than the rest of a small model.
         places = (following != language.UNSCORED).any(0).nonzero().flatten()
         following = following[:, places]
-        # The labels tell the gates where the prompt ends; with shift_labels the model's own loss fits the fewer logits.
+        # The gates find the end of the prompt from `labels`. shift_labels makes the model's own loss fit these logits.
         out = self.model(**inputs, labels=labels, shift_labels=following, logits_to_keep=places)
         return out.logits, following
 
@@ -103,11 +103,11 @@ class Causal:
         return [self.format.completion(prompt, row) for prompt, row in zip(prompts, new, strict=True)]
 
     def fingerprint(self) -> str:
-        """A string that tells this base from another; see `functional.fingerprint`."""
+        """A string that identifies this base; see `functional.fingerprint`."""
         return fingerprint.fingerprint(self.model)
 
 
-# Stands in for an assistant's answer to find what the template puts behind one.
+# Stands for an assistant's answer, to find what the template writes after an answer.
 _PROBE = "mole0probe"
 
 
@@ -124,30 +124,30 @@ class PromptFormat:
     stop: tuple[int, ...]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """What the model is given, in training and in generation alike."""
+        """The model's input for a prompt, the same in training and in generation."""
         # The template writes the bos token itself; the tokenizer would add a second one.
         ids = self._ids(self._prompt_text(prompt), special=not self.chat)
         return ids or [self._start]
 
     def target_ids(self, prompt: str, target: str) -> list[int]:
-        """What the model is to say after `prompt`, up to and including the token that ends it."""
-        before, said = self._prompt_text(prompt), self._delimiter(prompt) + target
+        """The tokens that should follow `prompt`, up to and including the token that ends the answer."""
+        before, after = self._prompt_text(prompt), self._delimiter(prompt) + target
         given = self._ids(before, special=not self.chat)
-        joined = self._ids(before + said, special=not self.chat)
-        # Tokenised together, as the model has seen text, unless a token would then straddle the border.
-        if joined[: len(given)] == given and (given or not said):
+        joined = self._ids(before + after, special=not self.chat)
+        # Tokenised together, like the text that the model was trained on, unless a token would span the border.
+        if joined[: len(given)] == given and (given or not after):
             answer = joined[len(given) :]
         else:
-            answer = self._ids(said, special=False)
+            answer = self._ids(after, special=False)
         return answer + list(self.ending_ids)
 
     def completion(self, prompt: str, ids: Sequence[int]) -> str:
-        """The text of generated ids: specials removed, and the space that belongs between prompt and target."""
+        """The text of generated ids, without special tokens and without the space between prompt and target."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(self._delimiter(prompt))
 
     @cached_property
     def ending_ids(self) -> tuple[int, ...]:
-        """What closes an answer: the template's end of turn up to its stop token, or eos."""
+        """The tokens that end an answer: the template's end of turn up to its stop token, or eos."""
         ids = self._ids(self._turn_end, special=False) if self.chat else []
         special = (i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         ends = {*self.stop, *special}

@@ -1,6 +1,6 @@
 """Diffusion backbones (Stable Diffusion 1.x, 2.x, XL): a frozen diffusers pipeline that hosts experts.
 
-Contents: Conditioning; Diffusion. Only the pipeline's public parts are used: its components, `encode_prompt` and call.
+Contents: Conditioning, Diffusion, make_scheduler, noise_schedule. Only the pipeline's public parts are used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OnStep = Callable[[Moment], object]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told of the prompts: embeds [B, T, d]; of SDXL also pooled [B, d'] and time_ids [B, 6]."""
+    """The UNet's conditioning: embeds [B, T, d] of the prompts; for SDXL also pooled [B, d'] and time_ids [B, 6]."""
 
     embeds: Tensor
     pooled: Tensor | None = None
@@ -42,7 +42,7 @@ class Conditioning:
 
 
 class Diffusion:
-    """A frozen pipeline; what the training loops and methods ask of a backbone, in pictures."""
+    """A frozen pipeline as a backbone for the training loops and the methods."""
 
     family: Family = "diffusion"
 
@@ -63,13 +63,13 @@ class Diffusion:
 
     @property
     def resolution(self) -> int:
-        """Side in pixels of the pictures that the pipeline draws unless told otherwise."""
+        """The default side of the pipeline's pictures, in pixels."""
         size = self.pipe.unet.config.sample_size
         return int((size if isinstance(size, int) else size[0]) * self.pipe.vae_scale_factor)
 
     @property
     def guidance(self) -> float:
-        """Classifier-free guidance scale of the pictures that the base draws unless told otherwise."""
+        """The default classifier-free guidance scale of the base's pictures."""
         return BUILTIN_IMAGE_GUIDANCE if self.name == BUILTIN_IMAGE_BASE else DEFAULT_GUIDANCE
 
     def matrices(self) -> dict[str, Shape]:
@@ -77,15 +77,15 @@ class Diffusion:
         return pipeline_matrices(self._parts)
 
     def fingerprint(self) -> str:
-        """A string that tells this UNet and text encoder(s) from others; see `functional.fingerprint`."""
+        """A string that identifies this UNet and its text encoder(s); see `functional.fingerprint`."""
         return fingerprint.fingerprint(self.model)
 
     # -- parts of a step ---------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Conditioning:
-        """The prompts as the UNet reads them, with gradient if that is on; `size` (height, width) is what SDXL is told.
+        """The conditioning for the prompts, with gradient if that is on; `size` (height, width) is a condition of SDXL.
 
-        Warns of what is cut of a prompt that is too long.
+        Warns if the end of a long prompt is cut.
         """
         warn_of_cuts(prompts, self._tokenizers)
         out = self.pipe.encode_prompt(
@@ -94,14 +94,14 @@ class Diffusion:
         if len(out) == 2:
             return Conditioning(out[0])
         sides = size or (self.resolution, self.resolution)
-        # As the pipeline does: the original size, no crop, the size to draw.
+        # As in the pipeline: the original size, no crop, the size to draw.
         ids = torch.tensor([[*sides, 0, 0, *sides]], device=self.device, dtype=out[0].dtype)
         return Conditioning(out[0], out[2], ids.expand(len(prompts), -1))
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] as scaled latents, the mean of the posterior: repeatable, so they can be kept.
+        """Pixels [B, 3, H, W] in [-1, 1] as scaled latents: the posterior's mean, which is repeatable and can be kept.
 
-        Departs: diffusers' training scripts draw from the posterior, whose spread the denoising noise outweighs.
+        Departs: diffusers' training scripts sample the posterior; its spread is small beside the denoising noise.
         """
         vae = self.pipe.vae
         with self._exact_vae():
@@ -132,8 +132,8 @@ class Diffusion:
     def collate(self, pictures: Sequence[Picture]) -> dict[str, Any]:
         """pixels [B, 3, H, W] in [-1, 1], prompts, noise and timesteps [B].
 
-        The middle square of each picture, scaled to the pipeline's resolution. Noise and timesteps are drawn on the CPU
-        by torch's global generator, which a training loop seeds for every step, so that every device sees the same.
+        The pixels are the middle square of each picture, scaled to the pipeline's resolution. Noise and timesteps come
+        from torch's global CPU generator, which a training loop seeds for every step, so all devices get the same.
         """
         pixels = torch.stack([_pixels(p.target, _changed(p.target), self.resolution) for p in pictures])
         side = self.resolution // self.pipe.vae_scale_factor
@@ -153,8 +153,8 @@ class Diffusion:
     def example_losses(self, batch: Mapping[str, Any]) -> Tensor:
         """[B], each picture's mean squared error of the prediction: DDPM, Ho et al. 2020, Eq. 14.
 
-        `batch` is what `collate` returns; "latents" [B, C, h, w] may stand for pixels, and "weights" [B] multiply the
-        pictures' errors. The target is noise, velocity or sample, as the base's scheduler says.
+        `batch` is what `collate` returns; "latents" [B, C, h, w] can replace pixels, and "weights" [B] multiply the
+        pictures' errors. The target is noise, velocity or sample, depending on the base's scheduler.
         """
         with torch.no_grad():
             clean = batch["latents"] if "latents" in batch else self.latents(batch["pixels"])
@@ -164,11 +164,11 @@ class Diffusion:
         errors = (predicted.float() - self.target(clean, noise, timesteps).float()).square().flatten(1).mean(1)
         return errors * batch["weights"] if "weights" in batch else errors
 
-    # The loops that train LoRAs and gates ask a backbone for either.
+    # Both names are used: one by the training of LoRAs, the other by that of gates.
     example_loss = token_loss = denoise_loss
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet is to predict. Source: v-prediction, Salimans & Ho 2022, v = α ε - σ x."""
+        """The target of the UNet's prediction. Source: v-prediction, Salimans & Ho 2022, v = α ε - σ x."""
         kind = self.noising.config.prediction_type
         if kind == "v_prediction":
             return self.noising.get_velocity(clean, noise, timesteps)
@@ -196,12 +196,12 @@ class Diffusion:
         on_step: OnStep | None = None,
         latent: bool = False,
     ) -> list[Any]:
-        """A picture of each prompt, by the pipeline's own call; `on_step` is told of every step that is done.
+        """A picture for each prompt, by the pipeline's own call; `on_step` is called after every denoising step.
 
-        With `latent` each is the tensor [C, h, w] that would be decoded. Each seed has a CPU generator of its own: a
-        picture depends neither on its batch nor on the one before. With `replay` steps are recorded and replayed where
-        that can be, on CUDA, which takes the memory of one more step; see `replay.py`.
-        Raises: UsageError for sides that are no multiples of 8, an unknown scheduler, or not one seed for each prompt.
+        With `latent`, the tensors [C, h, w] that would be decoded. Each seed has its own CPU generator, so a picture
+        does not depend on its batch or on earlier pictures. With `replay`, steps on CUDA are recorded and replayed if
+        possible, which needs the memory of one more step; see `replay.py`.
+        Raises: UsageError for sides that are not multiples of 8, an unknown scheduler, or a missing or surplus seed.
         """
         if len(seeds) != len(prompts):
             what = f"{len(seeds)} seeds for {len(prompts)} prompts"
@@ -211,7 +211,7 @@ class Diffusion:
         sides = {"height": height or self.resolution, "width": width or self.resolution}
         for side, pixels in sides.items():
             if pixels < 8 or pixels % 8:
-                raise UsageError(f"--{side} {pixels}", "not a multiple of 8", f"Write {max(8, pixels // 8 * 8)}.")
+                raise UsageError(f"--{side} {pixels}", "it is not a multiple of 8", f"Write {max(8, pixels // 8 * 8)}.")
         negatives = [negative_prompt] * len(prompts) if negative_prompt else None
         warn_of_cuts([*prompts, negative_prompt], self._tokenizers)
         with self._scheduled(scheduler), self._replaying(replay):
@@ -222,7 +222,7 @@ class Diffusion:
                 guidance_scale=self.guidance if guidance is None else guidance,
                 eta=eta,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                callback_on_step_end=_telling(on_step) if on_step else None,
+                callback_on_step_end=_step_callback(on_step) if on_step else None,
                 output_type="latent" if latent else "pil",
                 **sides,
             ).images
@@ -230,7 +230,7 @@ class Diffusion:
 
     @contextmanager
     def _scheduled(self, name: str | None) -> Iterator[None]:
-        """Inside, the pipeline has a fresh scheduler; afterwards its own, as it was."""
+        """A context in which the pipeline has a new scheduler; afterwards it has its own one again, unchanged."""
         own = self.pipe.scheduler
         self.pipe.scheduler = make_scheduler(name, own)
         try:
@@ -246,7 +246,7 @@ class Diffusion:
 
     @contextmanager
     def _exact_vae(self) -> Iterator[None]:
-        """Inside, a float16 VAE that overflows there (SDXL's says so of itself) computes in float32."""
+        """A context in which a VAE that overflows in float16 (SDXL's config says so) computes in float32."""
         vae = self.pipe.vae
         upcast = vae.dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
         if upcast:
@@ -280,7 +280,7 @@ class Diffusion:
         return [tokenizer for tokenizer in found if tokenizer is not None]
 
 
-def _telling(on_step: OnStep) -> Callable[..., dict[str, Any]]:
+def _step_callback(on_step: OnStep) -> Callable[..., dict[str, Any]]:
     def callback(pipe: Any, index: int, timestep: Any, _: dict[str, Any]) -> dict[str, Any]:
         on_step(Moment(index, pipe.num_timesteps, float(timestep), pipe.do_classifier_free_guidance))
         return {}
@@ -289,14 +289,14 @@ def _telling(on_step: OnStep) -> Callable[..., dict[str, Any]]:
 
 
 def _changed(path: str) -> int:
-    """When the file was last written, so that a picture kept in memory is never an old one; 0 if it is not there."""
+    """When the file was last written (0 if it does not exist), so that the cache never returns an old picture."""
     file = Path(path)
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
 @lru_cache(maxsize=256)
 def _pixels(path: str, changed: int, side: int) -> Tensor:
-    """[3, side, side] in [-1, 1]: the picture scaled to its shorter side, the middle of it. Raises: as read_picture."""
+    """[3, side, side] in [-1, 1]: the middle square of the picture, scaled to `side`. Raises: as read_picture."""
     image = read_picture(path)
     scale = side / min(image.size)
     size = [max(side, round(length * scale)) for length in image.size]
@@ -305,8 +305,8 @@ def _pixels(path: str, changed: int, side: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-# name -> diffusers' class, and what its configuration is to say whatever the base's own scheduler says.
-# Latents do not lie in [-1, 1]: a prediction of them must not be clipped there.
+# name -> diffusers' class, and settings that override those of the base's own scheduler.
+# Latents can lie outside [-1, 1], so their prediction must not be clipped to it.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
@@ -325,16 +325,16 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_scheduler(name: str | None, own: Any) -> Any:
-    """A fresh scheduler with the noise schedule of `own`; of its kind too where no name is given.
+    """A new scheduler with the noise schedule of `own`; without a name it is also of the same class.
 
-    Raises: UsageError for an unknown name, naming the nearest; RunError where a package is missing that it needs.
+    Raises: UsageError for an unknown name, with the nearest known one; RunError if a required package is missing.
     """
     if name is None:
         return type(own).from_config(own.config)
     if name not in SCHEDULERS:
         near = difflib.get_close_matches(name, SCHEDULERS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(SCHEDULERS)}."
-        raise UsageError("--scheduler", f"no scheduler {name!r}", hint)
+        raise UsageError("--scheduler", f"there is no scheduler {name!r}", hint)
     kind, settings = SCHEDULERS[name]
     try:
         return getattr(diffusers, kind).from_config(own.config, **settings)
@@ -344,5 +344,5 @@ def make_scheduler(name: str | None, own: Any) -> Any:
 
 
 def noise_schedule(own: Any) -> Any:
-    """What adds noise in training: DDPM's forward process on the betas of the base's own scheduler."""
+    """The scheduler that adds noise in training: DDPM's forward process with the betas of the base's own scheduler."""
     return diffusers.DDPMScheduler.from_config(own.config, clip_sample=False)

@@ -1,4 +1,4 @@
-"""What the text backbones share: adaptable matrices, padding, the summed loss, length limits and decoding settings."""
+"""Shared by the text backbones: adaptable matrices, padding, losses, length limits, decoding settings, seeds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from molecli.errors import UsageError
 from molecli.protocols import Shape
 
 UNSCORED = -100
-# Models that are hosted in a way that no key-value cache can follow.
+# Models whose LoRAs are attached in a way that does not work with a key-value cache.
 _UNCACHED: WeakSet[nn.Module] = WeakSet()
 Side = Literal["left", "right"]
 
 
 def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
-    """Module name -> (d_out, d_in) of every linear layer but the output head; also on the meta device.
+    """Module name -> (d_out, d_in) of every linear layer except the output head; also works on the meta device.
 
-    GPT-2's Conv1D stores its weight as [d_in, d_out]; the shape here is (d_out, d_in) all the same.
+    GPT-2's Conv1D stores its weight as [d_in, d_out]; its shape here is (d_out, d_in) too.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     found: dict[str, Shape] = {}
@@ -41,7 +41,7 @@ def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """The same model in eval mode; none of its parameters trains."""
+    """The same model in eval mode, with all parameters frozen."""
     return model.eval().requires_grad_(False)
 
 
@@ -60,15 +60,15 @@ def pad(
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of cross-entropies over the scored labels, their number); logits [B, T, V] stand beside labels [B, T]."""
-    # In float32: a sum over many tokens in bf16 would lose the small terms.
+    """(sum of cross-entropies over the scored labels, their number); logits [B, T, V] belong to labels [B, T]."""
+    # In float32, because a sum over many tokens in bf16 would lose the small terms.
     flat = logits.float().flatten(0, 1)
     total = nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=UNSCORED, reduction="sum")
     return total, (labels != UNSCORED).sum()
 
 
 def mean_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B], each example's mean cross-entropy over its scored labels: a short answer counts like a long one."""
+    """[B], each example's mean cross-entropy over its scored labels: a short answer counts as much as a long one."""
     flat = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=UNSCORED, reduction="none"
     )
@@ -82,25 +82,25 @@ def summed(losses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The most tokens that the model has positions for; None where positions are relative without end (T5)."""
+    """The number of tokens that the model has positions for; None if positions are relative and unlimited (T5)."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def check_lengths(lengths: Iterable[int], limit: int | None, *, room: int = 0, names: Sequence[str] = ()) -> None:
-    """Raises: UsageError for the first text of more than `limit - room` tokens; it is never cut silently."""
+    """Raises: UsageError for the first text with more than `limit - room` tokens; texts are never cut silently."""
     if limit is None:
         return
     for i, length in enumerate(lengths):
         if length + room > limit:
             where = names[i] if names else f"prompt {i + 1}"
-            asked = f"{length} tokens" + (f" and {room} new ones" if room else "")
+            needed = f"{length} tokens" + (f" and {room} new ones" if room else "")
             remedy = "Shorten it" + (" or lower --max-new-tokens." if room else ".")
-            raise UsageError(where, f"{asked} do not fit in this base's limit of {limit}", remedy)
+            raise UsageError(where, f"{needed} do not fit in this base's limit of {limit}", remedy)
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Ids that end a completion: the generation config's (instruction-tuned models list several) and eos."""
+    """The ids that end a completion: those in the generation config (instruction-tuned models list several) and eos."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
@@ -108,7 +108,7 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one batch is completed: greedy at temperature 0, else plain sampling that `seed` makes repeatable."""
+    """How one batch is completed: greedily at temperature 0, otherwise by plain sampling, repeatable with `seed`."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -120,12 +120,12 @@ class Decoding:
         if self.max_new_tokens < 1:
             raise UsageError("--max-new-tokens", f"{self.max_new_tokens} is less than 1", "Write 1 or more.")
         if not 0 <= self.temperature < float("inf"):
-            raise UsageError("--temperature", f"{self.temperature} is no temperature", "Write 0 for greedy, or more.")
+            raise UsageError("--temperature", f"{self.temperature} is not a temperature", "Write 0 (greedy) or more.")
         if not 0 < self.top_p <= 1:
             raise UsageError("--top-p", f"{self.top_p} is not in (0, 1]", "Write 1 to keep every token.")
 
     def complete(self, model: nn.Module, ids: Tensor, mask: Tensor, *, stop: Sequence[int], pad_id: int) -> Tensor:
-        """What `model.generate` returns for prompts ids, mask [B, T]: up to max_new_tokens more each."""
+        """The output of `model.generate` for prompts ids, mask [B, T], each with up to max_new_tokens more tokens."""
         device = next(model.parameters()).device
         settings = self._settings(stop, pad_id, use_cache=self.use_cache and model not in _UNCACHED)
         with torch.no_grad(), seeded(self.seed, device):
@@ -134,9 +134,9 @@ class Decoding:
             )
 
     def _settings(self, stop: Sequence[int], pad_id: int, *, use_cache: bool) -> GenerationConfig:
-        """Every setting that a checkpoint's own generation config may carry (beams, penalties, top-k) is neutral here.
+        """Settings with neutral values for all that a checkpoint's generation config can set (beams, penalties, top-k).
 
-        transformers fills in what is left out, and scores would then depend on a file nobody looked at.
+        Otherwise transformers would use the checkpoint's values, and scores would depend on a file that nobody reads.
         """
         sampling = self.temperature > 0
         return GenerationConfig(
@@ -147,7 +147,7 @@ class Decoding:
             do_sample=sampling,
             temperature=self.temperature if sampling else 1.0,
             top_p=self.top_p if sampling else 1.0,
-            top_k=0 if sampling else 50,  # 50 is what transformers takes for unset in greedy decoding
+            top_k=0 if sampling else 50,  # transformers treats 50 as unset in greedy decoding
             num_beams=1,
             num_return_sequences=1,
             repetition_penalty=1.0,
@@ -160,7 +160,7 @@ class Decoding:
 
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is not given a key-value cache: neither by `Decoding` nor by what it takes as its default."""
+    """A context in which the model gets no key-value cache, neither from `Decoding` nor from its own default."""
     settings = [config for config in (model.config, model.generation_config) if hasattr(config, "use_cache")]
     were = [config.use_cache for config in settings]
     _UNCACHED.add(model)
@@ -176,7 +176,7 @@ def uncached(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Inside, random numbers follow `seed`; afterwards the generators are as they were. None changes nothing."""
+    """A context in which random numbers depend on `seed`; afterwards the generators are restored. None: no change."""
     if seed is None:
         yield
         return

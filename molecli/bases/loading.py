@@ -21,7 +21,7 @@ from molecli.bases.language import freeze
 from molecli.bases.library_logs import first_line, quiet
 from molecli.bases.seq2seq import Seq2Seq
 from molecli.errors import MismatchError, UsageError
-from molecli.files.base_source import BaseSettings, Source, explain_hub, find_base
+from molecli.files.base_source import BaseSettings, BaseSource, explain_hub, find_base
 from molecli.protocols import Backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,8 +30,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Backbone:
     """The frozen base on `device`, in eval mode.
 
-    Raises: UsageError where there is no such base or transformers does not know its architecture; MismatchError
-    where its files are damaged or do not belong together.
+    Raises: UsageError if there is no such base or transformers does not know its architecture; MismatchError if its
+    files are damaged or do not belong together.
     """
     source, place = find_base(base), pick_device(device)
     if source.pipeline:
@@ -45,8 +45,8 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
         model = _weights(source, config, auto, pick_dtype(base.dtype, place))
     rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if len(tokenizer) > rows:
-        what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}"
-        raise MismatchError(f"base {source.name}", what, "Load model and tokenizer from one place.")
+        what = f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows}"
+        raise MismatchError(f"base {source.name}", what, "Load model and tokenizer from the same place.")
     model = model.to(place)
     if config.is_encoder_decoder:
         return Seq2Seq(model, tokenizer, source.name)
@@ -54,7 +54,7 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
 
 
 def load_skeleton(base: BaseSettings) -> nn.Module:
-    """The base's model on the meta device: names, shapes and dtype, no weights read. For plans and dry runs."""
+    """The base's model on the meta device: names, shapes and dtype without weights, for plans and dry runs."""
     source = find_base(base)
     if source.pipeline:
         from molecli.bases.pipeline_loading import load_pipeline_skeleton
@@ -67,7 +67,7 @@ def load_skeleton(base: BaseSettings) -> nn.Module:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """The device that auto, cpu, cuda or mps means here; under `accelerate launch`, this process's own GPU."""
+    """The device for auto, cpu, cuda or mps on this machine; with `accelerate launch`, this process's own GPU."""
     if isinstance(device, torch.device):
         return device
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -81,10 +81,10 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of the base's weights; auto is bfloat16 on a GPU that computes in it, else float32.
+    """The dtype of the base's weights; auto is bfloat16 on a GPU that supports it, otherwise float32.
 
-    Never float16 unless asked: T5's activations overflow it. A half-precision type that the processor only emulates
-    is taken as told, with a warning.
+    auto is never float16, because T5's activations overflow in it. A half-precision type that the processor only
+    emulates is used if it is asked for, with a warning.
     """
     if dtype == "auto":
         fit = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -97,35 +97,35 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _emulates_halves() -> bool:
-    """Whether products of half-precision numbers are done one by one: on x86 before AVX-512."""
+    """Whether this processor multiplies half-precision numbers one by one: x86 before AVX-512."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def _config(source: Source) -> Any:
+def _config(source: BaseSource) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
     except OSError as error:
         raise _unread(source, error) from error
-    except Exception as error:  # ValueError for an unknown architecture; a damaged GGUF fails in many ways.
+    except Exception as error:  # ValueError for an unknown architecture; a damaged GGUF fails in many ways
         raise _unknown(source, error) from error
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
-        raise UsageError(f"base {source.name}", f"quantized ({method})", "Write the unquantized base, or a GGUF file.")
+        raise UsageError(f"base {source.name}", f"it is quantized ({method})", "Write the unquantized base, or a GGUF.")
     return config
 
 
-def _auto_class(source: Source, config: Any) -> Any:
+def _auto_class(source: BaseSource, config: Any) -> Any:
     if config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForSeq2SeqLM
     if not config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     what = f"the architecture {config.model_type!r} is neither a seq2seq nor a causal language model"
-    raise UsageError(f"base {source.name}", what, "Write a T5, BART, Llama, Qwen, GPT-2 or the like.")
+    raise UsageError(f"base {source.name}", what, "Write for example a T5, BART, Llama, Qwen or GPT-2 model.")
 
 
-def _tokenizer(source: Source) -> Any:
+def _tokenizer(source: BaseSource) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
     except Exception as error:
@@ -134,10 +134,10 @@ def _tokenizer(source: Source) -> Any:
         raise MismatchError(f"base {source.name}", what, "Put tokenizer.json beside config.json.") from error
 
 
-def _weights(source: Source, config: Any, auto: Any, dtype: torch.dtype) -> nn.Module:
+def _weights(source: BaseSource, config: Any, auto: Any, dtype: torch.dtype) -> nn.Module:
     options: dict[str, Any] = dict(source.arguments)
     if source.gguf_file and hasattr(transformers, "GgufConfig"):
-        # Packed blocks are not linear layers, and nothing trains through them.
+        # Packed blocks are not linear layers, and gradients cannot pass through them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model, report = auto.from_pretrained(
@@ -146,35 +146,36 @@ def _weights(source: Source, config: Any, auto: Any, dtype: torch.dtype) -> nn.M
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # Reported below, by name.
+            ignore_mismatched_sizes=True,  # reported below, by name
             **options,
         )
     except Exception as error:
-        # SafetensorError, RuntimeError, UnpicklingError, struct.error ... all say one thing: the file is damaged.
+        # SafetensorError, RuntimeError, UnpicklingError, struct.error ... all mean that the file is damaged.
         raise _unread(source, error) from error
-    for kind, keys in (("lack", report["missing_keys"]), ("misshape", report["mismatched_keys"])):
+    for kind, keys in (("lack", report["missing_keys"]), ("have another shape for", report["mismatched_keys"])):
         if keys:
             first = sorted(key if isinstance(key, str) else key[0] for key in keys)[0]
             what = f"its weights {kind} {len(keys)} of the model's tensors, such as {first}"
-            raise MismatchError(f"base {source.name}", what, "Download it again, or mend config.json.")
+            raise MismatchError(f"base {source.name}", what, "Download it again, or correct config.json.")
     return model
 
 
-def _unread(source: Source, error: Exception) -> Exception:
+def _unread(source: BaseSource, error: Exception) -> Exception:
     """The message for a source that could not be read."""
     if not source.local and isinstance(error, OSError):
         return explain_hub(source, error, offline=huggingface_hub.is_offline_mode())
-    what = f"damaged or incomplete ({first_line(error)})"
+    what = f"it is damaged or incomplete ({first_line(error)})"
     return MismatchError(source.where, what, "Download the base again.")
 
 
-def _unknown(source: Source, error: Exception) -> Exception:
-    """The message for a configuration that transformers cannot make a model of."""
+def _unknown(source: BaseSource, error: Exception) -> Exception:
+    """The message for a configuration that transformers cannot build a model from."""
     where, reason = f"base {source.name}", str(error)
     if "trust_remote_code" in reason:
-        return UsageError(where, "it needs code of its own, which is never run", "Write a base transformers knows.")
+        return UsageError(where, "it needs its own code, which is never run", "Write a base that transformers knows.")
     found = re.search(r"(?:model type|architecture) [`'\"]?([\w.-]+)", reason)
     if found is None:
-        return MismatchError(source.where, f"damaged or incomplete ({first_line(error)})", "Download the base again.")
+        what = f"it is damaged or incomplete ({first_line(error)})"
+        return MismatchError(source.where, what, "Download the base again.")
     what = f"transformers {transformers.__version__} does not know the architecture {found.group(1)!r}"
     return UsageError(where, what, "Upgrade transformers, or write another base.")

@@ -1,4 +1,4 @@
-"""What says that memory ran out, and how to have it back.
+"""Recognises errors about lack of memory, and frees memory after an error.
 
 Contents: out_of_memory, freed.
 """
@@ -11,12 +11,12 @@ import torch
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out, on an accelerator or, in torch's own words, on the CPU."""
+    """Whether the error is about lack of memory, on an accelerator or on the CPU (recognised by torch's message)."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def freed(error: BaseException) -> None:
-    """What the error's frames hold, tensors of a batch that failed, is let go: the next, smaller one needs it."""
+    """Frees the tensors in the error's frames (those of the failed batch): the next, smaller batch needs the memory."""
     traceback.clear_frames(error.__traceback__)
     if out_of_memory(error) and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
-"""The parts of a diffusion pipeline that experts adapt, as one module, and their matrices in the order they are called.
+"""The parts of a diffusion pipeline that LoRAs adapt, as one module, and their matrices in the order of their calls.
 
-Needs no diffusers: what is here goes by the names of modules.
+It uses only names of modules. Contents: Guest, PipelineModules, pipeline_matrices, idle_matrices, in_call_order.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ _CLIP_LEAVES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 class Guest(Protocol):
-    """Who is attached to a pipeline's parts, as whoever replays recorded calls of the UNet must know them."""
+    """A mixture that is attached to a pipeline's parts, as needed by the code that replays recorded UNet calls."""
 
     def foreseen(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> AbstractContextManager[tuple[Hashable, ...] | None]:
-        """Inside, the UNet is called with these arguments, or a record of it replayed; `done` makes its output.
+        """A context for a UNet call with these arguments, or for the replay of a recorded one; `done` is called in it.
 
-        Yields what decides, beside the numbers in the arguments, what the call computes from which memory, first of all
-        an object that is another when the guest has changed; None where calls differ in more than can be told.
+        Yields everything that the call depends on, except the numbers in the arguments. The first value is an object
+        that is replaced when the guest changes. None if calls cannot be compared.
         """
         ...
 
     def left(self) -> Any:
-        """The tensors that the call left with the guest."""
+        """The tensors that the call has stored in the guest."""
         ...
 
     def done(self, output: Any, left: Any = None) -> Any:
-        """What the caller of the UNet is given for this output; `left`, of a replayed record, is what the guest has."""
+        """The output for the caller of the UNet. `left`: the tensors that a replayed call stored, for the guest."""
         ...
 
 
 class PipelineModules(nn.Module):
-    """unet, text_encoder and text_encoder_2, those that there are; `pipe` is the pipeline they belong to, if any.
+    """The existing ones of unet, text_encoder and text_encoder_2; `pipe` is the pipeline they belong to, if any.
 
-    guests: who is attached now, in the order they came.
+    guests: the mixtures that are attached now, in the order of attachment.
     """
 
     def __init__(self, pipe: Any = None, **parts: nn.Module) -> None:
@@ -60,20 +60,20 @@ class PipelineModules(nn.Module):
                 self.add_module(name, part)
 
     def register_guest(self, guest: Guest) -> RemovableHandle:
-        """Note that the guest is attached, until the handle is removed."""
+        """A handle: the guest counts as attached until the handle is removed."""
         handle = RemovableHandle(self.guests)
         self.guests[handle.id] = guest
         return handle
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
-        """Those there are, by name."""
+        """The existing text encoders, by name."""
         return {name: part for name, part in self.named_children() if name in TEXT_ENCODERS}
 
 
 def pipeline_matrices(model: PipelineModules) -> dict[str, Shape]:
-    """Matrix name -> shape, of every linear layer and convolution of the UNet and the linear layers of the CLIP layers
-    of the text encoder(s), in the order they are called; also on the meta device."""
+    """Matrix name -> shape, in the order of calls, also on the meta device: every linear layer and convolution of the
+    UNet, and the linear layers in the text encoders' CLIP layers."""
     found: dict[str, Shape] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and (name.startswith("unet.") or _in_clip_layer(name)):
@@ -82,9 +82,9 @@ def pipeline_matrices(model: PipelineModules) -> dict[str, Shape]:
 
 
 def idle_matrices(model: PipelineModules) -> frozenset[str]:
-    """Matrices whose output nothing reads: SDXL takes its first encoder's last layer but one.
+    """Matrices whose output is not used: SDXL reads the second to last layer of its first encoder.
 
-    A LoRA may well have trained factors there; a gate could learn nothing.
+    A LoRA can have factors there, but a gate could not learn anything.
     """
     if set(model.text_encoders) != set(TEXT_ENCODERS):
         return frozenset()
@@ -98,11 +98,11 @@ def idle_matrices(model: PipelineModules) -> frozenset[str]:
 
 
 def in_call_order(matrices: Iterable[str]) -> list[str]:
-    """The matrices in the order of a pipeline's calls: the gate of a site that spans blocks looks at the first of them.
+    """The matrices in the order of a pipeline's calls: the gate of a site with several blocks reads the first one.
 
     Modules are registered in another order: attention before the residual blocks, the middle of the UNet last.
     """
-    return sorted(matrices, key=_place)  # stable: within one sub-block the given order stays
+    return sorted(matrices, key=_place)  # stable: the given order is kept within a sub-block
 
 
 def _in_clip_layer(name: str) -> bool:
@@ -118,7 +118,7 @@ def _place(matrix: str) -> tuple[int, int, int, int]:
     stages = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
     stage = stages.index(names[0]) if names[0] in stages else -1
     blocks, names = (int(names[1]), names[2:]) if names[0] in ("down_blocks", "up_blocks") else (0, names[1:])
-    # Residual block 0, attention 0, residual block 1, ...; then what changes the resolution.
+    # Residual block 0, attention 0, residual block 1, ...; then the layers that change the resolution.
     order = {"resnets": 0, "attentions": 1}
     within = 2 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
     return (len(TEXT_ENCODERS), stage, blocks, within)

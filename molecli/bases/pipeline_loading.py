@@ -1,4 +1,4 @@
-"""From a base's settings to a diffusers pipeline: each part read and checked by itself, no safety checker.
+"""From a base's settings to a diffusers pipeline. Each part is read and checked separately; no safety checker.
 
 Contents: load_pipeline, load_pipeline_skeleton (no weights).
 """
@@ -25,9 +25,9 @@ from molecli.bases.library_logs import first_line, quiet
 from molecli.bases.pipeline import TEXT_ENCODERS, PipelineModules
 from molecli.catalog.builtin import PIPELINE_FILE
 from molecli.errors import MismatchError, UsageError
-from molecli.files.base_source import BaseSettings, Source, explain_hub, find_base
+from molecli.files.base_source import BaseSettings, BaseSource, explain_hub, find_base
 
-# Pipeline class -> its parts: their names in model_index.json and the class that each must be of.
+# Pipeline class -> its parts: their names in model_index.json and their required classes.
 _SD = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -42,8 +42,8 @@ _AGAIN = "Download the base again."
 def load_pipeline(base: BaseSettings, device: torch.device | str, dtype: torch.dtype) -> Diffusion:
     """The frozen pipeline on `device`.
 
-    Raises: UsageError for a pipeline of another kind; MismatchError where a part is missing, damaged or does not fit
-    the others.
+    Raises: UsageError for a pipeline of another kind; MismatchError if a part is missing, damaged or does not fit the
+    others.
     """
     source = find_base(base)
     with _quiet(source):
@@ -63,7 +63,7 @@ def load_pipeline(base: BaseSettings, device: torch.device | str, dtype: torch.d
 
 
 def load_pipeline_skeleton(base: BaseSettings) -> PipelineModules:
-    """The UNet and text encoder(s) on the meta device: names and shapes, no weights read."""
+    """The UNet and text encoder(s) on the meta device: names and shapes without weights."""
     source = find_base(base)
     with _quiet(source), torch.device("meta"):
         index = _index(source)
@@ -74,8 +74,8 @@ def load_pipeline_skeleton(base: BaseSettings) -> PipelineModules:
 
 
 @contextmanager
-def _quiet(source: Source) -> Iterator[None]:
-    """As `quiet`, for diffusers too, whose log level stays at errors: what a prompt loses is said by `prompts`."""
+def _quiet(source: BaseSource) -> Iterator[None]:
+    """Like `quiet`, also for diffusers. Its log level stays at errors: cut prompts are reported by `prompt_limits`."""
     if not logging.getLogger("molecli").isEnabledFor(logging.DEBUG):
         diffusers_logging.set_verbosity_error()
     bars = diffusers_logging.is_progress_bar_enabled()
@@ -88,8 +88,8 @@ def _quiet(source: Source) -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
-def _index(source: Source) -> dict[str, Any]:
-    """model_index.json of a pipeline that we know, all its parts named."""
+def _index(source: BaseSource) -> dict[str, Any]:
+    """The model_index.json of a supported pipeline, with all its parts. Raises: UsageError, MismatchError."""
     try:
         if source.local:
             file = Path(source.path) / PIPELINE_FILE
@@ -97,20 +97,20 @@ def _index(source: Source) -> dict[str, Any]:
             file = Path(huggingface_hub.hf_hub_download(source.path, PIPELINE_FILE, revision=source.revision))
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise MismatchError(f"{source.where}/{PIPELINE_FILE}", "damaged: it cannot be read as JSON", _AGAIN) from error
+        raise MismatchError(f"{source.where}/{PIPELINE_FILE}", "it cannot be read as JSON", _AGAIN) from error
     except OSError as error:
         raise _unread(source, PIPELINE_FILE, error) from error
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind not in PIPELINES:
-        what = f"a pipeline of the kind {kind or 'unknown'}, which cannot host LoRAs here"
+        what = f"it is a pipeline of the kind {kind or 'unknown'}, which is not supported"
         raise UsageError(f"base {source.name}", what, f"Use one of the kinds {', '.join(PIPELINES)}.")
     for name, wanted in PIPELINES[kind].items():
         library, found = (index.get(name) or (None, None))[:2]
-        # Tokenizers come in two classes with one format.
+        # Tokenizers exist in two classes with the same format.
         if found is None:
             raise MismatchError(f"base {source.name}", f"its {PIPELINE_FILE} names no {name}", _AGAIN)
         if (found or "").removesuffix("Fast") != wanted:
-            what = f"its {name} is a {library}.{found}, and only {wanted} is known here"
+            what = f"its {name} is a {library}.{found}, and only {wanted} is supported"
             raise UsageError(f"base {source.name}", what, "Write another base.")
     return index
 
@@ -123,8 +123,8 @@ def _class_of(name: str, kind: str) -> Any:
     return getattr(transformers if kind.startswith("CLIP") else diffusers, kind)
 
 
-def _part(source: Source, index: dict[str, Any], name: str, dtype: torch.dtype) -> Any:
-    """One part, its weights complete. Raises: MismatchError."""
+def _part(source: BaseSource, index: dict[str, Any], name: str, dtype: torch.dtype) -> Any:
+    """One part with complete weights. Raises: MismatchError."""
     kind = _class_of(name, _parts(index)[name])
     arguments: dict[str, Any] = {**source.arguments, "subfolder": name}
     _check_there(source, name)
@@ -135,21 +135,21 @@ def _part(source: Source, index: dict[str, Any], name: str, dtype: torch.dtype) 
         if name in TEXT_ENCODERS:
             typed["ignore_mismatched_sizes"] = True  # reported below, by name
         model, report = kind.from_pretrained(source.path, output_loading_info=True, **typed, **arguments)
-    except Exception as error:  # a damaged file fails in as many ways as there are readers
+    except Exception as error:  # a damaged file fails in many ways
         raise _unread(source, name, error) from error
-    for verb, keys in (("lack", report["missing_keys"]), ("misshape", report["mismatched_keys"])):
+    for verb, keys in (("lack", report["missing_keys"]), ("have another shape for", report["mismatched_keys"])):
         if keys:
             first = sorted(key if isinstance(key, str) else key[0] for key in keys)[0]
             what = f"its weights {verb} {len(keys)} of the model's tensors, such as {first}"
-            raise MismatchError(f"{source.where}/{name}", what, "Download it again, or mend its config.json.")
+            raise MismatchError(f"{source.where}/{name}", what, "Download it again, or correct its config.json.")
     return model
 
 
-def _scheduler(source: Source, index: dict[str, Any]) -> Any:
+def _scheduler(source: BaseSource, index: dict[str, Any]) -> Any:
     name = (index.get("scheduler") or (None, None))[1]
     kind = getattr(diffusers, name or "", None)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
-        raise UsageError(f"base {source.name}", f"diffusers knows no scheduler {name!r}", "Upgrade diffusers.")
+        raise UsageError(f"base {source.name}", f"diffusers has no scheduler {name!r}", "Upgrade diffusers.")
     _check_there(source, "scheduler")
     try:
         return kind.from_pretrained(source.path, subfolder="scheduler", **source.arguments)
@@ -157,7 +157,7 @@ def _scheduler(source: Source, index: dict[str, Any]) -> Any:
         raise _unread(source, "scheduler", error) from error
 
 
-def _outline(source: Source, index: dict[str, Any], name: str) -> nn.Module:
+def _outline(source: BaseSource, index: dict[str, Any], name: str) -> nn.Module:
     """One part without weights, from its configuration."""
     kind = _class_of(name, _parts(index)[name])
     arguments: dict[str, Any] = {**source.arguments, "subfolder": name}
@@ -170,34 +170,34 @@ def _outline(source: Source, index: dict[str, Any], name: str) -> nn.Module:
         raise _unread(source, name, error) from error
 
 
-def _check_there(source: Source, name: str) -> None:
+def _check_there(source: BaseSource, name: str) -> None:
     if source.local and not (Path(source.path) / name).is_dir():
-        raise MismatchError(f"{source.where}/{name}", "a part of the pipeline is missing", _AGAIN)
+        raise MismatchError(f"{source.where}/{name}", "this part of the pipeline is missing", _AGAIN)
 
 
-def _check_fit(source: Source, parts: dict[str, Any]) -> None:
-    """Raises: MismatchError where the parts are those of different pipelines."""
+def _check_fit(source: BaseSource, parts: dict[str, Any]) -> None:
+    """Raises: MismatchError if the parts belong to different pipelines."""
     unet, vae = parts["unet"], parts["vae"]
     width = sum(parts[name].config.hidden_size for name in TEXT_ENCODERS if name in parts)
     reads = unet.config.cross_attention_dim
     problems = []
     if isinstance(reads, int) and reads != width:
-        problems.append(f"the UNet reads text of width {reads}, and the text encoder writes {width}")
+        problems.append(f"the UNet needs text of width {reads}, but the text encoder's output has {width}")
     if unet.config.in_channels != vae.config.latent_channels:
         problems.append(
-            f"the UNet takes {unet.config.in_channels} channels, and the VAE has {vae.config.latent_channels}"
+            f"the UNet needs {unet.config.in_channels} channels, but the VAE has {vae.config.latent_channels}"
         )
     for suffix in ("", "_2"):
         tokenizer, encoder = parts.get(f"tokenizer{suffix}"), parts.get(f"text_encoder{suffix}")
         if tokenizer is not None and encoder is not None and len(tokenizer) > encoder.config.vocab_size:
             rows = encoder.config.vocab_size
-            problems.append(f"tokenizer{suffix} has {len(tokenizer)} tokens, and its encoder {rows}")
+            problems.append(f"tokenizer{suffix} has {len(tokenizer)} tokens, but its encoder only {rows}")
     if problems:
-        raise MismatchError(f"base {source.name}", problems[0], "Put parts of one pipeline together.")
+        raise MismatchError(f"base {source.name}", problems[0], "Combine parts of one pipeline.")
 
 
-def _unread(source: Source, name: str, error: Exception) -> Exception:
+def _unread(source: BaseSource, name: str, error: Exception) -> Exception:
     """The message for a part that could not be read."""
     if not source.local and isinstance(error, OSError):
         return explain_hub(source, error, offline=huggingface_hub.is_offline_mode())
-    return MismatchError(f"{source.where}/{name}", f"damaged or incomplete ({first_line(error)})", _AGAIN)
+    return MismatchError(f"{source.where}/{name}", f"it is damaged or incomplete ({first_line(error)})", _AGAIN)

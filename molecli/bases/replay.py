@@ -1,9 +1,9 @@
-"""A denoising step's UNet call, recorded once on a GPU and replayed: one launch for its thousand kernels.
+"""The UNet call of a denoising step, recorded once on a GPU and then replayed: one launch for about a thousand kernels.
 
-A step of one picture is bound by what the processor takes to launch kernels, and experts add kernels. What is replayed
-computes the same from the same memory; nothing of Python runs. So whoever is attached says what decides a call.
+For a single picture, a step takes as long as the CPU needs to launch its kernels, and experts add kernels. A replay
+computes the same from the same memory, without running Python. So the attached mixture must say what a call depends on.
 
-Contents: Replayed, the UNet's stand-in; replaying, which puts it there; cuda_recorder.
+Contents: Replayed, which replaces the UNet; replaying, the context in which it does; cuda_recorder.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from molecli.bases.pipeline import Guest, PipelineModules
 
-# (the UNet's output, what the guest left) of input tensors; a record gives them in memory that it writes anew each time
+# input tensors -> (the UNet's output, the tensors stored in the guest); a record overwrites them in each replay
 Call = Callable[[Sequence[Tensor]], tuple[Any, Any]]
 Recorder = Callable[[Call, Sequence[Tensor]], Call]
-# Calls that differ in shapes or in what decides them: one each, and no more than so many.
+# The largest number of records: one for each kind of call (shapes and other things that calls depend on).
 _MOST = 32
 
 
 class Replayed(nn.Module):
-    """Stands for a pipeline's UNet; a call that came before in all that decides it is recorded, then replayed.
+    """Replaces a pipeline's UNet; calls of the same kind as an earlier one are recorded and replayed.
 
-    The first such call runs as ever, so that what is made once is made; the second is recorded. With gradients, under
-    autocast, where guests say that calls differ, and once a record failed, every call runs as ever.
+    The first call of a kind runs normally, because it creates things that are created only once; the second is
+    recorded. Calls run normally with gradients, under autocast, if a guest cannot compare calls, and after a failure.
     """
 
     def __init__(self, parts: PipelineModules, recorder: Callable[[], Recorder] | None = None) -> None:
@@ -51,7 +51,7 @@ class Replayed(nn.Module):
             return getattr(super().__getattr__("unet"), name)
 
     def forget(self) -> None:
-        """Drop what is recorded."""
+        """Drops all records."""
         self._state, self._known, self._record = None, {}, None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ class Replayed(nn.Module):
             return guests[0].done(*self._called(guests[0], state, args, kwargs))
 
     def _called(self, guest: Guest | None, state: tuple[Hashable, ...] | None, args: Any, kwargs: Any) -> Any:
-        """(the UNet's output, what a replayed call left with the guest, else None)."""
+        """(the UNet's output, the tensors that a replayed call stored in the guest, or None)."""
         leaves, spec = tree_flatten((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = None if state is None else (*state[1:], _signature(leaves), str(spec))
@@ -80,10 +80,10 @@ class Replayed(nn.Module):
         return tree_map_only(Tensor, Tensor.clone, output), left
 
     def _seen(self, key: Hashable, state: Any) -> bool:
-        """Whether such a call was made since the guests are what they are; notes it if not."""
+        """Whether there was such a call since the guests last changed; if not, it is noted."""
         changed = state[0] is not self._state
         if changed or (key not in self._known and len(self._known) == _MOST):
-            # A new recorder too: the memory that records share goes with the last of them.
+            # A new recorder too: the memory that records share is freed with the last of them.
             self._state, self._known, self._record = state[0], {}, self._recorder()
         if key in self._known:
             return True
@@ -99,21 +99,21 @@ class Replayed(nn.Module):
         assert self._record is not None
         try:
             return self._record(call, inputs)
-        except RuntimeError as error:  # of memory too
+        except RuntimeError as error:  # also for lack of memory
             self._failed = True
             self.forget()
-            warnings.warn(f"the UNet's steps could not be recorded, and run one by one: {error}", stacklevel=2)
+            warnings.warn(f"the UNet's steps could not be recorded, so they run normally: {error}", stacklevel=2)
             return None
 
 
 def _signature(leaves: Sequence[Any]) -> tuple[Hashable, ...]:
-    """What of the inputs decides a call: all but the numbers in the tensors."""
+    """The inputs without the numbers in the tensors: what decides the kind of call."""
     return tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
 
 
 @contextmanager
 def replaying(pipe: Any, stand_in: Replayed) -> Iterator[None]:
-    """Inside, the pipeline calls the stand-in in its UNet's place. An error frees what the records hold."""
+    """A context in which the pipeline calls `stand_in` instead of its UNet. An error frees the records."""
     pipe.unet = stand_in
     try:
         yield
@@ -125,14 +125,14 @@ def replaying(pipe: Any, stand_in: Replayed) -> Iterator[None]:
 
 
 def cuda_recorder() -> Recorder:
-    """Records calls as CUDA graphs, which share the memory that they compute in."""
+    """A recorder of calls as CUDA graphs, which share their memory."""
     return partial(_record_cuda, pool=torch.cuda.graph_pool_handle())
 
 
 def _record_cuda(call: Call, inputs: Sequence[Tensor], *, pool: Any) -> Call:
-    """The kernels of `call`; raises RuntimeError for a call that waits for the device, or where memory is short.
+    """The recorded call. Raises: RuntimeError for a call that waits for the device, or for lack of memory.
 
-    What one record gives is overwritten by the next replay of any.
+    The outputs of a record are overwritten by the next replay of any record.
     """
     device = next(x.device for x in inputs if x.is_cuda)
     own = [x.to(device, copy=True) for x in inputs]

@@ -56,7 +56,7 @@ class Seq2Seq:
         return language.summed_loss(*self._scored(batch))
 
     def example_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The examples' mean cross-entropies, summed, and the number of examples (both scalars)."""
+        """The sum of the examples' mean cross-entropies, and the number of examples (both scalars)."""
         return language.summed(self.example_losses(batch))
 
     def example_losses(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -66,9 +66,9 @@ class Seq2Seq:
     def _scored(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         labels = batch["labels"]
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        # Not labels: the model would compute a second, averaged loss from them.
+        # `labels` are not passed: the model would compute a second, averaged loss from them.
         shifted = self.model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
-        # Gates, too, are told which of the decoder's tokens are padding.
+        # Gates also need to know which of the decoder's tokens are padding.
         inputs["decoder_attention_mask"] = (labels != language.UNSCORED).long()
         logits = self.model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
         return logits, labels
@@ -80,7 +80,7 @@ class Seq2Seq:
             return []
         rows = [self._ids(prompt) for prompt in prompts]
         language.check_lengths(map(len, rows), self._limit)
-        # The completion has positions of its own; the start token takes one.
+        # The completion has its own positions; the start token takes one of them.
         language.check_lengths([1], self._limit, room=max_new_tokens, names=["the completion"])
         pad_id = self.tokenizer.pad_token_id
         ids, mask = language.pad(rows, pad_id)
@@ -88,11 +88,11 @@ class Seq2Seq:
         return self.tokenizer.batch_decode(out, skip_special_tokens=True)
 
     def fingerprint(self) -> str:
-        """A string that tells this base from another; see `functional.fingerprint`."""
+        """A string that identifies this base; see `functional.fingerprint`."""
         return fingerprint.fingerprint(self.model)
 
     def _ids(self, words: str) -> list[int]:
-        # A tokenizer that adds no special tokens gives nothing for an empty text.
+        # A tokenizer without special tokens returns nothing for an empty text.
         return self.tokenizer(words)["input_ids"] or [self.tokenizer.eos_token_id]
 
     def _target_ids(self, words: str) -> list[int]:

@@ -1,1 +1,1 @@
-"""What there is, by name: methods, metrics, suites, and what ships inside the package. Imports no torch."""
+"""Methods, metrics, suites and built-in models by name. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What ships inside the package: the embedded base, its LoRAs and the recipes, by name. Needs no torch.
+"""The models and recipes inside the package, by name: embedded bases, their LoRAs, recipes. Needs no torch.
 
 Contents: package_folder, builtin_base, builtin_loras, builtin_lora, is_image_lora, recipes.
 """
@@ -13,24 +13,24 @@ from molecli.errors import UsageError
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_BASE = "builtin:tiny-t5"
 BUILTIN_IMAGE_BASE = "builtin:tiny-sd"
-# Classifier-free guidance scale unless told otherwise: of any diffusion base, and what the embedded one draws best at.
+# Default scale of classifier-free guidance: for any diffusion base, and the best value for the embedded one.
 DEFAULT_GUIDANCE = 7.5
 BUILTIN_IMAGE_GUIDANCE = 2.5
 PIPELINE_FILE = "model_index.json"
 IMAGE_LORA_FILE = "pytorch_lora_weights.safetensors"
-# a, b, c, ...: the first two make a joint task. Others that ship follow in alphabetical order.
+# The LoRAs a, b, c, ...: the first two share a joint task. Other LoRAs follow in alphabetical order.
 LORA_ORDER = ("french", "reverse", "opposite", "plural", "double")
 
 
 def package_folder() -> Path:
-    """The folder that `molecli` is installed in."""
+    """The folder of the installed package `molecli`."""
     return Path(__file__).resolve().parents[1]
 
 
 def builtin_base(name: str = BUILTIN_BASE) -> Path:
     """The folder of the embedded base `name` ("builtin:tiny-t5" or "tiny-t5").
 
-    Raises: UsageError when nothing ships under that name.
+    Raises: UsageError if there is no such base.
     """
     bare = name.removeprefix(BUILTIN_PREFIX)
     folder = package_folder() / "builtin"
@@ -42,7 +42,7 @@ def builtin_base(name: str = BUILTIN_BASE) -> Path:
 
 
 def builtin_loras(base: str = BUILTIN_BASE) -> dict[str, Path]:
-    """The LoRAs that ship for the embedded base `base`, in order: real name -> folder."""
+    """The embedded LoRAs of the embedded base `base`, in order: name -> folder."""
     folder = package_folder() / "builtin"
     if base.removeprefix(BUILTIN_PREFIX) == BUILTIN_IMAGE_BASE.removeprefix(BUILTIN_PREFIX):
         return _folders_with(folder / "image-loras", IMAGE_LORA_FILE)
@@ -56,10 +56,10 @@ def is_image_lora(name: str) -> bool:
 
 
 def builtin_lora(name: str) -> tuple[str, Path] | None:
-    """(real name, folder) of an embedded LoRA given its name or its letter (a is the first, b the second, ...).
+    """(name, folder) of an embedded LoRA, given its name or its letter (a is the first, b the second, ...).
 
-    Letters mean LoRAs of the embedded text base. None when nothing ships under that name, so that the caller may look
-    for a folder or a hub id instead.
+    Letters stand for LoRAs of the embedded text base. None if there is no such LoRA; the caller may then look for a
+    folder or a hub id.
     """
     loras = builtin_loras()
     bare = name.removeprefix(BUILTIN_PREFIX)
@@ -85,7 +85,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def _recipe_folder() -> Path:
-    # An installed wheel holds the recipes as molecli/recipes; a checkout holds them beside the package.
+    # An installed wheel has them in molecli/recipes, a checkout next to the package.
     inside = package_folder() / "recipes"
     return inside if inside.is_dir() else package_folder().parent / "recipes"
 

@@ -1,15 +1,15 @@
-"""The composition methods: one row each, beside one file each in `molecli.methods`, in the order that `--mode` lists.
+"""The composition methods: one row here and one file in `molecli.methods` for each, in the order of `--mode`.
 
-A method's folder is its family, and its family says what its file defines:
+The folder of a method is its family. The family determines what the file must define:
 
-    gates     build_gates(config, bank, sites, *, seq2seq, memory_width) -> {site: gate}    weights from the input
-    sums      gate(weights, only=None) -> FixedGate                                         weights that never change
-    merges    merge(updates, config) -> Result                                              one LoRA of all, at a matrix
+    gates     build_gates(config, bank, sites, *, seq2seq, memory_width) -> {site: gate}    weights follow the input
+    sums      gate(weights, only=None) -> FixedGate                                         constant weights
+    merges    merge(updates, config) -> Result                                              all LoRAs as one
     outputs   method(names, weights, config, *, triggers, kinds) -> OutputMethod            acts on a denoising step
-    peft      peft_config(config, bank, *, width, seq2seq) -> PEFT's configuration          PEFT hosts and routes
+    peft      peft_config(config, bank, *, width, seq2seq) -> PEFT's configuration          PEFT does the routing
 
-A merge may also define coefficients(config, names) -> [N], factors on the users' weights, and lost(expert,
-spectrum) -> float, the share of a LoRA's update that it cannot say.
+A merge may also define coefficients(config, names) -> [N], factors on the user's weights, and lost(expert,
+spectrum) -> float, the fraction of a LoRA's update that it cannot represent.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from molecli.errors import UsageError, near
 Family = Literal["gates", "sums", "merges", "outputs", "peft"]
 
 
-# Kinds of base, by what they make.
+# Kinds of base, by their output.
 Kind = Literal["texts", "pictures"]
 _BASES: Mapping[Kind, str] = {"texts": "a language model", "pictures": "a diffusion pipeline"}
 
 
 class Contract(NamedTuple):
-    """Of a family: where its methods act, as composition files say it; what a file defines; the options of all; the
-    kinds of base, and why no other."""
+    """What holds for a family: level (where its methods act, as in composition files), the function in each file, the
+    common options, the kinds of base it works on, and why on no other."""
 
     level: Literal["weights", "site", "output"]
     function: str
@@ -46,18 +46,17 @@ FAMILIES: Mapping[Family, Contract] = {
     "sums": Contract("weights", "gate"),
     "merges": Contract("weights", "merge", ("scale", "rank")),
     "outputs": Contract("output", "method", ("scale",), ("pictures",), "it acts on denoising steps"),
-    "peft": Contract("site", "peft_config", ("scale",), ("texts",), "PEFT routes in language models alone"),
+    "peft": Contract("site", "peft_config", ("scale",), ("texts",), "PEFT routes only in language models"),
 }
-# The keys of `method.*` that hold in every mode.
+# The keys of `method.*` that every mode reads.
 EVERYWHERE = ("layers",)
 
 
 @dataclass(frozen=True)
 class Option:
-    """A key of `method.*` that a row brings along: one that `config.method` does not have.
+    """A key of `method.*` that a row adds to those of `config.method`.
 
-    default: its value where none is written, whose type the key has unless `kind` says another; bounds: keywords of
-    pydantic's Field, such as ge=0.
+    default: also gives the type, unless `kind` does; bounds: keywords of pydantic's Field, such as ge=0.
     """
 
     name: str
@@ -69,15 +68,15 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """A row. Only the first five must be said.
+    """A row. Only the first five fields are required.
 
-    options: the keys of `method.*` that change what it makes, beside those of its family; an `Option` is a new key.
-    module: where it is defined, by default molecli.methods.<family>.<name>.
-    passes: of the base, for a row that it learns from. lr: its learning rate where none is written.
-    calls: (a, b), of the UNet a step, a·N + b with N LoRAs; once where it is (0, 1).
-    shown: it is scored beside a composition where nothing else is asked for, on language models, of pictures.
-    builds: it wraps the base in classes of its own, so that no other method is scored on the same load of it.
-    written: options that it cannot do without.
+    options: the keys of `method.*` that the method reads besides those of its family; an `Option` is a new key.
+    module: the file of the method, by default molecli.methods.<family>.<name>.
+    passes: passes of the base per training row. lr: default learning rate of the method.
+    calls: (a, b): a·N + b UNet calls per denoising step with N LoRAs; (0, 1) is one call.
+    shown: the kinds of base on which it is scored next to a composition by default.
+    builds: it wraps the base in its own classes; no other method can then be scored on the same loaded base.
+    written: options that must be set.
     """
 
     name: str
@@ -101,7 +100,7 @@ class Method:
 
     @property
     def own_options(self) -> tuple[str, ...]:
-        """The keys of `method.*` that change what it makes."""
+        """The keys of `method.*` that change its result."""
         own = (option if isinstance(option, str) else option.name for option in self.options)
         return (*FAMILIES[self.family].options, *own)
 
@@ -111,11 +110,11 @@ class Method:
         return (*self.own_options, *EVERYWHERE)
 
     def load(self) -> Any:
-        """What its file defines for its family."""
+        """The function that its file defines for its family."""
         return self.part(FAMILIES[self.family].function)
 
     def part(self, name: str) -> Any:
-        """What its file calls `name`; None where it has no such thing."""
+        """The attribute `name` of its file, or None."""
         module = self.module or f"molecli.methods.{self.family}.{self.name}"
         return getattr(import_module(module), name, None)
 
@@ -142,18 +141,18 @@ METHODS: Table[Method] = Table(
             "peft",
             True,
             "X-LoRA, 2402.07148",
-            "PEFT's: a classifier of the base's last hidden states weighs the LoRAs by token",
+            "PEFT's: a classifier of the base's last hidden states weights the LoRAs for each token",
             _XLORA,
             passes=2.0,
-            # Its classifier reads hidden states as they are, Σ|h| about the base's width, where gates read features of
-            # norm 1: under Adam, which moves a logit by up to lr · Σ|h| a step, the gates' rate would decide every
-            # token at once.
+            # Its classifier reads hidden states without normalising: Σ|h| is about the width of the base, while gates
+            # read features of norm 1. Adam moves a logit by up to lr · Σ|h| per step, so that with the gates' learning
+            # rate one step would decide every token.
             lr=1e-3,
             builds=True,
         ),
         Method("single", "sums", False, "Hu et al. 2021", "one LoRA alone", ("scale",), shown=("texts",)),
         Method("linear", "sums", False, "MoLE Eq. 1", "the sum of all LoRAs", ("scale",), shown=("texts", "pictures")),
-        # No scale: it cancels.
+        # No scale: it cancels out.
         Method(
             "nla",
             "sums",
@@ -162,7 +161,7 @@ METHODS: Table[Method] = Table(
             "the sum with weights that add up to 1",
             shown=("texts", "pictures"),
         ),
-        Method("cat", "merges", False, "PEFT", "the sum as one LoRA, all ranks side by side"),
+        Method("cat", "merges", False, "PEFT", "the sum as one LoRA with all ranks concatenated"),
         Method("svd", "merges", False, "PEFT; Eckart-Young", "the sum as one LoRA of a given rank"),
         Method("magnitude_prune", "merges", False, "PEFT", "the sum of the updates' largest entries", ("density",)),
         Method(
@@ -170,7 +169,7 @@ METHODS: Table[Method] = Table(
             "merges",
             False,
             "TIES, 2306.01708",
-            "entries trimmed, their signs elected, those that agree averaged",
+            "small entries removed; the rest averaged where their sign agrees with the elected one",
             ("density",),
         ),
         Method(
@@ -186,7 +185,7 @@ METHODS: Table[Method] = Table(
             "merges",
             False,
             "2311.03099 with 2306.01708",
-            "DARE's drop, then TIES' election",
+            "DARE's dropping, then TIES' sign election",
             ("density", "seed"),
         ),
         Method("knots", "merges", False, "KnOTS, 2410.19735", "TIES in the updates' shared left space", ("density",)),
@@ -213,7 +212,7 @@ METHODS: Table[Method] = Table(
             "peft",
             False,
             "Arrow, 2405.11157",
-            "PEFT's: each token to the LoRAs whose first singular vectors it follows",
+            "PEFT's: each token goes to the LoRAs whose first singular vectors are closest to it",
             ("top_k", "temperature", "seed"),
         ),
         Method(
@@ -239,7 +238,7 @@ METHODS: Table[Method] = Table(
             "outputs",
             False,
             "W-Switch, 2606.03792",
-            "images: turns as long as the prompt needs each LoRA",
+            "images: turns whose length follows each LoRA's importance in the prompt",
             ("tau", "order"),
         ),
         Method(
@@ -247,7 +246,7 @@ METHODS: Table[Method] = Table(
             "outputs",
             False,
             "W-Composite, 2606.03792",
-            "images: predictions weighted by the prompt's likeness to each trigger",
+            "images: predictions weighted by the prompt's similarity to each trigger",
             calls=(1, 0),
         ),
         Method(
@@ -261,53 +260,53 @@ METHODS: Table[Method] = Table(
         ),
     ),
 )
-# Other names in use: what diffusers and Multi-LoRA Composition call the sum.
+# Other names of a method: diffusers and Multi-LoRA Composition call the sum `merge`.
 ALIASES = {"merge": "linear"}
-# What is meant where nothing is said: of `mole compose`, of LoRAs beside one another, and of one LoRA by its name.
+# The default mode of `mole compose`, that of several LoRAs, and that of one LoRA alone.
 DEFAULT, SUM, ALONE = "gated", "linear", "single"
-# What stands among methods and composes nothing: the bare base.
+# The bare base, which is listed among the methods.
 BASE = "base"
 
 
 def names(rows: Iterable[Method]) -> tuple[str, ...]:
-    """The rows' names, each before its other ones."""
+    """The names of the rows, each followed by its aliases."""
     other = {name: [alias for alias, meant in ALIASES.items() if meant == name] for name in ALIASES.values()}
     return tuple(name for row in rows for name in (row.name, *other.get(row.name, ())))
 
 
-# Those that learn nothing, as --modes takes them.
+# The methods that learn nothing, as --modes accepts them.
 FIXED = names(row for row in METHODS.values() if not row.trained)
 
 
 def get_method(name: str) -> Method:
-    """The method called `name`, an alias too. Raises: UsageError that names the nearest."""
+    """The method called `name`, which may be an alias. Raises: UsageError that suggests the nearest name."""
     name = ALIASES.get(name, name)
     if name not in METHODS:
         nearest = near(name, (*METHODS, *ALIASES))
         hint = f"Did you mean {nearest}?" if nearest else f"Known: {', '.join(METHODS)}."
-        raise UsageError("--mode", f"no composition method {name!r}", hint)
+        raise UsageError("--mode", f"there is no composition method {name!r}", hint)
     return METHODS[name]
 
 
 def check_runs_on(mode: str, kind: Kind, where: str = "--mode") -> None:
-    """Nothing, where `mode` composes on that kind of base, or is the bare base. Raises: UsageError."""
+    """Checks that `mode` works on that kind of base, or is the bare base. Raises: UsageError."""
     family = FAMILIES[get_method(mode).family] if mode != BASE else None
     if family is not None and kind not in family.on:
         what = f"{family.why}, and the base is {_BASES[kind]}"
-        raise UsageError(f"{where} {mode}", what, f"Write {DEFAULT}, {SUM} or another that is for {_BASES[kind]}.")
+        raise UsageError(f"{where} {mode}", what, f"Write {DEFAULT}, {SUM} or another mode for {_BASES[kind]}.")
 
 
 def shown_beside(what: Kind) -> tuple[str, ...]:
-    """The columns beside a composition where none are asked for: the base, then methods that learn nothing."""
+    """The default columns next to a composition: the base, then methods that learn nothing."""
     return (BASE, *(row.name for row in METHODS.values() if what in row.shown))
 
 
 def readers(option: str) -> list[str]:
-    """The methods that the key `option` of `method.*` changes."""
+    """The methods that read the key `option` of `method.*`."""
     return [name for name, row in METHODS.items() if option in row.reads]
 
 
 def brought() -> dict[str, Option]:
-    """The keys of `method.*` that rows bring along, by name."""
+    """The keys of `method.*` that rows add, by name."""
     found = (option for row in METHODS.values() for option in row.options if isinstance(option, Option))
     return {option.name: option for option in found}

@@ -1,4 +1,4 @@
-"""The metrics: one row each, naming the file that scores it."""
+"""The metrics: one row each, which names the scoring function."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Literal
 from molecli.catalog.table import Table
 from molecli.errors import UsageError, suggestion
 
-# What a metric of pictures compares them with: the first two by CLIP, the last by the recogniser.
+# What a metric compares pictures with: the first two by CLIP, the last by the recogniser.
 Compared = Literal["prompts", "concept pictures", "classes"]
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """Where a metric lives and how to read it: scores lie in [0, upper]; raise `version` when a score can change.
+    """A metric. Scores lie in [0, upper]. Raise `version` when a score can change.
 
-    score: module:attribute of the function. aggregate: that of the task's score, where it is not the mean; statistics,
-    of_sums: what an example adds to the sums that such a score follows from, and the score of sums, for resampling.
-    takes: what it scores, completions or pictures. reads: what it compares pictures with, that scenes must say.
+    score: module:attribute of the function. aggregate: the function of the task's score, if that is not the mean;
+    statistics, of_sums: for resampling such a score: the summands of an example, and the score of the sums.
+    takes: completions or pictures. reads: what it compares pictures with; the scenes must provide it.
     """
 
     name: str
@@ -35,7 +35,7 @@ class MetricRow:
 
     @property
     def asks_clip(self) -> bool:
-        """Whether it compares by CLIP."""
+        """Whether it needs CLIP."""
         return bool({"prompts", "concept pictures"} & set(self.reads))
 
 
@@ -44,7 +44,9 @@ METRICS: Table[MetricRow] = Table(
     MetricRow,
     (
         MetricRow(
-            "exact_match", "molecli.metrics.exact_match:strict", "equal to an answer after stripping white space"
+            "exact_match",
+            "molecli.metrics.exact_match:strict",
+            "equal to an answer after stripping white space",
         ),
         MetricRow(
             "exact_match_lm_eval",
@@ -99,7 +101,7 @@ METRICS: Table[MetricRow] = Table(
 
 
 def metric_row(name: str) -> MetricRow:
-    """The row of a metric. Raises: UsageError for an unknown name, with the nearest known one."""
+    """The row of a metric. Raises: UsageError that suggests the nearest name."""
     if name not in METRICS:
         raise UsageError("metrics", f"no metric is called {name!r}", suggestion(name, METRICS))
     return METRICS[name]

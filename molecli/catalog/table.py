@@ -1,12 +1,12 @@
-"""Tables of rows by name: what ships, and what installed packages add.
+"""Tables of rows by name: those of this package and those that installed packages add.
 
-A package adds a row by an entry point whose name is the row's and whose value leads to it:
+A package adds a row with an entry point. Its name is the name of the row, and its value points to the row:
 
     [project.entry-points."molecli.methods"]
     my_merge = "my_package.my_merge:ROW"
 
-The groups are `molecli.methods`, `molecli.metrics` and `molecli.suites`. The file that holds the row is imported when
-the table is first read, at every `mole` command: it should import what is heavy inside its functions.
+The groups are `molecli.methods`, `molecli.metrics` and `molecli.suites`. Every `mole` command imports the
+file with the row, so that heavy imports belong inside its functions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Named(Protocol):
-    """A row: whatever has a name."""
+    """A row: anything with a name."""
 
     @property
     def name(self) -> str: ...
@@ -32,8 +32,8 @@ R = TypeVar("R", bound=Named)
 class Table(Mapping[str, R], Generic[R]):
     """Rows of the type `kind` by name, in order: `rows`, then those of the entry points in `group`.
 
-    A row of an entry point that cannot be had, is of another type or bears a name that is taken is left out, with a
-    warning that says so.
+    The row of an entry point is left out, with a warning, if it cannot be loaded, has another type or if its name is
+    already taken.
     """
 
     def __init__(self, group: str, kind: type[R], rows: Iterable[R]) -> None:
@@ -55,7 +55,7 @@ class Table(Mapping[str, R], Generic[R]):
         for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
             try:
                 row = point.load()
-            except Exception as error:  # whatever a package does wrong must not end every command
+            except Exception as error:  # an error in a package must not break every command
                 self._leave_out(point, f"{type(error).__name__}: {error}")
                 continue
             if not isinstance(row, self.kind):
@@ -74,6 +74,6 @@ class Table(Mapping[str, R], Generic[R]):
 
 
 def load(target: str) -> Any:
-    """What `module:attribute` names."""
+    """The object that `module:attribute` names."""
     module, _, attribute = target.partition(":")
     return getattr(import_module(module), attribute)

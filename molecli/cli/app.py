@@ -1,6 +1,6 @@
-"""The `mole` program: its commands, and the one place where errors become messages and exit codes.
+"""The `mole` program: its commands, and the place where errors become messages and exit codes.
 
-A command's module is imported when the command is named, and torch when it runs: `mole --help` answers at once.
+A command's module is imported when the command is named, and torch when it runs, so that `mole --help` is fast.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from molecli.errors import UserError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
-# name -> (module:Typer app, one line of help; it is the first line of the command's own help)
+# name -> (module:Typer app, one line of help, which is also the first line of the command's own help)
 COMMANDS = {
     "train-lora": (
         "molecli.cli.train_lora:app",
-        "Train one LoRA on a frozen base: on a suite's tasks, or on a few pictures of one subject.",
+        "Train one LoRA on a frozen base: on the tasks of a suite, or on a few pictures of one subject.",
     ),
-    "compose": ("molecli.cli.compose:app", "Compose trained LoRAs, by learned gates or a fixed mixture."),
+    "compose": ("molecli.cli.compose:app", "Compose trained LoRAs with learned gates or a fixed method."),
     "sample": ("molecli.cli.sample:app", "Complete or draw prompts with a composition, single LoRAs or the bare base."),
-    "evaluate": ("molecli.cli.evaluate:app", "Score compositions on a suite of tasks, on one load of the base."),
+    "evaluate": ("molecli.cli.evaluate:app", "Score compositions on a suite of tasks or scenes."),
     "inspect-gates": ("molecli.cli.inspect_gates:app", "Show what the gates of a composition do."),
     "study": (
         "molecli.cli.study:app",
-        "Compare methods: train LoRAs, compose them by every method, score all side by side.",
+        "Compare methods: train LoRAs, compose them with each method, and score them all.",
     ),
     "export": (
         "molecli.cli.export:app",
-        "Write a composition as one plain adapter that PEFT, diffusers or A1111/ComfyUI loads.",
+        "Write a composition as one plain adapter that PEFT, diffusers or A1111/ComfyUI can load.",
     ),
     "recipe": ("molecli.cli.recipe:app", "List, copy and check recipes."),
 }
@@ -91,18 +91,18 @@ def about(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of one command line: 0, 1, 2, 3 or 130, after its message if it has one."""
+    """Runs one command line, prints its error message if there is one, and returns the exit code: 0, 1, 2, 3 or 130."""
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="mole", standalone_mode=False)
         sys.stdout.flush()
-        # Typer turns an interrupt inside a command into code 130 and says nothing.
+        # Typer turns an interrupt inside a command into code 130 without a message.
         return _report("interrupted: what was finished is kept", code) if code == EXIT_INTERRUPTED else code or 0
     except KeyboardInterrupt:
         return _report("interrupted: what was finished is kept", EXIT_INTERRUPTED)
     except UserError as error:
         return _report(str(error), error.exit_code)
     except BrokenPipeError:
-        # The reader of a pipe went away (`mole ... | head`): there is nobody to tell.
+        # The reader of the pipe has closed it (`mole ... | head`): no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
@@ -116,12 +116,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """The entry point of the `mole` program."""
-    warnings.showwarning = _told(warnings.showwarning)
+    warnings.showwarning = _as_messages(warnings.showwarning)
     sys.exit(run())
 
 
-def _told(standard: Callable[..., None]) -> Callable[..., None]:
-    """Shows this package's own warnings as messages, without the line of code that Python puts there."""
+def _as_messages(standard: Callable[..., None]) -> Callable[..., None]:
+    """A showwarning that prints this package's own warnings as messages, without Python's line of code."""
 
     def show(message: Warning | str, category: type[Warning], filename: str, *more: Any, **named: Any) -> None:
         if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1]):
@@ -148,8 +148,8 @@ def _usage_message(error: Any) -> str:
 
 
 def _unexpected_message(error: Exception) -> str:
-    if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # torch's own, which need not be imported
-        return "memory ran out. Lower the batch size, write --dtype bfloat16, or leave the device to this command."
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # by name: torch need not be imported
+        return "memory ran out. Lower the batch size, write --dtype bfloat16, or free the device of other programs."
     first = (str(error).strip() or "no message").splitlines()[0]
     hint = "" if console.current().verbose else " Run again with --verbose for the traceback."
     return f"unexpected {type(error).__name__}: {first.rstrip('.')}.{hint}"

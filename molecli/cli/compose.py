@@ -25,7 +25,7 @@ from molecli.cli.runs import recipe_file, show_plan, started
 from molecli.cli.single import single
 from molecli.config import ComposeRecipe
 
-# What gates learn from on a diffusion base.
+# The loss of the gates on a diffusion base.
 OBJECTIVE = (
     Flag("--denoise", "objective.denoise"),
     Flag("--collage", "objective.collage"),
@@ -49,9 +49,9 @@ FLAGS = (
     Flag("--balance", "train.balance"),
     *IMAGE,
     Flag("--preview", "preview", metavar="MODES", default=SUM),
-    Toggle("--no-preview", "images: draw nothing of the finished composition"),
-    Toggle("--no-evaluate", "compose only; score nothing afterwards"),
-    Flag("--eval-limit", "evaluate.data.limit"),
+    Toggle("--no-preview", "images: do not draw the finished composition"),
+    Toggle("--no-evaluate", "language models: do not score the composition"),
+    Flag("--eval-limit", "evaluate.data.limit", "for the scores"),
     Flag("--allow-partial", "allow_partial"),
     *SEED_AND_DEVICE,
     *OUTPUT,
@@ -62,13 +62,13 @@ FLAGS = (
 
 @recipe_command("compose", target=RECIPE, flags=FLAGS)
 def compose(request: Request) -> None:
-    """Compose trained LoRAs, by learned gates or a fixed mixture.
+    """Compose trained LoRAs with learned gates or a fixed method.
 
-    With neither --base nor --loras the embedded ones are used. Writes composition.safetensors, recipe.yaml,
-    report.json and, where something was trained, train_log.jsonl.
+    Without --base and --loras the built-in ones are used. Writes composition.safetensors, recipe.yaml, report.json and,
+    if something was trained, train_log.jsonl.
 
-    On a diffusion base gates learn from pictures of what each LoRA adds: those that concept.json beside it names, or
-    `concepts:` in the recipe. The finished composition is drawn beside other methods: preview/sheet.png.
+    On a diffusion base, gates learn from pictures of what each LoRA adds. The concept.json next to the LoRA names them,
+    or `concepts:` in the recipe. preview/sheet.png shows pictures by the composition next to those of other methods.
     """
     file = recipe_file(request)
     off = {"no_evaluate": "evaluate=null", "no_preview": "preview=[]"}

@@ -1,4 +1,4 @@
-"""What a command says: progress and notes on stderr, its one result on stdout."""
+"""The output of a command: progress and notes on stderr, the result on stdout."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ SHOW_AFTER_S = 2.0
 
 @dataclass
 class Console:
-    """The three switches every command has, and the two streams behind them."""
+    """Output as the flags --json, --quiet and --verbose ask for it."""
 
     json: bool = False
     quiet: bool = False
     verbose: bool = False
-    # Among several processes only the first speaks.
+    # Of several processes only the first prints.
     silent: bool = field(default_factory=lambda: os.environ.get("RANK", "0") != "0")
     _bars: Progress | None = field(default=None, init=False, repr=False)
     _tasks: dict[str, TaskID] = field(default_factory=dict, init=False, repr=False)
     _started: float = field(default_factory=time.monotonic, init=False, repr=False)
 
     def note(self, text: str) -> None:
-        """One line on stderr, unless --quiet."""
+        """Prints a line on stderr, unless --quiet."""
         if not (self.quiet or self.silent):
             print(text, file=sys.stderr, flush=True)
 
     def detail(self, text: str) -> None:
-        """One line on stderr, with --verbose only."""
+        """Prints a line on stderr with --verbose."""
         if self.verbose and not self.silent:
             print(text, file=sys.stderr, flush=True)
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """Draws or moves the bar called `label`; nothing where stderr is no terminal, or with --quiet."""
+        """Draws or moves the progress bar `label`, unless --quiet or stderr is not a terminal."""
         if self.quiet or self.silent or not sys.stderr.isatty():
             return
-        # A bar that flashes by tells nothing: work shorter than this stays silent.
+        # Shorter work shows no bar: it would only flash by.
         if self._bars is None and time.monotonic() - self._started < SHOW_AFTER_S:
             return
         bars = self._bars or self._start_bars()
@@ -53,7 +53,7 @@ class Console:
         bars.update(self._tasks[label], completed=done, total=total)
 
     def result(self, document: Any, show: Callable[[], None]) -> None:
-        """Prints `document` as the one JSON document with --json, else calls `show`."""
+        """Prints `document` as JSON with --json, else calls `show`."""
         self.close()
         if self.silent:
             return
@@ -64,7 +64,7 @@ class Console:
             show()
 
     def close(self) -> None:
-        """Takes the progress bars off the screen."""
+        """Removes the progress bars from the screen."""
         if self._bars is not None:
             self._bars.stop()
             self._bars, self._tasks = None, {}
@@ -82,14 +82,14 @@ _current = Console()
 
 
 def start(*, json: bool = False, quiet: bool = False, verbose: bool = False) -> Console:
-    """The console of the command that begins now; `current` returns it from here on."""
+    """The console of a new command; from now on `current` returns it."""
     global _current
     _current = Console(json=json, quiet=quiet, verbose=verbose)
-    # The libraries' own loading bars and advice follow this logger (bases.library_logs).
+    # The libraries' loading bars and advice follow this logger (bases.library_logs).
     logging.getLogger("molecli").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries: the failure itself is explained once
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # hides its retries: the failure itself is reported once
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return _current
 

@@ -20,12 +20,12 @@ from molecli.cli.options import (
     Toggle,
     recipe_command,
 )
-from molecli.cli.runs import RECIPE_FILE, base_of_composition, is_recipe, recipe_file, show_plan, started
+from molecli.cli.runs import base_of_composition, is_recipe, recipe_file, show_plan, started
 from molecli.cli.single import single
 from molecli.config import EvaluateRecipe, dump_recipe
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
-from molecli.files.output_folder import check, claim
+from molecli.files.output_folder import RECIPE_FILE, check, claim
 
 FLAGS = (
     *BASE,
@@ -36,7 +36,7 @@ FLAGS = (
     Flag(
         "--files",
         "eval.data.files",
-        f"with commas between; implies --suite {OWN_TEXTS} (images: {OWN_SCENES})",
+        f"separated by commas; implies --suite {OWN_TEXTS} (images: {OWN_SCENES})",
         metavar="FILES",
     ),
     Flag("--tasks", "eval.data.tasks", metavar="TASKS"),
@@ -58,32 +58,32 @@ FLAGS = (
     *MASKS,
     *SEED_AND_DEVICE,
     *OUTPUT,
-    Toggle("--resume", "images: draw and judge only what an earlier run in the output folder left undone"),
-    Toggle("--compare", "score nothing: compare the methods of finished evaluations, their folders named instead"),
+    Toggle("--resume", "images: draw and judge only what is missing in the output folder of an earlier run"),
+    Toggle("--compare", "score nothing; compare the methods in the RESULTS folders of finished evaluations"),
     DRY_RUN,
 )
 COMPARE_FLAGS = ("--tasks", "--metrics", "--bootstrap", "--seed", "--output")
 TARGET = (
     "RECIPE | COMPOSITION | RESULTS",
-    "One recipe (.yaml), or compositions: their folders or .safetensors files. With --compare, folders of results, "
-    "each PATH or NAME=PATH (its last method alone, under that name).",
+    "One recipe (.yaml), or compositions: folders or .safetensors files. With --compare, folders of results: each PATH "
+    "for all its methods, or NAME=PATH for its last method, under that name.",
 )
 
 
 @recipe_command("evaluate", target=TARGET, many=True, flags=FLAGS)
 def evaluate(request: Request) -> None:
-    """Score compositions on a suite of tasks, on one load of the base.
+    """Score compositions on a suite of tasks or scenes.
 
-    Writes results.json and samples_<task>.jsonl. A diffusion base draws each scene of a suite by every method from the
-    same seeds: the pictures go to drawn/, and sheet.png shows some of them.
+    Writes results.json and samples_<task>.jsonl. On a diffusion base, every method draws each scene from the same
+    seeds: the pictures are in drawn/, and sheet.png shows some of them.
 
-    --mask a --mask b,c --mask "" scores every mixture and composition three times, without a, without b and c, and with
-    all LoRAs on; the columns say which. --mask beside --only is every mask with every only.
+    --mask a --mask b,c --mask "" scores every mixture and composition three times: without a, without b and c, and with
+    all LoRAs. The columns are named accordingly. With --mask and --only, each mask is combined with each only.
 
-    --compare reads such results back: a table of every method in them, who wins each task and on average, and whether
-    the difference to each other method can be told from none (paired bootstrap over the same examples). Runs that share
-    a method's name are its repetitions; runs of the same methods on other tasks are one in parts. --tasks, --metrics,
-    --bootstrap and --seed apply; with --output it also writes comparison.json and comparison.md.
+    --compare reads finished results. It prints a table of all their methods, the best method of each task and on
+    average, and whether its lead over each other method is significant (paired bootstrap over the same examples).
+    Results of methods with the same name are repetitions; results of the same methods on other tasks are joined.
+    --tasks, --metrics, --bootstrap and --seed apply. With --output it also writes comparison.json and comparison.md.
     """
     if request.switches["compare"]:
         _compare(request)
@@ -98,10 +98,10 @@ def evaluate(request: Request) -> None:
         show_plan(recipe, request, file=file, domain=domain)
         return
     if request.resume and not domain.command("evaluate").RESUMES:
-        what = "an evaluation of a language model has nothing to go on from"
+        what = "an evaluation of a language model cannot be resumed"
         raise UsageError("--resume", what, "Write --overwrite to repeat it.")
     with started(recipe, request, file=file, domain=domain) as ready:
-        if request.resume:  # it may ask for more pictures than the run that it goes on from
+        if request.resume:  # it may ask for more pictures than the earlier run
             write_text(Path(ready.output) / RECIPE_FILE, dump_recipe(ready))
         report = run_evaluate(ready, domain=domain, progress=console.progress, note=console.note)
     request.console.result(report, report.show)
@@ -140,11 +140,11 @@ def _check_compare_flags(request: Request) -> None:
     for name in given:
         if name not in COMPARE_FLAGS:
             remedy = f"Leave it out: {', '.join(COMPARE_FLAGS)} apply."
-            raise UsageError(name, "it says how to evaluate, and --compare evaluates nothing", remedy)
+            raise UsageError(name, "it has no effect with --compare, which evaluates nothing", remedy)
 
 
 def _file_and_compositions(request: Request) -> tuple[str | None, dict[str, Any]]:
-    """The recipe that was named (or is resumed), or what puts the named compositions into one."""
+    """The named (or resumed) recipe, or else the recipe keys for the named compositions."""
     targets = request.targets
     recipes = [target for target in targets if is_recipe(target)]
     if not targets:
@@ -152,7 +152,9 @@ def _file_and_compositions(request: Request) -> tuple[str | None, dict[str, Any]
     if not recipes:
         return None, {"compositions": list(targets), **base_of_composition(targets[0], request)}
     if len(targets) > 1:
-        raise UsageError(recipes[0], "a recipe stands alone", "Name one recipe, or only compositions.")
+        raise UsageError(
+            recipes[0], "a recipe cannot be combined with other arguments", "Name one recipe, or only compositions."
+        )
     return recipes[0], {}
 
 

@@ -27,9 +27,9 @@ FLAGS = (
     Flag("--rank", "rank", metavar="K|exact", default="exact"),
     Flag("--dtype", "dtype"),
     Flag("--verify", "verify"),
-    Flag("--calibrate", "calibration.examples", "with commas between", metavar="FILES"),
+    Flag("--calibrate", "calibration.examples", "separated by commas", metavar="FILES"),
     Toggle("--prompt", "images: a prompt to draw for calibration; may be repeated", kind=list[str], metavar="TEXT"),
-    Toggle("--prompts-file", "images: such prompts, one a line, or .jsonl; - reads stdin", kind=str, metavar="FILE"),
+    Toggle("--prompts-file", "images: such prompts, one per line, or .jsonl; - reads stdin", kind=str, metavar="FILE"),
     Flag("--data-dir", "calibration.data_dir", metavar="DIR"),
     Flag("--limit", "calibration.limit"),
     Flag("--batch-size", "calibration.batch_size"),
@@ -42,15 +42,15 @@ FLAGS = (
     *OUTPUT,
     DRY_RUN,
 )
-TARGET = ("RECIPE | COMPOSITION", "A recipe (.yaml), or a composition: its folder or .safetensors file.")
+TARGET = ("RECIPE | COMPOSITION", "A recipe (.yaml), or a composition: a folder or a .safetensors file.")
 
 
 @recipe_command("export", target=TARGET, flags=FLAGS)
 def export(request: Request) -> None:
-    """Write a composition as one plain adapter that PEFT, diffusers or A1111/ComfyUI loads.
+    """Write a composition as one plain adapter that PEFT, diffusers or A1111/ComfyUI can load.
 
-    Fixed compositions come out exactly, or at --rank K with the truncation error of every matrix. Gates are averaged
-    over calibration inputs, and what that costs is measured on them. Writes the adapter, recipe.yaml and report.json.
+    Fixed compositions are exported exactly, or truncated to --rank K. Gates are averaged over calibration inputs.
+    Writes the adapter, recipe.yaml and report.json, which has the errors of truncating and of averaging.
     """
     if not request.targets:
         raise UsageError("mole export", "no composition is named", "Name the output folder of mole compose.")

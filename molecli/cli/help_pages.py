@@ -1,4 +1,4 @@
-"""docs/cli.md from the commands' own help: `python -m molecli.cli.help_pages` writes it, `--check` compares it."""
+"""Writes docs/cli.md from the help of the commands: `python -m molecli.cli.help_pages`; `--check` compares it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pages() -> str:
 
 
 def _page(arguments: list[str]) -> str:
-    # The help wraps at the terminal's width; a page must not depend on whose terminal it was made in.
+    # The help wraps at the width of the terminal; the page must not depend on it.
     result = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"}).invoke(
         app, [*arguments, "--help"], prog_name="mole", terminal_width=100
     )
@@ -45,7 +45,7 @@ def _page(arguments: list[str]) -> str:
 
 
 def main() -> int:
-    """0 when the page is written, or with --check when it is up to date."""
+    """0 if the page was written, or with --check if it is up to date; else 1."""
     os.environ["COLUMNS"] = "100"
     text = pages()
     if "--check" not in sys.argv[1:]:

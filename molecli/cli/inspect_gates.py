@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 FLAGS = (
     *BASE,
     *LORAS,
-    Flag("--suite", "data.suite", "without one, the data that the composition was scored on", default=""),
+    Flag("--suite", "data.suite", "by default the data that the composition was scored on", default=""),
     Flag("--data-dir", "data.data_dir", metavar="DIR"),
-    Flag("--files", "data.files", f"with commas between; implies --suite {OWN_TEXTS}", metavar="FILES"),
+    Flag("--files", "data.files", f"separated by commas; implies --suite {OWN_TEXTS}", metavar="FILES"),
     Flag("--tasks", "data.tasks", metavar="TASKS"),
     Flag("--split", "data.split"),
     Flag("--holdout", "data.holdout"),
     Flag("--limit", "data.limit"),
     Toggle(
         "--prompt",
-        "a diffusion base: a prompt to draw; may be repeated; without one, the prompts of the concepts",
+        "images: a prompt to draw; may be repeated; by default the prompts of the concepts",
         kind=list[str],
         metavar="TEXT",
     ),
@@ -35,20 +35,20 @@ FLAGS = (
     Flag("--batch-size", "batch_size"),
     *MASK,
     Toggle("--csv", "print CSV on stdout: task or denoising step, site, expert, weight"),
-    Toggle("--png", "also draw the heatmap of sites by experts or denoising steps into FILE", kind=str, metavar="FILE"),
+    Toggle("--png", "also draw the heatmap of sites by experts or denoising steps to FILE", kind=str, metavar="FILE"),
     *SEED_AND_DEVICE,
     *SAVE,
 )
-TARGET = ("COMPOSITION", "The folder of a composition, or its .safetensors.")
+TARGET = ("COMPOSITION", "A composition: a folder or a .safetensors file.")
 
 
 @recipe_command("inspect-gates", target=TARGET, flags=FLAGS)
 def inspect_gates(request: Request) -> None:
     """Show what the gates of a composition do.
 
-    Prints the mean weight of each expert by site and by task, the gates' entropy and dead experts; on a diffusion base
-    by prompt and by denoising step. With --output also writes gates.json, gates.csv, gates.png (sites by experts, or by
-    denoising steps) and entropy.png (over training).
+    Prints the mean weight of each expert by site and by task (on a diffusion base by prompt and by denoising step), the
+    entropy of the gates, and dead experts: those with less than a tenth of an equal share. With --output also writes
+    gates.json, gates.csv, gates.png (sites by experts or by denoising steps) and entropy.png (entropy in training).
     """
     if not request.targets:
         raise UsageError("mole inspect-gates", "no composition is named", "Name the output folder of mole compose.")
@@ -90,7 +90,7 @@ def _inspect(recipe: InspectGatesRecipe, request: Request, domain: Domain | None
 
 
 def _unless_named(defaults: dict[str, Any], request: Request) -> dict[str, Any]:
-    """The defaults, less the composition's own data where a suite is named."""
+    """The defaults, without the composition's data if a suite is named."""
     own = "data.suite" not in request.overrides
     return {key: value for key, value in defaults.items() if own or not key.startswith("data.")}
 

@@ -1,8 +1,8 @@
-"""Flags made from recipe fields: type, choices, default and help text come from the field, so nothing is said twice.
+"""Makes flags from recipe fields: type, choices, default and help text come from the field.
 
     Flag              one flag and the recipe key it overrides
-    Toggle            one flag that is no recipe key
-    Request           what a command was asked to do
+    Toggle            one flag that is not a recipe key
+    Request           the arguments of a command
     recipe_command    a command function whose signature is built from flags
 
 Shared flags: BASE, LORAS, GATE, TRAIN, DATA, MASK, MASKS, IMAGE, METHOD, SEED_AND_DEVICE, OUTPUT, SAVE.
@@ -31,8 +31,8 @@ from molecli.config.shorthand import as_names
 class Flag:
     """A flag that overrides the recipe key `key`; `note` follows the field's description in the help.
 
-    `default` replaces the default that the help shows, where the program and not the field decides; "" shows none.
-    `many`: given more than once, it is one list of names for each time.
+    `default` replaces the default that the help shows; "" shows none. `many`: the flag may be repeated, and each use is
+    a list of names.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Toggle:
 
 @dataclass(frozen=True)
 class Request:
-    """One command line, read: the positional arguments, the recipe overrides, and how to run."""
+    """A parsed command line: the positional arguments, the recipe overrides, and the other flags."""
 
     model: str
     targets: tuple[str, ...]
@@ -86,7 +86,7 @@ BASE = (
     Flag("--gguf-file", "base.gguf_file", metavar="NAME"),
     Flag("--dtype", "base.dtype"),
 )
-LORAS = (Flag("--loras", "loras", "each PATH, name=PATH or name=PATH@WEIGHT, with commas between", metavar="LORAS"),)
+LORAS = (Flag("--loras", "loras", "each PATH, name=PATH or name=PATH@WEIGHT, separated by commas", metavar="LORAS"),)
 GATE = (
     Flag("--granularity", "gate.granularity"),
     Flag("--gate-input", "gate.input"),
@@ -104,15 +104,15 @@ TRAIN = (
 DATA = (
     Flag("--suite", "data.suite"),
     Flag("--data-dir", "data.data_dir", metavar="DIR"),
-    Flag("--files", "data.files", f"with commas between; implies --suite {OWN_TEXTS}", metavar="FILES"),
+    Flag("--files", "data.files", f"separated by commas; implies --suite {OWN_TEXTS}", metavar="FILES"),
     Flag("--tasks", "data.tasks", metavar="TASKS"),
     Flag("--limit", "data.limit"),
     Flag("--holdout", "data.holdout"),
 )
 MASK = (Flag("--mask", "mask", metavar="NAMES"), Flag("--only", "only", metavar="NAMES"))
 MASKS = (
-    Flag("--mask", "mask", 'given again, one more column of every mixture, "" with all on', metavar="NAMES", many=True),
-    Flag("--only", "only", "may be given again too", metavar="NAMES", many=True),
+    Flag("--mask", "mask", 'repeat it for more columns; "" keeps all on', metavar="NAMES", many=True),
+    Flag("--only", "only", "may be repeated too", metavar="NAMES", many=True),
 )
 IMAGE = (
     Flag("--denoise-steps", "image.steps"),
@@ -133,14 +133,14 @@ METHOD = (
 SEED_AND_DEVICE = (Flag("--seed", "seed"), Flag("--device", "device"))
 OVERWRITE = Toggle("--overwrite", "replace what an earlier run left in the output folder")
 OUTPUT = (Flag("--output", "output", metavar="DIR", default="runs/COMMAND-TIME"), OVERWRITE)
-SAVE = (Flag("--output", "output", "without one nothing is written", metavar="DIR", default=""), OVERWRITE)
+SAVE = (Flag("--output", "output", "by default nothing is written", metavar="DIR", default=""), OVERWRITE)
 RECIPE = ("RECIPE", "A .yaml file, a run's folder or the name of a shipped recipe.")
 RESUME = Toggle("--resume", "continue from the newest checkpoint in the output folder")
-DRY_RUN = Toggle("--dry-run", "show the resolved plan; load no weights, write nothing")
+DRY_RUN = Toggle("--dry-run", "show what would be done; load no weights, write nothing")
 _EVERYWHERE = (
     Toggle("--json", "print one JSON document on stdout and nothing else there"),
     Toggle("--quiet", "no progress and no notes on stderr"),
-    Toggle("--verbose", "notes on every step, and tracebacks, on stderr"),
+    Toggle("--verbose", "more notes, and tracebacks, on stderr"),
 )
 
 
@@ -154,7 +154,7 @@ def recipe_command(
 ) -> Callable[[Callable[[Request], None]], Callable[..., None]]:
     """A decorator: the function of a `Request` becomes a Typer command with these flags.
 
-    `target` is the positional argument's metavar and help; `model` names the recipe when it is not the command's own.
+    `target`: metavar and help of the positional argument; `model`: the recipe, if it is not that of the command.
     """
     recipe_model = RECIPES[model or command]
     everything = (*flags, *_EVERYWHERE)
@@ -196,7 +196,7 @@ def _request(model: str, flags: Sequence[Flag | Toggle], values: dict[str, Any])
 
 
 def _imply_suite(overrides: dict[str, Any]) -> None:
-    """Own files are read by their own suite, unless another suite was named beside them."""
+    """Sets the suite for --files, unless a suite is named too."""
     for key in [key for key in overrides if key.rpartition(".")[2] == "files"]:
         overrides[key] = [part.strip() for part in overrides[key].split(",") if part.strip()]
         overrides.setdefault(key.removesuffix("files") + "suite", OWN_TEXTS)
@@ -209,7 +209,7 @@ def _target_parameter(target: tuple[str, str], many: bool) -> inspect.Parameter:
 
 
 def _parameter(flag: Flag | Toggle, model: type[BaseModel], pictures: Mapping[str, Any]) -> inspect.Parameter:
-    """`pictures`: the defaults that a diffusion base replaces, by section."""
+    """The Typer parameter of a flag; `pictures`: the defaults on a diffusion base, by section."""
     if isinstance(flag, Toggle):
         kind = flag.kind if flag.kind is bool else flag.kind | None
         option = typer.Option(flag.name, help=flag.help, metavar=flag.metavar, show_default=False)
@@ -220,7 +220,7 @@ def _parameter(flag: Flag | Toggle, model: type[BaseModel], pictures: Mapping[st
     if shown is not None and shown is not False and shown not in ("", ()):
         own = pictures.get(flag.key.partition(".")[0]) or {}
         other = own.get(flag.key.partition(".")[2], shown)
-        text += f" [default: {shown}]" if other == shown else f" [default: {shown}; of pictures {other}]"
+        text += f" [default: {shown}]" if other == shown else f" [default: {shown}; images: {other}]"
     kind, choices = (list[str], None) if flag.many else _kind(found.annotation)
     metavar = flag.metavar or choices
     name = f"{flag.name}/--no-{flag.name.lstrip('-')}" if kind is bool and default else flag.name
@@ -233,7 +233,7 @@ def _keyword(name: str, kind: Any, option: Any, default: Any = None) -> inspect.
 
 
 def _field(model: type[BaseModel], key: str) -> tuple[FieldInfo, Any]:
-    """The field of a dotted key, and its default: None where a section on the way is optional and off."""
+    """The field of a dotted key and its default; the default is None if an optional section above it is off."""
     *sections, last = key.split(".")
     known = True
     for part in sections:
@@ -245,13 +245,13 @@ def _field(model: type[BaseModel], key: str) -> tuple[FieldInfo, Any]:
 
 
 def _types(annotation: Any) -> tuple[Any, ...]:
-    """The types in an annotation such as `int | None` or `Annotated[...]`, None left out."""
+    """The types in an annotation such as `int | None` or `Annotated[...]`, without None."""
     inner = tuple(t for t in get_args(annotation) if t is not type(None))
     return inner or (annotation,)
 
 
 def _kind(annotation: Any) -> tuple[Any, str | None]:
-    """The type that Typer parses and the metavar. Only switches are typed: all else the recipe checks and explains."""
+    """The type for Typer and the metavar. Only switches are typed: the recipe checks all other values."""
     inner = _types(annotation)
     if len(inner) == 1 and inner[0] is not annotation and not isinstance(inner[0], str):
         return _kind(inner[0])

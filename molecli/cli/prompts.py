@@ -12,15 +12,15 @@ FIELDS = ("prompt", "input")
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts in `source`, a file or "-" for stdin; empty lines are left out.
+    """The prompts in `source`, a file or "-" for stdin, without empty lines.
 
-    JSONL is known by the file's name, or on stdin by a first line that is a JSON object.
-    Raises: UsageError for a file that cannot be read, or a JSONL line without its field (it says which).
+    JSONL is recognised by the file's name, or on stdin by a JSON object in the first line.
+    Raises: UsageError for a file that cannot be read, and for a JSONL line without prompt, with its number.
     """
     where = "stdin" if source == "-" else source
     lines = [(number, line) for number, line in enumerate(_text(source).splitlines(), start=1) if line.strip()]
     if not lines:
-        raise UsageError(where, "there is no prompt in it", "Write one prompt a line.")
+        raise UsageError(where, "it holds no prompt", "Write one prompt per line.")
     if source.endswith(".jsonl") or (source == "-" and _is_object(lines[0][1])):
         return [_prompt(f"{where}:{number}", line) for number, line in lines]
     return [line for _, line in lines]
@@ -50,5 +50,5 @@ def _prompt(where: str, line: str) -> str:
         raise UsageError(where, "not a JSON object", 'Write {"prompt": "..."} on each line.')
     found = next((row[field] for field in FIELDS if isinstance(row.get(field), str)), None)
     if found is None:
-        raise UsageError(where, "neither 'prompt' nor 'input' holds a text", 'Write {"prompt": "..."} on each line.')
+        raise UsageError(where, "neither 'prompt' nor 'input' is a text", 'Write {"prompt": "..."} on each line.')
     return found

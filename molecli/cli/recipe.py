@@ -39,10 +39,10 @@ def ls(json: Json = False) -> None:
 @app.command("cp")
 def cp(
     recipe: RecipeName,
-    target: Annotated[str, typer.Argument(metavar="FILE", help="File or folder to write; - is stdout.")] = ".",
+    target: Annotated[str, typer.Argument(metavar="FILE", help="File or folder to write; - for stdout.")] = ".",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
 ) -> None:
-    """Copy a recipe, comments and all, to change it."""
+    """Copy a recipe with its comments, to edit it."""
     source = find_recipe(recipe)
     text = source.read_text(encoding="utf-8")
     if target == "-":
@@ -63,7 +63,7 @@ def validate(
 ) -> None:
     """Check a recipe without loading a model.
 
-    Prints it with every value written out.
+    Prints the recipe with all values, defaults included.
     """
     checked = load_recipe(recipe, sets=sets or ())
     console.start(json=json).result(checked.model_dump(mode="json"), lambda: print(dump_recipe(checked), end=""))

@@ -1,4 +1,4 @@
-"""What the commands that write a folder share: which recipe, which folder, the plan, the record."""
+"""Shared by the commands that write a folder: finding the recipe and the folder, the plan, the record."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from molecli.config import (
 )
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
-from molecli.files.output_folder import check, claim, default_folder
+from molecli.files.output_folder import RECIPE_FILE, check, claim, default_folder
 
 if TYPE_CHECKING:
     from molecli.commands.domain import Domain
 
-RECIPE_FILE = "recipe.yaml"
 R = TypeVar(
     "R",
     TrainLoraRecipe,
@@ -42,7 +41,7 @@ R = TypeVar(
 
 
 def recipe_file(request: Request) -> str | None:
-    """The recipe that was named; with --resume and none named, that of the run to resume."""
+    """The recipe that was named; with --resume and without a name, the recipe of the run to resume."""
     if request.targets:
         return request.targets[0]
     output = request.overrides.get("output")
@@ -57,9 +56,9 @@ def is_recipe(target: str) -> bool:
 
 
 def base_of_composition(path: str, request: Request) -> dict[str, Any]:
-    """The base that a composition was made on, as keys of a recipe; nothing where a flag names another.
+    """The base of a composition as keys of a recipe; {} if a flag names another base.
 
-    Flags that say how to load it (--dtype) then change that base, and its domain's defaults hold.
+    Flags such as --dtype then change how this base is loaded, and the defaults for its kind of base apply.
     """
     import yaml
 
@@ -72,7 +71,7 @@ def base_of_composition(path: str, request: Request) -> dict[str, Any]:
 
 
 def show_plan(recipe: Recipe, request: Request, *, file: str | None = None, domain: Domain | None = None) -> None:
-    """Prints what the run on `domain` would do (--dry-run), or fails as the run would."""
+    """Prints what the run would do (--dry-run), or fails as the run would."""
     from molecli.commands.plan import make_plan, plan_lines
 
     folder = output_folder(recipe, request, file)
@@ -83,17 +82,17 @@ def show_plan(recipe: Recipe, request: Request, *, file: str | None = None, doma
 
 @contextmanager
 def started(recipe: R, request: Request, *, file: str | None = None, domain: Domain | None = None) -> Iterator[R]:
-    """The recipe with its output folder made, checked and recorded there; says afterwards where the run is.
+    """The recipe, with its output folder checked and made, and recorded there; prints the folder at the end.
 
-    `domain`: that of the base, where the command knows it already. A run that fails before it wrote anything leaves no
-    folder behind, so that it can be repeated as it was written.
+    `domain`: that of the base, if the command knows it already. A run that fails before it writes anything leaves no
+    folder behind, so that the same command can be repeated.
     """
     folder = output_folder(recipe, request, file)
     ready = recipe.model_copy(update={"output": folder})
     record, existed = Path(folder) / RECIPE_FILE, Path(folder).exists()
     if is_main_process():
         _claim(ready, request, folder, domain)
-        # A run that is resumed has its record; should the recipes differ, the command says so. A study may have grown.
+        # A resumed run has its record, and the command compares the recipes. A study may have been extended.
         if not record.exists() or isinstance(ready, StudyRecipe):
             write_text(record, dump_recipe(ready))
     try:
@@ -104,7 +103,7 @@ def started(recipe: R, request: Request, *, file: str | None = None, domain: Dom
             if not existed:
                 Path(folder).rmdir()
         elif isinstance(error, KeyboardInterrupt) and "resume" in request.switches:
-            request.console.note(f"{folder}: to go on, write the same command with --resume --output {folder}")
+            request.console.note(f"{folder}: to continue, run the same command with --resume --output {folder}")
         raise
     request.console.note(f"Written: {folder}")
 
@@ -113,14 +112,13 @@ def _claim(recipe: Recipe, request: Request, folder: str, domain: Domain | None)
     permissions = _permissions(request)
     replaces = permissions["overwrite"] and not isinstance(recipe, SampleRecipe)
     if (replaces or isinstance(recipe, StudyRecipe)) and Path(folder).is_dir():
-        _check_runs(
-            recipe, domain
-        )  # A recipe that cannot run must not cost the results, or the record, that are there.
+        # Before anything is removed: a recipe that cannot run must not cost the earlier results.
+        _check_runs(recipe, domain)
     claim(folder, **permissions)
 
 
 def _check_runs(recipe: Recipe, domain: Domain | None) -> None:
-    """Nothing. Raises: UserError as the run would, for what can be known before it."""
+    """Checks what can be known before the run. Raises: UserError as the run would."""
     if isinstance(recipe, StudyRecipe):
         from molecli.study.run import jobs_of
 
@@ -132,7 +130,7 @@ def _check_runs(recipe: Recipe, domain: Domain | None) -> None:
 
 
 def _permissions(request: Request) -> dict[str, bool]:
-    """What the flags allow to be done with a folder that is not empty."""
+    """What the flags allow for a folder that is not empty."""
     return {
         "overwrite": bool(request.switches.get("overwrite")),
         "resume": request.resume,
@@ -141,9 +139,9 @@ def _permissions(request: Request) -> dict[str, bool]:
 
 
 def output_folder(recipe: Recipe, request: Request, file: str | None) -> str:
-    """The folder to write: the one given, or a new one under runs/ where none was, or where `file` is a run's record.
+    """The folder to write: the given one, or a new one under runs/ if none is given or `file` is the record of a run.
 
-    A run's own recipe.yaml names the folder that run filled, and repeating the run must not need a second flag.
+    The record names the folder that its run has filled; repeating the run must not need another --output.
     """
     default = type(recipe).model_fields["output"].default
     given = default if recipe.output is None else str(recipe.output)
@@ -152,13 +150,13 @@ def output_folder(recipe: Recipe, request: Request, file: str | None) -> str:
     if "output" in request.overrides or not (given == default or (repeated and not overwrite)):
         return given
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Each process would name its own: the clock may tick between them.
-        raise UsageError("--output", "several processes need one folder to write", "Write --output DIR.")
+        # Each process would choose its own name, which depends on the time.
+        raise UsageError("--output", "several processes need the same output folder", "Write --output DIR.")
     return default_folder(recipe.command)
 
 
 def is_main_process() -> bool:
-    """Whether this process writes, among those that `accelerate launch` started."""
+    """Whether this process is the one of `accelerate launch` that writes files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

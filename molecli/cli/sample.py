@@ -29,7 +29,7 @@ FLAGS = (
     Toggle("--prompt", "a prompt; may be repeated; - reads stdin", kind=list[str], metavar="TEXT"),
     Toggle(
         "--prompts-file",
-        "prompts, one a line, or .jsonl with `prompt` or `input`; - reads stdin",
+        "prompts, one per line, or .jsonl with `prompt` or `input`; - reads stdin",
         kind=str,
         metavar="FILE",
     ),
@@ -55,9 +55,9 @@ TARGET = ("RECIPE | COMPOSITION | -", "A recipe (.yaml), a composition (folder o
 def sample(request: Request) -> None:
     """Complete or draw prompts with a composition, single LoRAs or the bare base.
 
-    Completions go to stdout, one a line in the order of the prompts; with --output also to samples.jsonl there. A
-    diffusion base draws: a PNG per image, samples.jsonl and the contact sheet sheet.png (methods as columns, prompts as
-    rows) go to the output folder, the pictures' paths to stdout.
+    Completions go to stdout, one per line in the order of the prompts; with --output also to samples.jsonl there. On a
+    diffusion base, one PNG per picture, samples.jsonl and the contact sheet sheet.png (methods as columns, prompts as
+    rows) go to the output folder, and the paths of the pictures to stdout.
     """
     target = request.targets[0] if request.targets else None
     file = target if target is not None and is_recipe(target) else None
@@ -84,7 +84,7 @@ def sample(request: Request) -> None:
 
 
 def _show(samples: Samples, request: Request) -> None:
-    """What was made, on stdout; then the error for what could not be."""
+    """Prints the samples; then raises the error for those that failed."""
     if len(samples):
         request.console.result(samples.document(), lambda: print("\n".join(samples.lines())))
     samples.check()
@@ -99,7 +99,7 @@ def _prompts(request: Request, *, from_stdin: bool) -> list[str]:
     if request.switches["prompts_file"]:
         sources.append(request.switches["prompts_file"])
     if sources.count("-") > 1:
-        raise UsageError("-", "stdin is read only once", "Write - in one place.")
+        raise UsageError("-", "stdin can be read only once", "Write - in one place.")
     return [text for text in given if text != "-"] + [prompt for source in sources for prompt in read_prompts(source)]
 
 

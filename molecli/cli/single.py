@@ -1,4 +1,4 @@
-"""One command function as the Typer app that `mole` looks up by name."""
+"""Makes a Typer app of one command function; `mole` finds it by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 
 def single(command: Callable[..., None]) -> typer.Typer:
-    """An app that is just this command."""
+    """An app with only this command."""
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,

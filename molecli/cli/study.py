@@ -22,9 +22,9 @@ from molecli.errors import RunError, UsageError
 FLAGS = (
     *BASE,
     Flag("--data-dir", "data_dir", metavar="DIR"),
-    Flag("--limit", "test.data.limit"),
-    Toggle("--column", "run what this column needs, no more; may be repeated", kind=list[str], metavar="NAME"),
-    Toggle("--jobs", "commands side by side; by default four a GPU, one without any", kind=int, metavar="N"),
+    Flag("--limit", "test.data.limit", "for the scores"),
+    Toggle("--column", "run only what this column needs; may be repeated", kind=list[str], metavar="NAME"),
+    Toggle("--jobs", "commands at once; by default four per GPU, one without a GPU", kind=int, metavar="N"),
     *SEED_AND_DEVICE,
     *OUTPUT,
     RESUME,
@@ -34,16 +34,16 @@ FLAGS = (
 
 @recipe_command("study", target=RECIPE, flags=FLAGS)
 def study(request: Request) -> None:
-    """Compare methods: train LoRAs, compose them by every method, score all side by side.
+    """Compare methods: train LoRAs, compose them with each method, and score them all.
 
-    Each step is a mole command of its own, with its recipe and log in study-steps/ of the output folder; --resume does
-    what is not done yet and what failed. Columns may be run apart, on several machines too: put their study-steps
-    together in one folder, and --resume there reports on all. Writes study.md, study.json, where the number of LoRAs
-    varies study.png, and where gates are looked at entropy.png.
+    Each step is a separate mole command, with its recipe and log in study-steps/ of the output folder. --resume runs
+    missing and failed steps. Columns can be run separately, even on several machines: collect their study-steps in one
+    folder and run --resume there for the whole report. Writes study.md and study.json; also study.png if the number of
+    LoRAs varies, and entropy.png if gates are reported.
     """
     file = recipe_file(request)
     if file is None:
-        raise UsageError("study", "no recipe is named", "Name one; `mole recipe ls` lists those that ship.")
+        raise UsageError("study", "no recipe is named", "Name one; `mole recipe ls` lists the shipped ones.")
     recipe = request.recipe(file)
     assert isinstance(recipe, StudyRecipe)
     from molecli.study.jobs import PHASES, chosen_jobs
@@ -66,8 +66,8 @@ def study(request: Request) -> None:
         report = run_study(ready, at_once=at_once, columns=columns, progress=console.progress, note=console.note)
     request.console.result(report.document(), report.show)
     if report.failed:
-        what = f"{len(report.failed)} commands failed, and what needs them is not in the report"
-        raise RunError(ready.output, what, "Their logs lie in study-steps/; --resume runs them again.")
+        what = f"{len(report.failed)} commands failed, and the report lacks the results that depend on them"
+        raise RunError(ready.output, what, "Read their logs in study-steps/; --resume runs them again.")
 
 
 def _at_once() -> int:

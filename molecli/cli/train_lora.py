@@ -20,10 +20,10 @@ from molecli.cli.single import single
 from molecli.config import PicturesConfig, TrainLoraRecipe
 from molecli.errors import UsageError
 
-# Pictures are an optional section, whose defaults the help would not show otherwise.
+# `pictures` is an optional section, and the help shows no defaults of those by itself.
 _DEFAULTS = {name: field.default for name, field in PicturesConfig.model_fields.items()}
 PICTURES = (
-    Flag("--instance-dir", "pictures.instance_dir", "a diffusion base only, like all that follow to --trigger", "DIR"),
+    Flag("--instance-dir", "pictures.instance_dir", metavar="DIR"),
     Flag("--instance-prompt", "pictures.instance_prompt", metavar="TEXT"),
     Flag("--class-prompt", "pictures.class_prompt", metavar="TEXT"),
     Flag("--class-dir", "pictures.class_dir", metavar="DIR"),
@@ -38,7 +38,7 @@ PICTURES = (
     Flag("--kind", "pictures.kind", default=_DEFAULTS["kind"]),
     Flag("--trigger", "pictures.trigger", metavar="TEXT"),
 )
-# Settings of a LoRA alone.
+# Settings of LoRAs only.
 LORA = (
     Flag("--rank", "adapter.rank"),
     Flag("--alpha", "adapter.alpha"),
@@ -62,11 +62,11 @@ FLAGS = (
 
 @recipe_command("train-lora", target=RECIPE, flags=FLAGS)
 def train_lora(request: Request) -> None:
-    """Train one LoRA on a frozen base: on a suite's tasks, or on a few pictures of one subject.
+    """Train one LoRA on a frozen base: on the tasks of a suite, or on a few pictures of one subject.
 
-    Writes a folder that PEFT loads, or for a diffusion base that diffusers loads, with recipe.yaml, train_log.jsonl and
-    report.json beside the adapter; for pictures also concept.json. With --method svdiff the adapter is
-    svdiff.safetensors, which --loras takes like any LoRA, on the base that it was trained on.
+    Writes a folder that PEFT can load (for a diffusion base, diffusers), with recipe.yaml, train_log.jsonl and
+    report.json next to the adapter; for pictures also concept.json. With --method svdiff the adapter is
+    svdiff.safetensors: --loras accepts it like a LoRA, but only on the base that it was trained on.
     """
     file = recipe_file(request)
     recipe = request.recipe(file)
@@ -87,11 +87,13 @@ def train_lora(request: Request) -> None:
 
 
 def _check_flags(request: Request, recipe: TrainLoraRecipe) -> None:
-    """Nothing, or UsageError where a flag has no use, even with the value it has by default: one for tasks beside
-    pictures, one of a LoRA's without a LoRA."""
+    """Refuses flags without effect, even with their default values: data flags together with pictures, and LoRA flags
+    with another method. Raises: UsageError."""
     lora = next((flag for flag in LORA if flag.key in request.overrides), None)
     if recipe.adapter.method != "lora" and lora is not None:
-        raise UsageError(lora.name, f"a LoRA has it, and the method is {recipe.adapter.method}", "Leave it out.")
+        raise UsageError(
+            lora.name, f"it is a setting of LoRAs, and the method is {recipe.adapter.method}", "Leave it out."
+        )
     named = next((flag for flag in DATA if flag.key in request.overrides), None)
     if recipe.pictures is not None and named is not None:
         what = "a suite's tasks train a language model, and pictures a diffusion pipeline"

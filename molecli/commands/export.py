@@ -26,7 +26,7 @@ from molecli.bases.loading import load_backbone
 from molecli.catalog.methods import BASE, DEFAULT, SUM, get_method
 from molecli.commands.domain import Domain, domain_of
 from molecli.errors import RunError, UsageError
-from molecli.evaluation.export_error import Comparison, Observed
+from molecli.evaluation.export_error import ExportError, Observed
 from molecli.evaluation.verify import Verification, verify
 from molecli.experts import Expert, LowRank
 from molecli.files.atomic import write_bytes, write_text
@@ -250,7 +250,7 @@ def _compared(
     still: _Still,
     written: Factors,
     progress: Progress | None,
-) -> Comparison | None:
+) -> ExportError | None:
     """The export beside the original and the base on the calibration inputs, where there are some."""
     if not needs_inputs(recipe, composition):
         return None
@@ -261,7 +261,7 @@ def _compared(
     own = still.observed or observe(mixture, composition.mode)
     export = sum_of(backbone.model, [Expert("export", written)])
     base, exported = observe(None, BASE), observe(export, "export")
-    return Comparison(composition.mode, task.of, task.unit, base, own, exported, recipe.seed)
+    return ExportError(composition.mode, task.of, task.unit, base, own, exported, recipe.seed)
 
 
 def _write(folder: Path, write: Callable[[Path], Path]) -> list[str]:
@@ -290,7 +290,7 @@ class _Content:
     errors: Mapping[str, float]
     files: list[str]
     of: str
-    comparison: Comparison | None
+    comparison: ExportError | None
     verification: Verification | None
 
     @property

@@ -1,4 +1,4 @@
-"""Recipes: the YAML border. Imports no torch, so that `mole recipe validate` and `--help` answer at once."""
+"""Recipes: reads, checks and writes YAML. Imports no torch, so that `mole recipe validate` and `--help` are fast."""
 
 from __future__ import annotations
 

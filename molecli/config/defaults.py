@@ -1,5 +1,4 @@
-"""Defaults that a diffusion base, or an adapter of another kind, replaces: they lie below a preset and above the
-fields' own.
+"""Defaults that replace those of the fields on a diffusion base, or for an SVDiff adapter. A preset overrides them.
 
 Contents: IMAGE_DEFAULTS, image_defaults, adapter_defaults, image_base, is_pipeline.
 """
@@ -29,22 +28,22 @@ IMAGE_DEFAULTS: dict[str, dict[str, Any]] = {
         "adapter": {"rank": 8, "alpha": 8, "targets": "attention"},
         "train": {"steps": 500, "batch_size": 2, "lr": 1e-4, "schedule": "constant", "warmup_steps": 0},
     },
-    # Each position and each word of the prompt its own LoRAs: docs/images.md has the measurement.
+    # Separate gate weights for each image position and each prompt token: docs/images.md has the measurement.
     "compose": {"gate": {"pool": "token"}, "train": {"batch_size": 8}, "evaluate": None},
 }
 _BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
-    # Of so few pixels a new thing takes more than attention: with the feed-forward layers it is itself beside others.
+    # With so few pixels attention alone is not enough to learn an object that stays recognisable next to others.
     "train-lora": {
         "adapter": {"alpha": 16, "targets": "all-linear"},
         "train": {"batch_size": 8, "lr": 1e-3, "steps": 400},
     },
-    # Meant to fit two minutes on two cores with the preview: about half a CPU second a step.
+    # So many steps take under two minutes on two cores, with the preview: about half a CPU second a step.
     "compose": {"train": {"steps": 150}},
     "evaluate": {"eval": {"data": {"suite": DEFAULT_SCENES}}},
 }
-# Source: Han et al., SVDiff, arXiv 2303.11305: the rate, and that every weight of the UNet moves.
+# Source: Han et al., SVDiff, arXiv 2303.11305: the rate, and training every weight of the UNet.
 _SHIFT_RATE = 1e-3
-# Of the embedded bases, chosen by their training losses: they take few steps, and that rate would not get far in them.
+# For the embedded bases, chosen by training loss: they train for few steps, where the published rate changes little.
 _BUILTIN_SHIFT_RATES = {BUILTIN_BASE: 5e-2, BUILTIN_IMAGE_BASE: 5e-2}
 
 
@@ -70,8 +69,8 @@ def adapter_defaults(tree: Mapping[str, Any], image: str | None) -> dict[str, An
 def image_base(tree: Mapping[str, Any]) -> str | None:
     """The id of the diffusion base that a recipe's tree is for; None where it is for a language model.
 
-    Told by the base's folder, by a section that only images have, or by an embedded LoRA of the embedded image base.
-    Pictures to learn from without a base are for the embedded image base, and so is its suite.
+    Recognised by the base's folder, a section that only images have, or a LoRA of the embedded image base. Without a
+    base, pictures to learn from and the embedded suite of scenes stand for the embedded image base.
     """
     base = tree.get("base")
     named = base.get("id") if isinstance(base, Mapping) else base
@@ -85,7 +84,7 @@ def image_base(tree: Mapping[str, Any]) -> str | None:
 
 
 def _suite(tree: Mapping[str, Any]) -> Any:
-    """The suite that an evaluation's tree names."""
+    """The suite that an evaluation recipe's tree names."""
     scored = tree.get("eval")
     data = scored.get("data") if isinstance(scored, Mapping) else None
     return data.get("suite") if isinstance(data, Mapping) else None
@@ -128,8 +127,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "warmup_steps": 0,
             },
         },
-        # A handful of examples of a task that no LoRA was trained on: what benchmarks/studies/unseen-choice.yaml chose
-        # without a test set, and unseen.yaml found best on BIG-Bench Hard with five examples of each task.
+        # For a handful of examples of a task that no LoRA was trained on. benchmarks/studies/unseen-choice.yaml chose
+        # these values without a test set; unseen.yaml found them best on BIG-Bench Hard with five examples a task.
         "few-shot": {
             "gate": {"granularity": "matrix", "pool": "token"},
             "train": {"steps": 40, "batch_size": 5, "warmup_steps": 5},
@@ -137,7 +136,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# The same for a diffusion base.
+# The presets for a diffusion base.
 IMAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "compose": {
         # Source: Wu et al., ICLR 2024, section 4.1 (image settings): CLIP guidance, 400 iterations, batch 2, α 0.5.

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one sentence: pydantic's first error as a UsageError."""
+"""Explains what is wrong with a recipe: turns pydantic's first error into a UsageError."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from molecli.config.tree import merged
 from molecli.errors import UsageError, near, suggestion
 
-# pydantic's error type -> (what the value should have been, what to write when no default shows it)
+# pydantic's error type -> (what the value should be, the remedy where the field has no default to show)
 _WANTED = {
     "int_parsing": ("a whole number", "Write a whole number."),
     "int_type": ("a whole number", "Write a whole number."),
@@ -32,13 +32,13 @@ _BOUNDS = {
     "less_than_equal": ("at most", "le"),
 }
 
-# (where a layer came from, its tree), the strongest layer first
+# (where a layer comes from, its tree); a layer overrides those after it
 Layers = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def explain(error: ValidationError, model: type[BaseModel], layers: Layers) -> UsageError:
-    """The UsageError that says what the first mistake is and where it was written."""
-    # An unknown key first: a mistyped key often makes a second mistake, the missing right one.
+    """The UsageError for the first mistake, with the place where it was written."""
+    # An unknown key goes first: a mistyped key often causes a second error, that the correct key is missing.
     first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
     loc = tuple(part for part in first["loc"] if _is_written(part))
     kind, value, path = first["type"], first.get("input"), ".".join(str(part) for part in loc)
@@ -60,7 +60,7 @@ def explain(error: ValidationError, model: type[BaseModel], layers: Layers) -> U
         return UsageError(where, f"{path} is {value!r}; it must be {words} {_plain(limit)}", _example(model, loc))
     if kind == "string_too_short":
         return UsageError(where, f"{path} is empty", _example(model, loc))
-    wanted, remedy = _WANTED.get(kind, (f"valid ({first['msg']})", "Mend it."))
+    wanted, remedy = _WANTED.get(kind, (f"valid ({first['msg']})", "Correct it."))
     return UsageError(where, f"{path} is {value!r}, not {wanted}", _example(model, loc, remedy))
 
 
@@ -69,12 +69,12 @@ def _plain(number: Any) -> str:
 
 
 def _is_written(part: int | str) -> bool:
-    # In a union pydantic adds the branch's type to the path: "str", "tuple[str, ...]"; the user wrote none of it.
+    # For a union pydantic adds the type of the branch to the path: "str", "tuple[str, ...]". The user did not write it.
     return isinstance(part, int) or ("[" not in part and part != "str")
 
 
 def _origin(loc: Sequence[int | str], layers: Layers) -> str:
-    """Where the layer came from that gave the value at `loc` its final form."""
+    """The origin of the layer that set the final value at `loc`."""
     weakest_first = [*reversed(layers)]
     trees = [merged(*(tree for _, tree in weakest_first[: i + 1])) for i in range(len(weakest_first))]
     values = [_value(tree, loc) for tree in trees]
@@ -82,13 +82,13 @@ def _origin(loc: Sequence[int | str], layers: Layers) -> str:
 
 
 def _value(tree: Any, loc: Sequence[int | str]) -> list[Any]:
-    """The value at `loc` as a list of one, so that a key that is not there ([]) differs from one that is None."""
+    """The value at `loc` as a list of one element; [] where the key is absent, which differs from a value of None."""
     for part in loc:
         try:
             tree = tree[part]
         except (KeyError, IndexError, TypeError):
             return []
-    return [repr(tree)]  # as text: two NaNs are the same mistake
+    return [repr(tree)]  # as text, so that two NaNs compare equal
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
@@ -144,7 +144,7 @@ def _nearest_choice(value: Any, choices: Sequence[str]) -> str:
     return f"Did you mean {nearest!r}?" if nearest else "Write one of them."
 
 
-def _example(model: type[BaseModel], loc: Sequence[int | str], otherwise: str = "Mend it.") -> str:
+def _example(model: type[BaseModel], loc: Sequence[int | str], otherwise: str = "Correct it.") -> str:
     field = _parent(model, loc).model_fields.get(str(loc[-1])) if loc else None
     default = field.default if field is not None else None
     if not isinstance(default, (bool, int, float, str)):

@@ -1,4 +1,4 @@
-"""The sections of a recipe that only a diffusion base reads. A field holds its default and its help text.
+"""The sections of a recipe that only apply to a diffusion base. A field holds its default and its help text.
 
 Contents: ImageConfig, ConceptConfig, PicturesConfig, ObjectiveConfig.
 """
@@ -30,15 +30,15 @@ SCHEDULER_NAMES = (
 
 
 def known_scheduler(name: str) -> str:
-    """`name`, if it is a scheduler. Raises: an error that names the nearest."""
+    """`name`, if it is a scheduler. Raises: an error that suggests the nearest name."""
     if name not in SCHEDULER_NAMES:
         remedy = suggestion(name, SCHEDULER_NAMES)
-        raise PydanticCustomError("unknown_name", "is no scheduler", {"remedy": remedy})
+        raise PydanticCustomError("unknown_name", "is not a scheduler", {"remedy": remedy})
     return name
 
 
 def multiple_of_8(pixels: int) -> int:
-    """`pixels`, if every pipeline takes it as a side. Raises: an error that names the nearest that it takes."""
+    """`pixels`, if it is a valid side of a picture. Raises: an error that names the nearest valid sizes."""
     if pixels % 8:
         below = pixels // 8 * 8
         remedy = f"Write {below} or {below + 8}."
@@ -53,99 +53,99 @@ Side = Annotated[int, AfterValidator(multiple_of_8)]
 class ImageConfig(Section):
     """How pictures are denoised."""
 
-    steps: int = Field(default=25, ge=1, description="denoising steps")
+    steps: int = Field(default=25, ge=1, description="images: denoising steps")
     guidance: float | None = Field(
         default=None,
         ge=0.0,
         allow_inf_nan=False,
-        description=f"classifier-free guidance scale; by default {DEFAULT_GUIDANCE:g}, of the embedded base "
+        description=f"images: classifier-free guidance scale; by default {DEFAULT_GUIDANCE:g}, for the built-in base "
         f"{BUILTIN_IMAGE_GUIDANCE:g}",
     )
     scheduler: Scheduler | None = Field(
-        default=None, description="ddim, dpmsolver++, euler, ...; the base's own when not given"
+        default=None, description="images: ddim, dpmsolver++, euler, ...; by default the base's own"
     )
-    negative_prompt: str = Field(default="", description="what the unconditional half is given instead of nothing")
-    width: Side | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
-    height: Side | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
+    negative_prompt: str = Field(default="", description="images: what the pictures should not show")
+    width: Side | None = Field(default=None, ge=8, description="images: width in pixels; by default the base's own")
+    height: Side | None = Field(default=None, ge=8, description="images: height in pixels; by default the base's own")
     branches_at_once: int | None = Field(
-        default=None, ge=1, description="composite and its kin: LoRAs in one UNet call; fewer need less memory"
+        default=None, ge=1, description="composite, w_composite, loratorio: LoRAs per UNet call; fewer need less memory"
     )
     replay: bool = Field(
-        default=True, description="on CUDA, record a UNet call and replay it; without, less memory and more time"
+        default=True, description="on CUDA, record a UNet call and replay it: faster, but needs more memory"
     )
 
 
 class ConceptConfig(Section):
-    """What a LoRA adds: its pictures, the prompt they are drawn by, and the words that call it."""
+    """What a LoRA adds: its training pictures, their prompt, and its trigger words."""
 
-    pictures: str | None = Field(default=None, description="folder of the pictures it was trained on")
-    prompt: str = Field(min_length=1, description="the prompt of its pictures, such as 'a photo of sks dog'")
-    trigger: str | None = Field(default=None, description="the words that call it, such as 'sks dog'")
+    pictures: str | None = Field(default=None, description="folder of the pictures that the LoRA was trained on")
+    prompt: str = Field(min_length=1, description="prompt of these pictures, such as 'a photo of sks dog'")
+    trigger: str | None = Field(default=None, description="the LoRA's trigger words, such as 'sks dog'")
     kind: ElementKind = Field(default="object", description="object, character, clothing, style or background")
 
 
 class PicturesConfig(Section):
-    """The pictures that `train-lora` learns one subject or style from."""
+    """The pictures from which `train-lora` learns one subject or style."""
 
-    instance_dir: str = Field(min_length=1, description="folder of pictures of the subject")
+    instance_dir: str = Field(min_length=1, description="images: folder of pictures of the subject")
     instance_prompt: str | None = Field(
         default=None,
         min_length=1,
-        description="prompt with a rare token; not needed for pictures that prompts.json in the folder names",
+        description="images: prompt with a rare token; not needed for pictures that the folder's prompts.json names",
     )
     class_dir: str | None = Field(
         default=None,
-        description="folder of pictures of the class, filled up with drawn ones; class_pictures in the output folder "
-        "when not given",
+        description="images: folder of class pictures; missing ones are drawn; by default in the output folder",
     )
-    class_prompt: str | None = Field(default=None, description="prompt of the class: turns prior preservation on")
-    class_pictures: int = Field(default=50, ge=1, description="pictures of the class to have")
-    prior_weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False, description="weight of the class's loss")
-    resolution: Side | None = Field(default=None, ge=8, description="pixels; the base's own when not given")
-    crop: Literal["center", "random"] = Field(default="center", description="what is kept of a picture not square")
-    flip: bool = Field(default=False, description="mirror pictures at random")
+    class_prompt: str | None = Field(default=None, description="images: class prompt; enables prior preservation")
+    class_pictures: int = Field(default=50, ge=1, description="images: number of pictures of the class")
+    prior_weight: float = Field(
+        default=1.0, ge=0.0, allow_inf_nan=False, description="images: weight of the prior preservation loss"
+    )
+    resolution: Side | None = Field(default=None, ge=8, description="images: size in pixels; by default the base's own")
+    crop: Literal["center", "random"] = Field(default="center", description="images: crop of non-square pictures")
+    flip: bool = Field(default=False, description="images: mirror pictures at random")
     prompt_dropout: float = Field(
         default=0.0,
         ge=0.0,
         lt=1.0,
-        description="share of the pictures learned without their prompt, which guidance is measured from",
+        description="images: fraction of the training pictures with an empty prompt, for classifier-free guidance",
     )
-    text_encoder: bool = Field(default=False, description="adapt the text encoder(s) too")
-    gradient_checkpointing: bool = Field(default=False, description="less memory for a slower step")
-    kind: ElementKind = Field(default="object", description="what the LoRA adds, for the methods that ask")
-    trigger: str | None = Field(default=None, description="the words that call it; by default the prompt's own")
+    text_encoder: bool = Field(default=False, description="images: adapt the text encoder(s) too")
+    gradient_checkpointing: bool = Field(default=False, description="images: save memory at the cost of slower steps")
+    kind: ElementKind = Field(default="object", description="images: what the LoRA adds; some methods use it")
+    trigger: str | None = Field(default=None, description="images: trigger words; by default taken from the prompt")
 
 
 class ObjectiveConfig(Section):
-    """What the gates of a diffusion model learn from; several terms are added with their weights."""
+    """The loss of the gates of a diffusion model: a weighted sum of terms."""
 
     denoise: float = Field(
-        default=1.0, ge=0.0, allow_inf_nan=False, description="weight of the diffusion loss on the concepts' pictures"
+        default=1.0, ge=0.0, allow_inf_nan=False, description="images: weight of the diffusion loss on concept pictures"
     )
     collage: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="share of those pictures that several concepts' pictures are put together in, under a prompt that "
-        "names them all",
+        description="images: fraction of the training pictures that are collages of several concepts",
     )
     clip: float = Field(
         default=0.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="weight of the CLIP loss on pictures drawn of prompts that name several concepts",
+        description="images: weight of the CLIP loss on pictures drawn from prompts that name several concepts",
     )
     clip_local: float = Field(
         default=0.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="weight of the local CLIP loss: each concept of the prompt in some crop of the picture",
+        description="images: weight of the local CLIP loss: each concept of the prompt must appear in some crop",
     )
     clip_steps: int = Field(
-        default=4, ge=1, description="denoising steps from noise to such a picture; one of them, at random, teaches"
+        default=4, ge=1, description="denoising steps to draw such a picture; the gradient is taken at a random one"
     )
     prompts: tuple[str, ...] = Field(
-        default=(), description="prompts of the CLIP losses; when not given, every two and three concepts joined"
+        default=(), description="prompts of the CLIP losses; by default every two and three concepts joined"
     )
-    guide: ClipConfig = Field(default_factory=ClipConfig, description="the CLIP that guides")
-    gradient_checkpointing: bool = Field(default=False, description="less memory for a slower step")
+    guide: ClipConfig = Field(default_factory=ClipConfig, description="the CLIP model of the CLIP losses")
+    gradient_checkpointing: bool = Field(default=False, description="images: save memory at the cost of slower steps")

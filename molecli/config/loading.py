@@ -1,4 +1,4 @@
-"""Recipes in and out of YAML: defaults < the domain's and the adapter's < preset < file < flags < --set.
+"""Loads and writes recipes. Each overrides the one before: defaults, domain and adapter, preset, file, flags, --set.
 
 Contents: load_recipe, dump_recipe, find_recipe.
 """
@@ -35,10 +35,10 @@ def load_recipe(
     overrides: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
 ) -> Recipe:
-    """The recipe of `command`, checked and complete: the file's values under `overrides` (flags) under `sets`.
+    """The checked, complete recipe of `command`: the file's values, then `overrides` (flags), then `sets` over them.
 
-    `overrides` nest or use dotted keys; None means "flag not given". Without `command` the file's own is taken.
-    Raises: UsageError that names the file and the key, and the nearest known key to an unknown one.
+    `overrides` may nest or use dotted keys; None means that the flag was not given. `command` defaults to the file's.
+    Raises: UsageError that names the file and the key, and for an unknown key the nearest known one.
     """
     file = find_recipe(path) if path is not None else None
     tree = read_yaml(file) if file is not None else {}
@@ -60,7 +60,7 @@ def load_recipe(
 
 
 def _preset(command: str, name: Any, presets: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The values of the preset; none where none is named. Raises: UsageError for one of another kind of base."""
+    """The values of the preset, {} without one. Raises: UsageError for a preset of the other kind of base."""
     there = presets.get(command, {})
     if there and name in get_args(Preset) and name not in there:
         remedy = f"Leave it out, or write {' or '.join(there)}."
@@ -69,9 +69,9 @@ def _preset(command: str, name: Any, presets: Mapping[str, Mapping[str, dict[str
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every value written out; `load_recipe` of it gives the same recipe.
+    """The recipe as YAML with every value; `load_recipe` of it gives the same recipe.
 
-    Of a study only what was written: the defaults are those of its commands, whose own recipes hold every value.
+    A study keeps only the values that were written: the recipes of its commands hold the rest.
     """
     written = recipe.model_dump(mode="json", exclude_unset=isinstance(recipe, StudyRecipe))
     return yaml.safe_dump({"command": recipe.command, **written}, sort_keys=False, allow_unicode=True, width=120)
@@ -80,7 +80,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def find_recipe(path: str | Path) -> Path:
     """The file that `path` names: a file, a run's folder (its recipe.yaml) or the name of a shipped recipe.
 
-    Raises: UsageError when there is none.
+    Raises: UsageError if there is no such recipe.
     """
     file = Path(path)
     if file.is_dir():
@@ -95,7 +95,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def _meant(name: str, shipped: Collection[str]) -> str:
-    """The remedy for a wrong name: the recipes whose names begin so, where there are several, else the nearest."""
+    """The remedy for a wrong name: the recipes that begin with it, if there are several, else the nearest one."""
     begin = [one for one in shipped if name and one.startswith(name)]
     return f"Write one of: {', '.join(begin)}." if len(begin) > 1 else suggestion(name, begin or shipped)
 

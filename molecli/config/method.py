@@ -1,4 +1,4 @@
-"""The section of a recipe with what composition methods other than the gates are told.
+"""The section of a recipe with the settings of all composition methods but the gates.
 
 Contents: MethodConfig, share_of.
 """
@@ -24,7 +24,7 @@ def share_of(text: str) -> tuple[float, float]:
     low, high = (float(part) / 100 for part in found.groups()) if found else (0.0, 0.0)
     if not low < high <= 1:
         remedy = "Write two percentages, such as 0-20 or 80-100."
-        raise PydanticCustomError("unknown_name", "is no part of the depth", {"remedy": remedy})
+        raise PydanticCustomError("unknown_name", "is not a part of the depth", {"remedy": remedy})
     return low, high
 
 
@@ -33,64 +33,58 @@ def _checked_share(text: str) -> str:
     return text
 
 
-NAMED = 6  # so many methods are named before an option's help, at most
+NAMED = 6  # an option that more methods read is not prefixed with their names
 
 
 class _Settings(Section):
-    """Settings of the methods: each reads those that its row of `catalog.methods` names; others are refused.
+    """Settings of the methods. A method reads those that its row in `catalog.methods` names; others are refused.
 
-    The help says before each description which methods read it.
+    In the help, each description begins with the methods that read the setting.
     """
 
     scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="factor on every LoRA's weight")
     layers: Annotated[str, AfterValidator(_checked_share)] | None = Field(
         default=None,
-        description="only the LoRAs' part in this share of the depth acts, in percent, such as 0-20; all of it when "
-        "not given",
+        description="the part of the depth in which the LoRAs act, in percent, such as 0-20; by default all of it",
     )
-    tau: int = Field(
-        default=5, ge=1, description="denoising steps of a LoRA's turn, of the longest turn where they differ"
-    )
+    tau: int = Field(default=5, ge=1, description="denoising steps of a LoRA's turn; in w_switch, of the longest turn")
     order: Annotated[tuple[str, ...], BeforeValidator(as_names)] = Field(
-        default=(), description="LoRAs in turn; their own order when not given"
+        default=(), description="order of the LoRAs' turns; by default the order of the LoRAs"
     )
-    base_share: float = Field(default=0.5, ge=0.0, le=1.0, description="the base's share of the free half")
+    base_share: float = Field(default=0.5, ge=0.0, le=1.0, description="the base's share in the unconditional output")
     rank: int | None = Field(
         default=None,
         ge=1,
-        description="rank of the result; by default so large that nothing is lost, or the LoRAs' largest where the "
-        "method always cuts",
+        description="rank of the result; by default nothing is truncated; in svd, the largest rank of the LoRAs",
     )
     density: float | None = Field(
         default=None,
         gt=0.0,
         le=1.0,
-        description="share of an update's entries that stay; by default 0.2, or 0.5 where they are dropped at random",
+        description="fraction of an update's entries to keep; by default 0.2, and 0.5 in dare and dare_ties",
     )
-    seed: int = Field(
-        default=0, ge=0, description="of what is drawn: the entries dropped, or the start of the power iterations"
-    )
+    seed: int = Field(default=0, ge=0, description="seed of the dropped entries, or of arrow's power iterations")
     expression: str | None = Field(
-        default=None, description="sums and differences of LoRAs, such as 'a + b - c' or '0.5 * a + 0.5 * b'"
+        default=None, description="sum or difference of LoRAs, such as 'a + b - c' or '0.5 * a + 0.5 * b'"
     )
-    evaluations: int = Field(default=40, ge=1, description="weights that the search tries")
-    examples: int = Field(default=64, ge=1, description="training examples that they are scored by, at most")
-    bound: float = Field(default=1.5, gt=0.0, allow_inf_nan=False, description="largest weight, either sign")
-    l1: float = Field(default=0.05, ge=0.0, allow_inf_nan=False, description="regulariser on mean |weight|")
+    evaluations: int = Field(default=40, ge=1, description="number of weight vectors that the search tries")
+    examples: int = Field(default=64, ge=1, description="maximum number of training examples that score them")
+    bound: float = Field(default=1.5, gt=0.0, allow_inf_nan=False, description="largest absolute weight")
+    l1: float = Field(default=0.05, ge=0.0, allow_inf_nan=False, description="weight of the penalty on mean |weight|")
     top_k: int | None = Field(
-        default=None, ge=1, description="LoRAs that a token goes to; the method's own number when not given"
+        default=None, ge=1, description="number of LoRAs for each token; by default all, and 3 in arrow"
     )
-    temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="of the softmax over the LoRAs")
-    xlora_depth: int = Field(default=1, ge=1, description="layers of the classifier")
+    temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="temperature of the softmax")
+    xlora_depth: int = Field(default=1, ge=1, description="number of layers of the classifier")
     xlora_size: int = Field(default=2048, ge=1, description="width of the classifier's hidden layers")
-    layerwise_scalings: bool = Field(default=False, description="every matrix has weights of its own, not one for all")
+    layerwise_scalings: bool = Field(default=False, description="separate weights for every matrix")
     on: Literal["factors", "updates"] = Field(
-        default="factors", description="whether A and B are added apart, as published, or the updates"
+        default="factors", description="add A and B separately, as published, or add the updates"
     )
 
 
 def _whose(option: str) -> str:
-    """What the help of an option says first: who reads it, where these are few."""
+    """The prefix of an option's help: the methods that read it, if they are few."""
     if option in EVERYWHERE:
         return "any mode: "
     if option in FAMILIES["merges"].options and option not in FAMILIES["outputs"].options:
@@ -100,7 +94,7 @@ def _whose(option: str) -> str:
 
 
 def _brought(option: Option) -> Any:
-    """pydantic's (type, field) of a key that a row brings along."""
+    """pydantic's (type, field) of a key that a row adds."""
     kind = option.kind or (type(option.default) if option.default is not None else Any)
     return kind, Field(default=option.default, description=option.help, **option.bounds)
 

@@ -1,4 +1,4 @@
-"""One recipe model per command: what its YAML may hold.
+"""One recipe model per command: the keys of its YAML.
 
 Contents: TrainLoraRecipe, ComposeRecipe, SampleRecipe, EvaluateRecipe, InspectGatesRecipe, ExportRecipe.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Mode = str
     FixedMode = str
 else:
-    # A choice of the catalogue's names, what installed packages add included.
+    # The names in the catalogue, including those that installed packages add.
     Mode = Literal[(*names(METHODS.values()),)]
     FixedMode = Literal[(BASE, ALONE, *(name for name in FIXED if name != ALONE))]
 Modes = Annotated[tuple[FixedMode, ...], BeforeValidator(as_names)]
@@ -51,7 +51,7 @@ Choices = Annotated[tuple[str, ...] | tuple[tuple[str, ...], ...], BeforeValidat
 def _listed(
     *, trained: bool | None = None, steps: bool = False, family: str | None = None, but: str | None = None
 ) -> str:
-    """The methods of a kind, as help names them: those on denoising steps (images) with `steps`, the others without."""
+    """The methods of a kind, for help texts: with `steps` those on denoising steps (images), otherwise the others."""
     rows = (row for row in METHODS.values() if (row.family == "outputs") == steps and row.name != but)
     rows = (row for row in rows if trained in (None, row.trained) and family in (None, row.family))
     return ", ".join(row.name + _called(row.name) for row in rows)
@@ -62,11 +62,13 @@ def _called(name: str) -> str:
     return f" (also called {', '.join(other)})" if other else ""
 
 
-_SEED = "every random choice follows from it"
-_DEVICE = "where the model runs"
-_METHOD = "what the fixed methods are told"
-_MASK = "experts switched off, by name"
-_ONLY = "experts kept, by name; the others are switched off"
+_SEED = "seed of all random choices"
+_DEVICE = "device that the model runs on"
+_METHOD = "settings of the methods"
+_MASK = "names of the LoRAs to switch off"
+_IMAGE = "images: settings of the denoising"
+_CONCEPTS = "images: what each LoRA adds; by default read from the concept.json next to the LoRA"
+_ONLY = "names of the LoRAs to keep; all others are switched off"
 
 
 class TrainLoraRecipe(Section):
@@ -74,49 +76,44 @@ class TrainLoraRecipe(Section):
 
     command: Literal["train-lora"] = "train-lora"
     base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="the adapter's kind and shape")
-    data: DataConfig = Field(default_factory=DataConfig, description="examples to train on")
-    pictures: PicturesConfig | None = Field(default=None, description="a diffusion base: the pictures to learn from")
-    train: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="the training run")
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="type and size of the adapter")
+    data: DataConfig = Field(default_factory=DataConfig, description="language models: examples to train on")
+    pictures: PicturesConfig | None = Field(default=None, description="images: the pictures to train on")
+    train: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="training of the adapter")
     output: str = Field(default="runs/train-lora", min_length=1, description="folder to write")
     seed: int = Field(default=0, ge=0, description=_SEED)
     device: Device = Field(default="auto", description=_DEVICE)
 
 
 class ComposeRecipe(Section):
-    """`mole compose`: trained LoRAs into one composition."""
+    """`mole compose`: combines trained LoRAs into one composition."""
 
     command: Literal["compose"] = "compose"
-    preset: Preset | None = Field(default=None, description="a named set of values below the explicit ones")
+    preset: Preset | None = Field(default=None, description="named set of values; explicit ones override it")
     base: BaseConfig = Field(default_factory=BaseConfig, description="the frozen base")
-    loras: Loras = Field(default=(), description="the experts, in order; the built-in ones when the base is built in")
+    loras: Loras = Field(default=(), description="the LoRAs, in order; by default, on a built-in base, its own LoRAs")
     mode: Mode = Field(
         default=DEFAULT,
-        description=f"learned: {_listed(trained=True)}; fixed: {_listed(trained=False)}; for images also "
+        description=f"learned: {_listed(trained=True)}; fixed: {_listed(trained=False)}; images: also "
         f"{_listed(trained=False, steps=True)}",
     )
     method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
-    gate: GateConfig = Field(default_factory=GateConfig, description=f"the gates of mode {_listed(family='gates')}")
-    data: DataConfig = Field(default_factory=DataConfig, description="examples the gates learn from")
-    concepts: dict[str, ConceptConfig] = Field(
-        default_factory=dict,
-        description="a diffusion base: what each LoRA adds; read beside the LoRA if not given",
-    )
-    objective: ObjectiveConfig = Field(
-        default_factory=ObjectiveConfig, description="a diffusion base: what the gates learn from"
-    )
-    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
-    train: TrainConfig = Field(default_factory=TrainConfig, description="the training run of the gates")
+    gate: GateConfig = Field(default_factory=GateConfig, description=f"gates of the modes {_listed(family='gates')}")
+    data: DataConfig = Field(default_factory=DataConfig, description="language models: examples to learn from")
+    concepts: dict[str, ConceptConfig] = Field(default_factory=dict, description=_CONCEPTS)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="images: the loss of the gates")
+    image: ImageConfig = Field(default_factory=ImageConfig, description=_IMAGE)
+    train: TrainConfig = Field(default_factory=TrainConfig, description="training of the gates")
     preview: Modes = Field(
         default=(SUM,),
-        description="images: methods drawn beside the finished composition, each concept and all together, on the "
-        "sheet in preview/; [] draws nothing",
+        description="images: modes to draw next to the finished composition in preview/sheet.png, each concept alone "
+        "and all together; [] draws nothing",
     )
     evaluate: EvalConfig | None = Field(
-        default_factory=EvalConfig, description="scoring after composing: the test split of `data`; null for none"
+        default_factory=EvalConfig, description="language models: scoring on the test split of `data`; null: none"
     )
-    allow_partial: bool = Field(default=False, description="accept a LoRA some of whose keys match nothing in the base")
-    only: Names = Field(default=(), description=f"mode {ALONE}: the one LoRA")
+    allow_partial: bool = Field(default=False, description="accept LoRAs with keys that match nothing in the base")
+    only: Names = Field(default=(), description=f"mode {ALONE}: name of the LoRA")
     output: str = Field(default="runs/compose", min_length=1, description="folder to write")
     seed: int = Field(default=0, ge=0, description=_SEED)
     device: Device = Field(default="auto", description=_DEVICE)
@@ -140,33 +137,31 @@ class ComposeRecipe(Section):
 
 
 class SampleRecipe(Section):
-    """`mole sample`: completions of prompts."""
+    """`mole sample`: completes or draws prompts."""
 
     command: Literal["sample"] = "sample"
-    composition: str | None = Field(default=None, description="composition folder or .safetensors")
-    base: BaseConfig | None = Field(default=None, description="the base; the composition's own when not given")
-    loras: Loras = Field(default=(), description="the experts; the composition's own when not given")
+    composition: str | None = Field(default=None, description="composition: a folder or a .safetensors file")
+    base: BaseConfig | None = Field(default=None, description="the base; by default that of the composition")
+    loras: Loras = Field(default=(), description="the LoRAs; by default those of the composition")
     modes: Modes = Field(
-        default=(), description="images: static modes drawn beside the composition, one column each of the sheet"
+        default=(), description="images: fixed modes to draw next to the composition, each a column of the sheet"
     )
-    prompts: tuple[str, ...] = Field(default=(), description="prompts; without any, lines of stdin")
-    images: int = Field(default=1, ge=1, description="pictures per prompt, of seeds counted up from --seed")
-    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
+    prompts: tuple[str, ...] = Field(default=(), description="prompts; by default the lines of stdin")
+    images: int = Field(default=1, ge=1, description="images: pictures per prompt; seeds count up from --seed")
+    image: ImageConfig = Field(default_factory=ImageConfig, description=_IMAGE)
     method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
-    concepts: dict[str, ConceptConfig] = Field(
-        default_factory=dict, description="triggers of the LoRAs, for the methods that ask; read from beside them"
-    )
-    max_new_tokens: int = Field(default=64, ge=1, description="longest completion")
-    temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="nucleus sampling")
+    concepts: dict[str, ConceptConfig] = Field(default_factory=dict, description=_CONCEPTS)
+    max_new_tokens: int = Field(default=64, ge=1, description="language models: completion length in tokens")
+    temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="language models: 0 is greedy")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="language models: p of nucleus sampling")
     mask: Names = Field(default=(), description=_MASK)
     only: Names = Field(default=(), description=_ONLY)
     output: str | None = Field(
-        default=None, description="folder to write; without one, text goes to stdout and pictures to runs/sample-TIME"
+        default=None, description="folder to write; by default text goes to stdout and pictures to runs/sample-TIME"
     )
     seed: int = Field(default=0, ge=0, description=_SEED)
     device: Device = Field(default="auto", description=_DEVICE)
-    batch_size: int = Field(default=16, ge=1, description="prompts at once")
+    batch_size: int = Field(default=16, ge=1, description="prompts in one batch")
 
     @model_validator(mode="after")
     def _check(self) -> SampleRecipe:
@@ -175,25 +170,22 @@ class SampleRecipe(Section):
 
 
 class EvaluateRecipe(Section):
-    """`mole evaluate`: one or many compositions on one load of the base."""
+    """`mole evaluate`: scores one or more compositions; the base is loaded once."""
 
     command: Literal["evaluate"] = "evaluate"
-    compositions: tuple[str, ...] = Field(default=(), description="composition folders or .safetensors")
-    base: BaseConfig | None = Field(default=None, description="the base; the compositions' own when not given")
-    loras: Loras = Field(default=(), description="the experts; the compositions' own when not given")
+    compositions: tuple[str, ...] = Field(default=(), description="compositions: folders or .safetensors files")
+    base: BaseConfig | None = Field(default=None, description="the base; by default that of the compositions")
+    loras: Loras = Field(default=(), description="the LoRAs; by default those of the compositions")
     modes: Modes = Field(
         default=(),
-        description=f"fixed modes scored beside the compositions: {BASE}, {ALONE} (each LoRA alone), "
-        f"{_listed(trained=False, but=ALONE)}; for images also {_listed(trained=False, steps=True)}",
+        description=f"fixed modes to score next to the compositions: {BASE}, {ALONE} (each LoRA alone), "
+        f"{_listed(trained=False, but=ALONE)}; images: also {_listed(trained=False, steps=True)}",
     )
-    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
+    image: ImageConfig = Field(default_factory=ImageConfig, description=_IMAGE)
     method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
-    concepts: dict[str, ConceptConfig] = Field(
-        default_factory=dict,
-        description="a diffusion base: what each LoRA adds; read beside the LoRA if not given",
-    )
-    judge: JudgeConfig | None = Field(default=None, description="a vision-language judge of pairs of pictures")
-    eval: EvalConfig = Field(default_factory=EvalConfig, description="how completions are scored")
+    concepts: dict[str, ConceptConfig] = Field(default_factory=dict, description=_CONCEPTS)
+    judge: JudgeConfig | None = Field(default=None, description="images: a vision-language judge of pairs of pictures")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="data and metrics")
     mask: Choices = Field(default=(), description=_MASK)
     only: Choices = Field(default=(), description=_ONLY)
     output: str = Field(default="runs/evaluate", min_length=1, description="folder to write")
@@ -202,7 +194,7 @@ class EvaluateRecipe(Section):
 
     @property
     def switched(self) -> tuple[Switched, ...]:
-        """Which LoRAs are on: one choice, or several, each a column of every mixture."""
+        """The choices of LoRAs that are on; each of several choices is a column of every mixture."""
         return choices(self.mask, self.only)
 
     @model_validator(mode="after")
@@ -212,25 +204,25 @@ class EvaluateRecipe(Section):
 
 
 class InspectDataConfig(EvalDataConfig):
-    """Examples to look at the gates on."""
+    """The examples on which the gates are inspected."""
 
-    limit: int | None = Field(default=64, ge=1, description="at most so many examples per task")
+    limit: int | None = Field(default=64, ge=1, description="maximum number of examples per task")
 
 
 class InspectGatesRecipe(Section):
-    """`mole inspect-gates`: what the gates of one composition do."""
+    """`mole inspect-gates`: shows what the gates of one composition do."""
 
     command: Literal["inspect-gates"] = "inspect-gates"
-    composition: str | None = Field(default=None, description="composition folder or .safetensors")
-    base: BaseConfig | None = Field(default=None, description="the base; the composition's own when not given")
-    loras: Loras = Field(default=(), description="the experts; the composition's own when not given")
-    data: InspectDataConfig = Field(default_factory=InspectDataConfig, description="examples to look at the gates on")
+    composition: str | None = Field(default=None, description="composition: a folder or a .safetensors file")
+    base: BaseConfig | None = Field(default=None, description="the base; by default that of the composition")
+    loras: Loras = Field(default=(), description="the LoRAs; by default those of the composition")
+    data: InspectDataConfig = Field(default_factory=InspectDataConfig, description="language models: the examples")
     prompts: tuple[str, ...] = Field(
-        default=(), description="a diffusion base: what to draw; the concepts' prompts when not given"
+        default=(), description="images: prompts to draw; by default the prompts of the concepts"
     )
-    images: int = Field(default=1, ge=1, description="images: pictures per prompt, each of its own seed")
-    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
-    batch_size: int = Field(default=32, ge=1, description="examples, or pictures, at once")
+    images: int = Field(default=1, ge=1, description="images: pictures per prompt, each with its own seed")
+    image: ImageConfig = Field(default_factory=ImageConfig, description=_IMAGE)
+    batch_size: int = Field(default=32, ge=1, description="examples or pictures in one batch")
     mask: Names = Field(default=(), description=_MASK)
     only: Names = Field(default=(), description=_ONLY)
     output: str = Field(default="runs/inspect-gates", min_length=1, description="folder to write")
@@ -244,29 +236,28 @@ class InspectGatesRecipe(Section):
 
 
 class ExportRecipe(Section):
-    """`mole export`: a composition as one adapter for other programs."""
+    """`mole export`: writes a composition as one adapter for other programs."""
 
     command: Literal["export"] = "export"
-    composition: str | None = Field(default=None, description="composition folder or .safetensors")
-    base: BaseConfig | None = Field(default=None, description="the base; the composition's own when not given")
-    loras: Loras = Field(default=(), description="the experts; the composition's own when not given")
+    composition: str | None = Field(default=None, description="composition: a folder or a .safetensors file")
+    base: BaseConfig | None = Field(default=None, description="the base; by default that of the composition")
+    loras: Loras = Field(default=(), description="the LoRAs; by default those of the composition")
     format: Literal["auto", "peft", "diffusers", "kohya"] = Field(
         default="auto",
-        description="peft, diffusers, kohya (A1111, ComfyUI); auto: peft for a language model, diffusers for images",
+        description="format of the adapter; kohya is for A1111 and ComfyUI; auto: peft, and diffusers for images",
     )
     rank: Annotated[int | None, BeforeValidator(lambda value: None if value == "exact" else value)] = Field(
-        default=None, ge=1, description="largest rank of a matrix; exact (null) keeps the composition's own"
+        default=None, ge=1, description="maximum rank at each matrix; exact (null) truncates nothing"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="type of the file's numbers"
+        default="float32", description="number type of the adapter's weights"
     )
     calibration: CalibrationConfig = Field(
-        default_factory=CalibrationConfig, description="what gates are averaged over, and the export is measured on"
+        default_factory=CalibrationConfig, description="inputs to average gates over and to compare the export on"
     )
-    image: ImageConfig = Field(default_factory=ImageConfig, description="a diffusion base: how pictures are denoised")
+    image: ImageConfig = Field(default_factory=ImageConfig, description=_IMAGE)
     concepts: dict[str, ConceptConfig] = Field(
-        default_factory=dict,
-        description="a diffusion base: what each LoRA adds; as the composition knows it if not given",
+        default_factory=dict, description="images: what each LoRA adds; by default as stored in the composition"
     )
     verify: bool = Field(default=False, description="load the export with its own library and compare, in float32")
     mask: Names = Field(default=(), description=_MASK)
@@ -288,7 +279,7 @@ def _check_loras(loras: tuple[LoraConfig, ...]) -> None:
 
 
 def _with_loras(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The tree with the built-in LoRAs named, where the base is built in and no LoRA is."""
+    """The tree with the built-in LoRAs added, if the base is built in and no LoRA is named."""
     base = tree.get("base")
     base_id = base.get("id", BUILTIN_PREFIX) if isinstance(base, Mapping) else getattr(base, "id", base)
     if tree.get("loras") or not str(base_id or BUILTIN_PREFIX).startswith(BUILTIN_PREFIX):
@@ -298,7 +289,7 @@ def _with_loras(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_rate(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The tree with the learning rate of its mode, where that has one of its own and the tree names none."""
+    """The tree with the learning rate of its mode, if the mode has its own and the tree names none."""
     row, train = METHODS.get(tree.get("mode", DEFAULT)), tree.get("train", {})
     if row is None or row.lr is None or not isinstance(train, Mapping) or "lr" in train:
         return tree
@@ -306,7 +297,7 @@ def _with_rate(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_evaluation(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The tree with the data to score written out: the test split of the data to learn from."""
+    """The tree with the data to score added: by default the test split of the training data."""
     data, evaluation = tree.get("data", {}), tree.get("evaluate", {})
     if isinstance(data, DataConfig):
         data = data.model_dump()
@@ -316,7 +307,7 @@ def _with_evaluation(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(scored, Mapping) or "suite" in scored:
         return tree
     if OWN_TEXTS in str(data.get("suite")).split("+") and "files" not in scored:
-        # One's own file has no test split to take: scoring what was trained on would flatter.
+        # A user's file has no test split, and scores on the training examples would be too high.
         if "evaluate" not in tree:
             return {**tree, "evaluate": None}
         what = f"suite {OWN_TEXTS} has no test split, and no file to score is named"

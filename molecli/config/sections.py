@@ -1,4 +1,4 @@
-"""The sections of a recipe. A field holds its default and its help text; nothing else repeats them.
+"""The sections of a recipe. The default and the help text of a key are in its field and nowhere else.
 
 Contents: BaseConfig, LoraConfig, DataConfig, SceneConfig, GateConfig, TrainConfig, LoraTrainConfig, AdapterConfig,
 ClipConfig, EvalConfig, CalibrationConfig.
@@ -13,8 +13,9 @@ from pydantic_core import PydanticCustomError
 
 from molecli.catalog.builtin import BUILTIN_BASE
 from molecli.catalog.methods import METHODS
+from molecli.catalog.metrics import METRICS
 from molecli.catalog.suites import DEFAULT as DEFAULT_SUITE
-from molecli.catalog.suites import OWN_TEXTS, SUITES, takers
+from molecli.catalog.suites import OWN_TEXTS, SUITES, suite_names, takers
 from molecli.config.shorthand import as_base, as_names, as_paths
 from molecli.errors import UsageError, suggestion
 
@@ -23,7 +24,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def known_suite(name: str) -> str:
-    """`name`, if every part of it between `+` is a suite. Raises: an error that names the nearest."""
+    """`name`, if every part of it between `+` is a suite. Raises: an error that suggests the nearest name."""
     for part in name.split("+"):
         if part not in SUITES:
             remedy = suggestion(part, SUITES)
@@ -45,13 +46,13 @@ class Section(BaseModel):
 class BaseConfig(Section):
     """The frozen base model. In YAML a plain string is its `id`."""
 
-    id: str = Field(default=BUILTIN_BASE, min_length=1, description="builtin:NAME, a folder or a hub id")
-    gguf_file: str | None = Field(default=None, description="name of a GGUF file inside that folder or repository")
+    id: str = Field(default=BUILTIN_BASE, min_length=1, description="base model: builtin:NAME, a folder or a hub id")
+    gguf_file: str | None = Field(default=None, description="language models: a GGUF file in that folder or repository")
     dtype: Dtype = Field(
-        default="auto", description="type of the base's weights; auto: bfloat16 on a GPU that has it, else float32"
+        default="auto", description="type of the base's weights; auto: bfloat16 on GPUs that support it, else float32"
     )
     chat_template: bool = Field(
-        default=True, description="format prompts with the tokenizer's chat template, if it has one"
+        default=True, description="language models: format prompts with the tokenizer's chat template, if it has one"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
 
@@ -64,38 +65,41 @@ class BaseConfig(Section):
 class LoraConfig(Section):
     """One trained LoRA. In YAML also "name=PATH@WEIGHT"."""
 
-    name: str = Field(min_length=1, description="name in tables, --mask and --only")
+    name: str = Field(min_length=1, description="name of the LoRA in tables, --mask and --only")
     source: str = Field(min_length=1, description="built-in name, folder, .safetensors file or hub id")
-    weight: float = Field(default=1.0, allow_inf_nan=False, description="its coefficient in the static modes")
+    weight: float = Field(default=1.0, allow_inf_nan=False, description="coefficient of the LoRA in the fixed modes")
 
 
 class DataConfig(Section):
-    """Where examples come from."""
+    """The source of the examples."""
 
     suite: SuiteName = Field(
-        default=DEFAULT_SUITE, description=f"task suite, several joined by +, or {OWN_TEXTS} for your own files"
+        default=DEFAULT_SUITE,
+        description=f"task suite, or several joined by +: {', '.join(suite_names('texts'))} ({OWN_TEXTS} for your own "
+        f"files); images: {', '.join(suite_names('scenes'))}",
     )
-    data_dir: str | None = Field(default=None, description="folder that holds the suite's files; without it, the hub")
+    data_dir: str | None = Field(default=None, description="folder of the suite's files; by default from the hub")
     files: Annotated[dict[str, str] | None, BeforeValidator(as_paths)] = Field(
-        default=None, description="jsonl: task -> file, or a list of files (the stem names the task)"
+        default=None,
+        description="your own JSONL files, one per task, named by the file's stem; in YAML also task: file",
     )
-    tasks: Names | None = Field(default=None, description="tasks of the suite; all when not given")
-    limit: int | None = Field(default=None, ge=1, description="at most so many examples per task")
+    tasks: Names | None = Field(default=None, description="tasks of the suite; by default all")
+    limit: int | None = Field(default=None, ge=1, description="maximum number of examples per task")
     split: Literal["train", "test"] = Field(default="train", description="split to read")
-    holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="fraction of the split kept out of training")
+    holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="fraction of the split to keep out of training")
     part: str | None = Field(
         default=None,
         pattern=r"^[1-9][0-9]*/[1-9][0-9]*$",
-        description="only a part of what is left, as 2/4: the second of four that share no example",
+        description="use only one part: 2/4 is the second of four parts that share no examples",
     )
 
 
 class SceneConfig(Section):
-    """LoRAs to compose in one picture. In a recipe also a plain list of names."""
+    """LoRAs to compose in one picture. In YAML also a plain list of names."""
 
-    loras: Names = Field(min_length=1, description="the LoRAs, by name")
-    prompt: str | None = Field(default=None, min_length=1, description="what to draw; the suite's own when not given")
-    task: str | None = Field(default=None, min_length=1, description="row of the results; the LoRAs' names by default")
+    loras: Names = Field(min_length=1, description="names of the LoRAs")
+    prompt: str | None = Field(default=None, min_length=1, description="prompt of the picture; by default the suite's")
+    task: str | None = Field(default=None, min_length=1, description="row of the results; by default the LoRAs' names")
 
     @model_validator(mode="before")
     @classmethod
@@ -104,14 +108,14 @@ class SceneConfig(Section):
 
 
 class EvalDataConfig(DataConfig):
-    """Where examples to score come from: the test split."""
+    """The source of the examples to score: the test split by default."""
 
     split: Literal["train", "test"] = Field(default="test", description="split to read")
     holdout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="score only this fraction, the part that training with it left out"
+        default=0.0, ge=0.0, lt=1.0, description="use only the fraction that training with this value kept out"
     )
     scenes: tuple[SceneConfig, ...] = Field(
-        default=(), description=f"{takers('scenes', 'scenes')}: compositions to draw"
+        default=(), description=f"suite {takers('scenes', 'scenes')}: scenes to draw"
     )
 
 
@@ -119,77 +123,83 @@ class GateConfig(Section):
     """The gates of the modes that learn them."""
 
     granularity: Literal["network", "block", "layer", "matrix"] = Field(
-        default="layer", description="matrices that share a gate"
+        default="layer", description="matrices that share a gate; a layer is a block's attention or feed-forward layer"
     )
     input: Literal["experts", "hidden", "none"] = Field(
         default="hidden",
-        description="what a gate sees: the experts' outputs, the site's input, or nothing (static weights)",
+        description="input of the gates: the experts' outputs, the site's hidden states, or none (static weights)",
     )
     pool: Literal["auto", "mean", "running", "prompt", "token"] = Field(
-        default="auto", description="reduction over positions; auto chooses by the kind of model"
+        default="auto",
+        description="positions that a gate averages its input over; token: weights per token; auto: by kind of base",
     )
-    head: Literal["full", "per_expert", "low_rank"] = Field(default="full", description="shape of the gate's weight")
+    head: Literal["full", "per_expert", "low_rank"] = Field(default="full", description="form of the gate's weight")
     head_rank: int = Field(default=8, ge=1, description="rank of the low_rank head")
     init_std: float = Field(
         default=0.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="spread of a fresh gate's weights, drawn by the seed; 0 starts all experts alike",
+        description="std of the initial gate weights; 0: all experts start equal",
     )
-    normalize: Literal["standardize", "unit", "none"] = Field(default="standardize", description="of the gate's input")
+    normalize: Literal["standardize", "unit", "none"] = Field(
+        default="standardize", description="normalisation of the gate's input"
+    )
     temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="(initial) softmax temperature")
-    learn_temperature: bool = Field(default=True, description="learn the temperature, one per gate")
-    top_k: int | None = Field(default=None, ge=1, description="keep the k largest gates and rescale them")
+    learn_temperature: bool = Field(default=True, description="learn one temperature per gate")
+    top_k: int | None = Field(default=None, ge=1, description="keep the k largest gate weights, rescaled to sum to 1")
     absent: Literal["zero", "renormalize"] = Field(
-        default="zero", description="an expert without the matrix contributes zero, or its gate is shared out"
+        default="zero", description="share of an expert without the matrix: lost (zero) or given to the others"
     )
 
 
 def _own_rates() -> str:
-    """What the help says of the methods that have a rate of their own."""
-    return "".join(f"; mode {name}: {row.lr:g} when not given" for name, row in METHODS.items() if row.lr is not None)
+    """The part of the help that lists the methods with their own learning rate."""
+    return "".join(f"; by default {row.lr:g} in mode {name}" for name, row in METHODS.items() if row.lr is not None)
 
 
 class TrainConfig(Section):
-    """One training run of the gates."""
+    """Training of the gates."""
 
     steps: int = Field(default=300, ge=1, description="optimiser steps")
-    batch_size: int = Field(default=16, ge=1, description="examples per step, over all processes")
-    micro_batch_size: int | None = Field(default=None, ge=1, description="examples at once; fewer need less memory")
+    batch_size: int = Field(default=16, ge=1, description="examples per step, of all processes together")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="examples per pass, by default the whole batch; fewer need less memory"
+    )
     lr: float = Field(default=2e-2, gt=0.0, allow_inf_nan=False, description=f"peak learning rate{_own_rates()}")
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="of the learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="schedule of the learning rate"
+    )
     warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="AdamW's")
+    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False, description="weight decay of AdamW")
     grad_clip: float = Field(
-        default=1.0, ge=0.0, allow_inf_nan=False, description="largest gradient norm; 0 clips nothing"
+        default=1.0, ge=0.0, allow_inf_nan=False, description="maximum gradient norm; 0: no clipping"
     )
     balance: float = Field(default=0.01, ge=0.0, allow_inf_nan=False, description="weight of the balance loss (Eq. 14)")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
-    log_every: int = Field(default=10, ge=1, description="steps between readings of the losses")
+    log_every: int = Field(default=10, ge=1, description="steps between entries of the training log")
 
 
 class LoraTrainConfig(TrainConfig):
-    """One training run of a LoRA: there are no gates to balance."""
+    """Training of a LoRA: it has no gates to balance."""
 
     lr: float = Field(default=1e-3, gt=0.0, allow_inf_nan=False, description="peak learning rate")
-    balance: float = Field(default=0.0, ge=0.0, le=0.0, description="only gates are balanced: 0")
+    balance: float = Field(default=0.0, ge=0.0, le=0.0, description="always 0: only gates have a balance loss")
 
 
 class AdapterConfig(Section):
-    """What `train-lora` trains: a LoRA, or shifts of the singular values."""
+    """The adapter that `train-lora` trains: a LoRA, or shifts of the singular values."""
 
     method: Literal["lora", "svdiff"] = Field(
-        default="lora",
-        description="a LoRA, or shifts of the base's singular values (SVDiff), which have neither rank nor alpha",
+        default="lora", description="type of adapter; svdiff shifts the base's singular values (no rank, no alpha)"
     )
-    rank: int = Field(default=8, ge=1, description="rank r")
+    rank: int = Field(default=8, ge=1, description="rank r of the LoRA")
     alpha: float = Field(default=16, gt=0.0, allow_inf_nan=False, description="alpha; the update is scaled by alpha/r")
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="dropout on the LoRA's input")
     targets: str | tuple[str, ...] = Field(
         default="all-linear",
-        description="all-linear, a list of module names, or a regex; of a diffusion base also attention, conv",
+        description="modules: all-linear, a list of names, or a regex; images: also attention, conv",
     )
-    rslora: bool = Field(default=False, description="scale by alpha/sqrt(r) (rsLoRA)")
+    rslora: bool = Field(default=False, description="scale the update by alpha/sqrt(r) instead (rsLoRA)")
 
     @model_validator(mode="after")
     def _check(self) -> AdapterConfig:
@@ -201,48 +211,54 @@ class AdapterConfig(Section):
 
 
 class ClipConfig(Section):
-    """The CLIP that scores or guides; its weights through open_clip."""
+    """The CLIP model, loaded with open_clip."""
 
     model: str | None = Field(
-        default=None, description="open_clip name, builtin:NAME, hf-hub:ID or a folder; the default fits the base"
+        default=None,
+        description="images: open_clip name, builtin:NAME, hf-hub:ID or a folder; the default fits the base",
     )
-    pretrained: str | None = Field(default=None, description="open_clip tag or a local file")
+    pretrained: str | None = Field(default=None, description="images: CLIP weights: an open_clip tag or a local file")
+
+
+def _metrics(takes: str) -> str:
+    """The metrics of completions or of pictures, as help lists them."""
+    return ", ".join(name for name, row in METRICS.items() if row.takes == takes)
 
 
 class EvalConfig(Section):
-    """How completions are scored."""
+    """The data and metrics of a scoring."""
 
-    data: EvalDataConfig = Field(default_factory=EvalDataConfig, description="examples, or scenes, to score")
-    metrics: Names | None = Field(default=None, description="metrics; the suite's own when not given")
-    batch_size: int = Field(default=32, ge=1, description="prompts, or pictures, at once")
+    data: EvalDataConfig = Field(default_factory=EvalDataConfig, description="the examples or scenes to score")
+    metrics: Names | None = Field(
+        default=None,
+        description=f"metrics, by default the suite's: {_metrics('texts')}; images: {_metrics('pictures')}",
+    )
+    batch_size: int = Field(default=32, ge=1, description="prompts or pictures in one batch")
     max_new_tokens: int | None = Field(
-        default=None, ge=1, description="longest completion; the suite's own when not given"
+        default=None, ge=1, description="language models: completion length in tokens; by default the suite's"
     )
-    baselines: bool = Field(
-        default=True, description="score the base, each LoRA alone and the static mixtures beside it"
-    )
-    images: int = Field(default=4, ge=1, description="images: pictures per scene or prompt, each of its own seed")
-    clip: ClipConfig = Field(default_factory=ClipConfig, description="images: the CLIP of the alignment metrics")
-    bootstrap: int = Field(default=1000, ge=0, description="resamples of the paired bootstrap; 0 for no intervals")
+    baselines: bool = Field(default=True, description="also score the base, each LoRA alone and the fixed mixtures")
+    images: int = Field(default=4, ge=1, description="images: pictures per scene, each with its own seed")
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="images: the CLIP model of the alignment metrics")
+    bootstrap: int = Field(default=1000, ge=0, description="resamples of the paired bootstrap; 0: no intervals")
 
 
 def as_files(value: Any) -> Any:
-    """`a.jsonl,b.jsonl` or a list as {stem: file}."""
+    """`a.jsonl,b.jsonl` or a list of files as {stem: file}."""
     return as_paths(as_names(value))
 
 
 class CalibrationConfig(Section):
-    """The inputs that the gates of a composition are averaged over, and that its export is compared to it on."""
+    """The inputs over which gates are averaged, and on which the export is compared with the composition."""
 
     examples: Annotated[dict[str, str] | None, BeforeValidator(as_files)] = Field(
-        default=None,
-        description="JSONL files of inputs and targets; what the composition was trained on when not given",
+        default=None, description="language models: JSONL files of inputs and targets; by default the training data"
     )
     data_dir: str | None = Field(
-        default=None, description="folder of the suite that it was trained on; the composition's own when not given"
+        default=None, description="language models: folder of the training suite's files; by default as in training"
     )
     prompts: tuple[str, ...] = Field(
-        default=(), description="images: prompts to draw; the pictures of the LoRAs' concepts when not given"
+        default=(), description="images: prompts to draw; by default the pictures of the LoRAs' concepts are used"
     )
-    limit: int = Field(default=64, ge=1, description="at most so many examples of a task, or pictures of a concept")
-    batch_size: int = Field(default=16, ge=1, description="examples, or pictures, at once")
+    limit: int = Field(default=64, ge=1, description="maximum number of examples of a task or pictures of a concept")
+    batch_size: int = Field(default=16, ge=1, description="examples or pictures in one batch")

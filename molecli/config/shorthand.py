@@ -1,6 +1,6 @@
-"""The short forms a recipe may use, spelled out: a base as one string, LoRAs as text, names with commas.
+"""Expands the short forms of a recipe: a base as one string, LoRAs as text, names with commas.
 
-A value of a wrong type is returned as it is: the model's own check then says what is wrong with it.
+A value of a wrong type is returned unchanged; validation then explains what is wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def as_names(value: Any) -> Any:
 
 
 def as_choices(value: Any) -> Any:
-    """`a,b` and [a, b] as names; with a list among the items each is one choice of names: [[a], "b,c", []]."""
+    """`a,b` and [a, b] as names. If an item is a list, each item is one choice of names: [[a], "b,c", []]."""
     names = as_names(value)
     if not isinstance(names, (list, tuple)) or not any(isinstance(item, (list, tuple)) for item in names):
         return names
@@ -43,7 +43,7 @@ def as_choices(value: Any) -> Any:
 
 
 def as_paths(value: Any) -> Any:
-    """A file or a list of files as {stem: file}; a mapping stays. Two equal stems stay a list, and are refused."""
+    """A file or a list of files as {stem: file}; a mapping stays. A list with equal stems stays too, and is refused."""
     files = [value] if isinstance(value, str) else value
     if not isinstance(files, (list, tuple)) or not all(isinstance(file, str) for file in files):
         return value
@@ -54,7 +54,7 @@ def as_paths(value: Any) -> Any:
 def expanded(tree: Mapping[str, Any], *, changes: bool = False) -> dict[str, Any]:
     """A recipe's tree with its base and LoRAs spelled out, so that two trees merge key by key.
 
-    With `changes` (`--set`) a mapping of LoRAs stays one: it changes the LoRAs of the layer below by name.
+    With `changes` (`--set`) a mapping of LoRAs stays a mapping: it changes the LoRAs of the lower layer by name.
     """
     result = dict(tree)
     if "base" in result:
@@ -84,20 +84,20 @@ def _spelled(text: str) -> dict[str, Any]:
 
 
 class Switched(NamedTuple):
-    """The LoRAs in `mask` are off, and with `only` all that it does not name."""
+    """Which LoRAs are off: those in `mask`, and, if `only` names any, all that are not in it."""
 
     mask: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """What stands behind a method's name: " only a without b"; "" where every LoRA is on."""
+        """The suffix of a method's name, such as " only a without b"; "" if every LoRA is on."""
         kept = f" only {', '.join(self.only)}" if self.only else ""
         return kept + (f" without {', '.join(self.mask)}" if self.mask else "")
 
 
 def choices(mask: Sequence[Any], only: Sequence[Any]) -> tuple[Switched, ...]:
-    """Every mask with every only, each pair once; either is one list of names or a list of such lists."""
+    """Each `mask` with each `only`, without repeats; either is one list of names or a list of such lists."""
     pairs = (Switched(tuple(off), tuple(kept)) for off in _each(mask) for kept in _each(only))
     return tuple(dict.fromkeys(pairs))
 

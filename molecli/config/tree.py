@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from molecli.catalog.methods import DEFAULT
 from molecli.errors import UsageError
 
 Tree = dict[str, Any]
@@ -16,8 +17,8 @@ Tree = dict[str, Any]
 def merged(*layers: Mapping[str, Any]) -> Tree:
     """One tree of several, a later layer over an earlier one.
 
-    Mappings merge key by key; a mapping over a list of named entries changes the entries of those names; all else
-    is replaced.
+    Mappings merge key by key. A mapping over a list of named entries changes the entries with those names. Anything
+    else is replaced.
     """
     result: Tree = {}
     for layer in layers:
@@ -32,7 +33,7 @@ def merged(*layers: Mapping[str, Any]) -> Tree:
 
 
 def _changed(entries: list[Any], changes: Mapping[str, Any]) -> list[Any]:
-    """The entries with those named in `changes` changed, and the new names appended: `--set loras.a.weight=0.5`."""
+    """The entries with `changes` applied by name, new names at the end: `--set loras.a.weight=0.5`."""
     result = list(entries)
     names = [entry.get("name") if isinstance(entry, Mapping) else None for entry in entries]
     for name, change in changes.items():
@@ -45,7 +46,7 @@ def _changed(entries: list[Any], changes: Mapping[str, Any]) -> list[Any]:
 
 
 def from_overrides(overrides: Mapping[str, Any]) -> Tree:
-    """A tree of flags: dotted keys are unfolded, flags that were not given (None) are left out."""
+    """The tree of the flags: dotted keys are nested, flags that were not given (None) are left out."""
     tree: Tree = {}
     for key, value in overrides.items():
         if isinstance(value, Mapping):
@@ -58,7 +59,7 @@ def from_overrides(overrides: Mapping[str, Any]) -> Tree:
 
 
 def from_sets(sets: Iterable[str]) -> Tree:
-    """A tree of `a.b=value` texts, each value read as YAML. Raises: UsageError for one without a key and a value."""
+    """The tree of `a.b=value` texts; values are read as YAML. Raises: UsageError for a text without key or value."""
     tree: Tree = {}
     for text in sets:
         key, equals, value = text.partition("=")
@@ -76,7 +77,7 @@ def from_sets(sets: Iterable[str]) -> Tree:
 
 
 def read_yaml(path: Path) -> Tree:
-    """The mapping in a YAML file; an empty file is an empty one. Raises: UsageError naming the line."""
+    """The mapping in a YAML file, {} for an empty file. Raises: UsageError that names the line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -89,11 +90,13 @@ def read_yaml(path: Path) -> Tree:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "not readable"
-        raise UsageError(f"{path}{line}", f"invalid YAML ({problem})", "Mend that line.") from None
+        raise UsageError(f"{path}{line}", f"invalid YAML ({problem})", "Correct that line.") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise UsageError(str(path), "a recipe is a mapping of keys to values", "Write lines such as `mode: gated`.")
+        raise UsageError(
+            str(path), "a recipe is a mapping of keys to values", f"Write lines such as `mode: {DEFAULT}`."
+        )
     return tree
 
 
@@ -104,7 +107,7 @@ def _nested(path: list[str], value: Any) -> Tree:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here the second is an error."""
+    """Refuses a key that is written twice; PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

@@ -1,10 +1,10 @@
-"""What was written in a recipe and would be ignored: refused, by name.
+"""Refuses settings of a recipe that would be ignored.
 
 check_fields     fields of the recipe that only the other kind of base reads
-check_unused     fields that something else of the recipe makes useless
+check_unused     fields that have no effect because of another setting
 check_options    keys of `method.*` that no mode in use reads
-check_keys       the same, of keys alone
-composing        the modes among some columns that read `method`
+check_keys       the same for a list of keys
+composing        the modes that read `method`
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from molecli.errors import UsageError
 from molecli.files.base_source import check_found
 
 _ONLY = {
-    "pictures": "only a diffusion pipeline reads it, and the base is a language model",
-    "texts": "only a language model reads it, and the base is a diffusion pipeline",
+    "pictures": "it is only for diffusion pipelines, and the base is a language model",
+    "texts": "it is only for language models, and the base is a diffusion pipeline",
 }
 
 
 def check_fields(recipe: Recipe, fields: Sequence[str], kind: Kind) -> None:
-    """Nothing, where `fields`, which only bases of that kind read, are at their defaults. Raises: UsageError."""
+    """Checks that `fields`, which only bases of that kind read, have their defaults. Raises: UsageError."""
     written = _changed(recipe, fields)
     base = getattr(recipe, "base", None)
     if written and kind == "pictures" and base is not None:
-        check_found(base)  # a base that cannot be had looks like no pipeline
+        check_found(base)  # a base that cannot be found looks like a language model
     check_unused(recipe, fields, _ONLY[kind])
 
 
 def check_unused(recipe: Recipe, fields: Sequence[str], why: str) -> None:
-    """Nothing, where `fields` are at their defaults. Raises: UsageError that says why one would be ignored."""
+    """Checks that `fields` have their defaults. Raises: UsageError that says why another value would be ignored."""
     for name in _changed(recipe, fields):
         raise UsageError(name, why, "Leave it out.")
 
 
 def check_options(method: MethodConfig, modes: Sequence[str]) -> None:
-    """Nothing, where each setting of `method` that was written is read by one of `modes` at least. Raises: UsageError.
+    """Checks that each setting written in `method` is read by at least one of `modes`. Raises: UsageError.
 
-    A default never counts, not even a written one: a run's record writes all values out, and none of these is lost.
+    A written default is allowed: the recorded recipe of a run holds all values.
     """
     changed = {key for key, field in MethodConfig.model_fields.items() if getattr(method, key) != field.default}
     check_keys((key for key in MethodConfig.model_fields if key in changed & method.model_fields_set), modes)
 
 
 def check_keys(keys: Iterable[str], modes: Sequence[str], where: str = "method") -> None:
-    """Nothing, where each of `keys` of the section `where` is read by one of `modes` at least. Raises: UsageError."""
+    """Checks that each of `keys` in the section `where` is read by at least one of `modes`. Raises: UsageError."""
     read = tuple(dict.fromkeys(key for mode in modes for key in get_method(mode).reads))
     for key in keys:
         if key not in read:
@@ -56,10 +56,7 @@ def check_keys(keys: Iterable[str], modes: Sequence[str], where: str = "method")
 
 
 def composing(modes: Iterable[str]) -> list[str]:
-    """The modes among an evaluation's or a sheet's columns that read `method`.
-
-    The base and each LoRA alone are shown as they are.
-    """
+    """The modes that read `method`: all but the base and each LoRA alone."""
     return [mode for mode in modes if mode not in (BASE, ALONE)]
 
 
@@ -70,12 +67,12 @@ def _changed(recipe: Recipe, fields: Sequence[str]) -> list[str]:
 
 def _unread(modes: Sequence[str]) -> str:
     if not modes:
-        return "no mode that reads it is asked for"
+        return "no chosen mode reads it"
     return f"mode {modes[0]} does not read it" if len(modes) == 1 else f"none of the modes {', '.join(modes)} reads it"
 
 
 def _remedy(key: str, read: Sequence[str], modes: Sequence[str]) -> str:
-    """What is read instead; and which modes the key is for, where these are few."""
+    """The keys that the modes do read, and the modes that read `key`, if they are few."""
     instead = f"{'It reads' if len(modes) == 1 else 'They read'} {', '.join(read)}" if read else "Leave it out"
     own = readers(key)
     return f"{instead}; {key} is for {', '.join(own)}." if len(own) <= NAMED else f"{instead}."

@@ -1,7 +1,7 @@
-"""What an evaluation compares: the base, each LoRA alone, the fixed mixtures, and compositions, each attached in turn.
+"""The columns of an evaluation: the base, each LoRA alone, fixed mixtures and compositions, each attached in turn.
 
-Everything is built and checked before the first method is scored, so that a mismatch shows at once.
-Contents: Method, fixed_columns, check_language, composed_columns, distinct, folder_names.
+Everything is built and checked before the first method is scored, so that a mismatch is reported at once.
+Contents: Column, fixed_columns, composed_columns, distinct, folder_names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALL_ON = (Switched(),)
 
 @dataclass(frozen=True)
 class Column:
-    """One of the table: its name, and the context in which the model is scored; `single` is a LoRA alone."""
+    """A column of the table: its name, and the context in which the model is scored. `single`: it is one LoRA alone."""
 
     name: str
     context: AbstractContextManager[Any]
@@ -39,7 +39,7 @@ class Column:
 
 @dataclass(frozen=True)
 class _Switching(AbstractContextManager[Mixture]):
-    """A mixture with some LoRAs off while it is attached: the columns of several choices share its memory."""
+    """A mixture with some LoRAs off while it is attached. The columns of several choices share one mixture."""
 
     mixture: Mixture
     choice: Switched
@@ -61,20 +61,20 @@ def fixed_columns(
     method: MethodConfig | None = None,
     switched: Sequence[Switched] = ALL_ON,
 ) -> list[Column]:
-    """The columns of `modes`, which need no training, by default the usual ones; each mixture of several LoRAs once for
-    every choice in `switched`.
+    """The columns of `modes`, which need no training; by default the usual ones.
 
-    Raises: UsageError where a mode needs LoRAs and there are none.
+    Each mixture of LoRAs has one column for every choice in `switched`. Raises: UsageError if a mode needs LoRAs and
+    there are none.
     """
     columns = []
     for mode in shown_beside("texts") if modes is None else modes:
         if mode != BASE and not experts:
-            raise UsageError("--modes", f"{mode!r} needs LoRAs, and none are named", "Write --loras a=PATH,b=PATH.")
+            raise UsageError("--modes", f"{mode!r} needs LoRAs, but none are named", "Write --loras a=PATH,b=PATH.")
         if mode == BASE:
             columns.append(Column(BASE, nullcontext()))
         elif mode == ALONE:
             for expert in experts:
-                # Eq. 1 of one LoRA with weight 1: the LoRA as it was trained.
+                # Eq. 1 for one LoRA with weight 1: the LoRA as it was trained.
                 columns.append(Column(expert.name, sum_of(model, [expert]), single=True))
         else:
             check_runs_on(mode, "texts", "--modes")
@@ -91,10 +91,10 @@ def composed_columns(
     experts: Sequence[Expert] = (),
     switched: Sequence[Switched] = ALL_ON,
 ) -> list[Column]:
-    """One column per composition and choice in `switched`, under its name here; `experts` are not read again.
+    """One column for each composition and choice in `switched`; `experts` that are given are not read again.
 
-    Raises: UsageError for a choice that names an unknown LoRA; MismatchError where a composition does not belong to
-    this model or these LoRAs.
+    Raises: UsageError for a choice that names an unknown LoRA; MismatchError if a composition does not belong to this
+    model or these LoRAs.
     """
     read = {(expert.name, expert.source): expert for expert in experts}
     columns = []
@@ -108,19 +108,19 @@ def composed_columns(
 
 
 def distinct(methods: Iterable[Column]) -> dict[str, Column]:
-    """The columns by name, a number behind each name that is taken."""
+    """The columns by name; a name that is already taken gets a number."""
     listed = list(methods)
     return dict(zip(numbered(column.name for column in listed), listed, strict=True))
 
 
 def folder_names(paths: Sequence[str]) -> dict[str, str]:
-    """Name -> path: a composition is called after its folder, or its whole path where two folders have one name."""
+    """Name -> path: a composition has its folder's name, or its whole path if two folders have the same name."""
     names = [_folder_name(path) for path in paths]
     return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
 
 
 def _switched(name: str, mixture: Mixture, switched: Sequence[Switched]) -> list[Column]:
-    for choice in switched:  # a name that no LoRA has shows before anything is scored
+    for choice in switched:  # report a name that no LoRA has before anything is scored
         switch(mixture, mask=choice.mask, only=choice.only)
     return [Column(name + choice.label, _Switching(mixture, choice)) for choice in switched]
 

@@ -1,15 +1,15 @@
-"""`mole evaluate --compare`: the methods of several results side by side, who wins, and whether that can be told.
+"""`mole evaluate --compare`: the methods of several results side by side, which one wins, and how clearly.
 
 Contest        the scores of every method by one metric, its runs pooled     line_up    runs -> Contest
-Verdict        who wins a task, or on average, and by how much               judged     Contest -> Verdicts
+Verdict        which method wins a task, or on average, and by how much      judged     Contest -> Verdicts
 run_compare    paths -> CompareReport: the whole command
 
-Methods are paired by example: the question and its answers, or the scene, its LoRAs and the picture's seed. A method
-that several runs have is one method in several repetitions (seeds of training, say): each example counts with the mean
-of its repetitions, and a resample draws examples with all their repetitions. So the interval speaks of other examples
-for these repetitions; `by_run` shows how far the repetitions themselves lie apart. Runs of the same methods that have
-no task in common are one run in parts. Runs of pictures may differ in their seeds: then a method's pictures are those
-of all its runs, and every method needs the same ones.
+Methods are paired by example: the question and its answers, or the scene, its LoRAs and the picture's seed. If several
+runs have the same method, they are repetitions of it (for example with other training seeds). Each example counts with
+the mean of its repetitions, and a resample draws examples with all their repetitions. So the interval is about other
+examples with these repetitions; `by_run` shows how much the repetitions differ. Runs of the same methods that have no
+task in common are parts of one run. Runs of pictures can have different seeds: then a method's pictures are those of
+all its runs, and every method needs the same ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from molecli.catalog.metrics import metric_row
 from molecli.errors import MismatchError, UsageError, suggestion
-from molecli.evaluation.report import OWN_LORA
 from molecli.evaluation.saved_results import (
     AGAIN,
     Key,
@@ -39,8 +38,8 @@ from molecli.evaluation.saved_results import (
     read_run,
     whole_runs,
 )
-from molecli.evaluation.scoring import scored_samples
-from molecli.evaluation.tables import AVERAGE, Row, ScoreTable, Table, TextRow, TextTable, draw, to_markdown
+from molecli.evaluation.scoring import AVERAGE, OWN_LORA, scored_samples
+from molecli.evaluation.tables import ScoreRow, ScoreTable, Table, TextRow, TextTable, draw, to_markdown
 from molecli.files.atomic import write_text
 from molecli.functional.bootstrap import Scored, central, resampled_scores
 
@@ -49,9 +48,9 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Contest:
-    """Every method's pooled score of every task: scores[task][method], by the metric named for the task.
+    """Every method's pooled score on every task: scores[task][method], by the task's metric in `metrics`.
 
-    among: what the tasks are called, where they are some of several.
+    among: a name for these tasks, if they are only some of the tasks.
     """
 
     metrics: Mapping[str, str]
@@ -62,33 +61,33 @@ class Contest:
 
     @property
     def label(self) -> str | None:
-        """The metric where all tasks have one."""
+        """The metric, if all tasks have the same one."""
         names = set(self.metrics.values())
         return names.pop() if len(names) == 1 else None
 
     def rows(self) -> dict[str, dict[str, float]]:
-        """Scores in percent: task, and "average" where there are several -> method -> score."""
+        """Scores in percent: task -> method -> score; if there are several tasks, also for "average"."""
         rows = {task: {name: one.score for name, one in by.items()} for task, by in self.scores.items()}
         if len(rows) > 1:
             rows[AVERAGE] = {name: fmean(row[name] for row in rows.values()) for name in self.methods}
         return rows
 
     def sign(self, row: str) -> int:
-        """1 where the best of a row of `rows` has its highest score, -1 where it has the lowest."""
+        """1 if higher scores are better in this row of `rows`, -1 if lower ones are."""
         metric = next(iter(self.metrics.values())) if row == AVERAGE else self.metrics[row]
         return 1 if metric_row(metric).direction == "higher" else -1
 
     @property
     def examples(self) -> int:
-        """The number of different examples of all tasks."""
+        """The number of different examples, over all tasks."""
         return sum(next(iter(by.values())).rows.shape[1] for by in self.scores.values())
 
 
 @dataclass(frozen=True)
 class Margin:
-    """One method's score less that of a `second`, in points, with the interval; significant: it excludes zero.
+    """One method's score minus that of `second`, in points, with its interval; significant: it excludes zero.
 
-    None where nothing was resampled.
+    The interval is None if nothing was resampled.
     """
 
     second: str
@@ -105,10 +104,10 @@ class Margin:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who wins a task, or on average; `tied` score exactly the same; the margins of one method, for each other one.
+    """The winner of a task, or on average; the methods `tied` with it; and one method's margins to all others.
 
-    Each task's own LoRA does not compete; it has a margin too. subject: whose margins these are, whoever wins; "" where
-    nobody was named: the winner's.
+    Each task's own LoRA cannot win, but has a margin too. subject: the method whose margins these are; "" for the
+    winner's.
     """
 
     winner: str
@@ -118,14 +117,14 @@ class Verdict:
 
     @property
     def winners(self) -> tuple[str, ...]:
-        """The winner and those that score the same."""
+        """The winner and the methods with the same score."""
         return (self.winner, *self.tied)
 
 
 def line_up(runs: Sequence[Run], metrics: Mapping[str, str], *, among: str = "") -> Contest:
-    """Every method of the runs, pooled, on the tasks of `metrics` (task -> metric), called `among`.
+    """Every method of the runs, pooled, on the tasks of `metrics` (task -> metric), which `among` names.
 
-    Raises: MismatchError where the runs do not have the same tasks, examples, metrics and versions.
+    Raises: MismatchError if the runs do not have the same tasks, examples, metrics and versions.
     """
     check_tasks(runs, metrics)
     for run in runs:
@@ -148,7 +147,7 @@ def line_up(runs: Sequence[Run], metrics: Mapping[str, str], *, among: str = "")
 
 
 def _pooled(task: str, metric: str, runs: Sequence[Run], holders: Mapping[str, Sequence[Run]]) -> dict[str, Scored]:
-    """Each method's score of one task, all over the same examples in the same order."""
+    """Each method's score on one task, all over the same examples in the same order."""
     keyed = {method: [run.keyed(task, method) for run in some] for method, some in holders.items()}
     first = next(iter(keyed.values()))[0]
     for method, some in holders.items():
@@ -169,22 +168,22 @@ def _pooled(task: str, metric: str, runs: Sequence[Run], holders: Mapping[str, S
 def _scored(runs: Sequence[Mapping[Key, Sample]], order: Sequence[Key], metric: str) -> Scored:
     if all(len(run) == len(order) for run in runs):
         return scored_samples([[run[key] for key in order] for run in runs], metric)
-    # Pictures of several seeds: each is the mean of those runs that drew it.
+    # Pictures of several seeds: each counts with the mean of the runs that drew it.
     means = [{metric: fmean(run[key][metric] for run in runs if key in run)} for key in order]
     return scored_samples([means], metric)
 
 
 def _alone(run: Run, method: str, metrics: Mapping[str, str]) -> float:
-    """What one run says of a method: its average over the tasks, in percent."""
+    """A method's score in one run: its average over the tasks, in percent."""
     return fmean(
         scored_samples([list(run.keyed(task, method).values())], metric).score for task, metric in metrics.items()
     )
 
 
 def judged(contest: Contest, *, samples: int, seed: int, subject: str = "") -> dict[str, Verdict]:
-    """Task, and "average" where there are several -> who wins, by how much, and whether it can be told.
+    """The verdict on each task; if there are several tasks, also on "average".
 
-    The margins are those of the method `subject`, or of each row's winner where none is named or it has no score.
+    The margins are those of the method `subject`. If it is "" or has no score, they are those of each row's winner.
     """
     rows = contest.rows()
     tasks = list(contest.scores)
@@ -201,7 +200,7 @@ def _verdict(
     row: str, scores: Mapping[str, float], contest: Contest, draws: Mapping[str, Tensor], subject: str
 ) -> Verdict:
     tasks, sign = list(contest.scores), contest.sign(row)
-    # Each task's own LoRA knows which task it is at: what a mixture is measured by, not one that could win.
+    # Each task's own LoRA is a reference and cannot win: it is chosen with knowledge of the task.
     contenders = [method for method in scores if method != OWN_LORA] or list(scores)
     winner = max(contenders, key=lambda method: sign * scores[method])
     tied = tuple(one for one in contenders if one != winner and abs(scores[winner] - scores[one]) < 1e-9)
@@ -219,7 +218,7 @@ def _verdict(
 
 
 class CompareReport:
-    """Contests by metric and their verdicts, as tables, as lines and as a document."""
+    """Contests by metric and their verdicts, as tables, as lines and as a JSON document."""
 
     def __init__(
         self, runs: Sequence[Run], contests: Sequence[tuple[Contest, Mapping[str, Verdict]]], samples: int, seed: int
@@ -227,7 +226,7 @@ class CompareReport:
         self.runs, self.contests, self.samples, self.seed = runs, contests, samples, seed
 
     def document(self) -> dict[str, Any]:
-        """The report as JSON holds it; scores in percent, differences in percentage points."""
+        """The report as JSON stores it: scores in percent, differences in percentage points."""
         return {
             "runs": [
                 {"place": run.place, "methods": list(run.methods), "suite": run.content.get("suite")}
@@ -240,7 +239,7 @@ class CompareReport:
         }
 
     def tables(self) -> list[Table]:
-        """Of each metric the scores and, where there are several methods, the margins of the winners or the subject."""
+        """For each metric the scores and, if there are several methods, the margins of the winners or the subject."""
         tables: list[Table] = []
         for contest, verdicts in self.contests:
             tables.append(_score_table(contest))
@@ -250,13 +249,13 @@ class CompareReport:
 
     @property
     def star(self) -> str:
-        """What a star behind a difference says, and how its interval was made."""
+        """What a star after a difference means, and how its interval was computed."""
         examples = self.contests[0][0].examples
         how = f"paired bootstrap, {self.samples} resamples of {examples} examples, seed {self.seed}"
         return f"* the {100 * LEVEL:.0f}% interval of the difference excludes zero ({how})"
 
     def lines(self) -> list[str]:
-        """What the tables mean: how the intervals were made, and who wins on the whole."""
+        """The lines below the tables: how the intervals were computed, and which method wins overall."""
         first = self.contests[0][0]
         repeated = _repeated(first)
         lines = [f"Each score is over {repeated} runs."] if repeated > 1 else []
@@ -270,7 +269,7 @@ class CompareReport:
         draw(self.tables(), self.lines())
 
     def write(self, folder: str | Path) -> None:
-        """comparison.md and comparison.json, each whole or not at all."""
+        """Writes comparison.md and comparison.json; neither file is ever incomplete."""
         text = "\n".join([*map(to_markdown, self.tables()), *self.lines()]) + "\n"
         write_text(Path(folder) / "comparison.md", text)
         document = json.dumps(self.document(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -294,7 +293,7 @@ def _plain(verdict: Verdict) -> dict[str, Any]:
 
 
 def _repeated(contest: Contest) -> int:
-    """How many runs each method has, 0 where they differ in that."""
+    """The number of runs of each method; 0 if methods have different numbers."""
     counts = set(contest.methods.values())
     return counts.pop() if len(counts) == 1 else 0
 
@@ -314,7 +313,7 @@ def _row_label(contest: Contest, row: str) -> str:
 
 def _score_table(contest: Contest) -> ScoreTable:
     corner = (f"{contest.label} (%)" if contest.label else "task (%)") + _among(contest)
-    rows = [Row(_row_label(contest, row), tuple(scores.values())) for row, scores in contest.rows().items()]
+    rows = [ScoreRow(_row_label(contest, row), tuple(scores.values())) for row, scores in contest.rows().items()]
     return ScoreTable(corner, tuple(_titles(contest).values()), tuple(rows))
 
 
@@ -339,13 +338,13 @@ def _conclusion(contest: Contest, verdicts: Mapping[str, Verdict]) -> str:
     alike = verdict.winners if (verdict.subject or verdict.winner) in verdict.winners else ()
     others = [one for one in verdict.margins if one.second not in (*alike, OWN_LORA)]
     apart = [one for one in others if one.significant]
-    told = {"told apart from": apart}
-    if verdict.subject:  # a winner is behind nobody, a subject may be
+    groups = {"clearly ahead of": apart}
+    if verdict.subject:  # unlike a winner, a subject can be behind other methods
         ahead = [one for one in apart if contest.sign(row) * one.difference > 0]
-        told = {"ahead of": ahead, "behind": [one for one in apart if one not in ahead]}
-    told["not told apart from"] = [one for one in others if one.significant is False]
-    parts = [f"{how} {', '.join(one.second for one in some)}" for how, some in told.items() if some]
-    parts += [f"less each task's own LoRA {str(one).rstrip(' *')}" for one in own]
+        groups = {"ahead of": ahead, "behind": [one for one in apart if one not in ahead]}
+    groups["no clear difference from"] = [one for one in others if one.significant is False]
+    parts = [f"{how} {', '.join(one.second for one in some)}" for how, some in groups.items() if some]
+    parts += [f"minus each task's own LoRA {str(one).rstrip(' *')}" for one in own]
     of = f"{verdict.subject} " * bool(verdict.subject)
     return f"{said}; {of}{'; '.join(parts)}" if parts else said
 
@@ -360,8 +359,8 @@ def run_compare(
 ) -> CompareReport:
     """The report on the results in `targets`, each PATH or NAME=PATH.
 
-    tasks: those to compare, else all of the runs; metrics: one table each, else the tasks' main ones (of pictures every
-    one). Raises: UsageError, MismatchError.
+    tasks: those to compare, otherwise all. metrics: one table for each, otherwise the tasks' main metrics (for pictures
+    all metrics). Raises: UsageError, MismatchError.
     """
     if not targets:
         raise UsageError("--compare", "no results are named", "Write folders that mole evaluate wrote.")
@@ -381,7 +380,7 @@ def run_compare(
 
 
 def chosen_metrics(runs: Sequence[Run], tasks: Sequence[str], metrics: Sequence[str] | None) -> list[dict[str, str]]:
-    """For each table, task -> metric: one by each of `metrics`, of pictures by every one, else by main ones."""
+    """{task: metric} for each table: one per metric in `metrics`; by default the main ones, and for pictures all."""
     holders = {task: next(run for run in runs if task in run.content["results"]) for task in tasks}
     if metrics is None and not runs[0].pictures:
         return [{task: run.scores(task)[0] for task, run in holders.items()}]

@@ -1,7 +1,7 @@
-"""What stands in for a composition beside it: losses on the same inputs, by method, and what set the methods apart.
+"""A composition and its export on the same inputs: their losses, and the differences between them.
 
-Observed     one method's pass over the inputs
-Comparison   the base, the composition and its export
+Observed     the results of one method on the inputs
+ExportError   the base, the composition and its export
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAMPLES = 1000
 
 @dataclass(frozen=True)
 class Observed:
-    """losses {task: [inputs]}; gates {site: [inputs, N]}, where they were asked for; latents [pictures, C, h, w]."""
+    """losses {task: [inputs]}; gates {site: [inputs, N]}, if asked for; latents [pictures, C, h, w]."""
 
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Mapping[str, Tensor] = field(default_factory=dict)
@@ -28,8 +28,8 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Observations of the base, the original (called `mode`) and the export on the same inputs.
+class ExportError:
+    """The results of the base, the original (called `mode`) and the export on the same inputs.
 
     of: what the inputs are; unit: what the loss is.
     """
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Mean over tasks of the mean loss, by method; empty where no loss was taken."""
+        """Mean over tasks of the mean loss, by method; empty if no loss was measured."""
         named = {"base": self.base, self.mode: self.original, "export": self.export}
         return {name: _mean(observed.losses) for name, observed in named.items() if observed.losses}
 
@@ -63,7 +63,7 @@ class Comparison:
 
     @property
     def latent_differences(self) -> dict[str, float]:
-        """Mean absolute difference of the drawn latents from the original's; empty where nothing was drawn."""
+        """Mean absolute difference of the drawn latents from the original's; empty if nothing was drawn."""
         if self.original.latents is None:
             return {}
         own = self.original.latents
@@ -71,7 +71,7 @@ class Comparison:
         return {name: (found - own).abs().mean().item() for name, found in named.items() if found is not None}
 
     def document(self) -> dict[str, Any]:
-        """The comparison as JSON holds it, with every input's losses."""
+        """The comparison as JSON stores it."""
         difference = self.loss_difference
         pictures = 0 if self.original.latents is None else len(self.original.latents)
         named = {"base": self.base, self.mode: self.original, "export": self.export}

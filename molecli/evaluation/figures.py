@@ -24,11 +24,11 @@ def figure_of(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """The path, now holding the figure as PNG, whole or not at all."""
+    """The path, after writing the figure as PNG; the file is never incomplete."""
     return write_with(path, lambda part: figure.savefig(part, dpi=DPI, format="png"))
 
 
 def spread(count: int) -> Sequence[int]:
-    """At most MAX_LABELS of `count` places, evenly spread."""
+    """At most MAX_LABELS of `count` indices, evenly spread."""
     stride = -(-count // MAX_LABELS)
     return range(0, count, stride)

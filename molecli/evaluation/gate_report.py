@@ -1,11 +1,11 @@
-"""What the gates of a composition do: weights by site, expert and task, their entropy, and experts nobody asks.
+"""What the gates of a composition do: weights by site, expert and task, their entropy, and unused experts.
 
-summarise        gate values -> GateReport
-write_report     its files
-heatmap_png      a picture of it: sites by experts (MoLE, Fig. 7)
-entropy_png      entropy over training (Fig. 5)
-report_lines     a GateReport as text
-as_csv           a GateReport as CSV, one row per task, site and expert
+summarise        gate values -> GateReport         switch_some   switches off the LoRAs that a recipe names
+write_report     the files of a report
+heatmap_png      a report as a picture: sites by experts (MoLE, Fig. 7)
+entropy_png      the entropy over training (Fig. 5)
+report_lines     a report as text
+as_csv           a report as CSV, one row per task, site and expert
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from molecli.files.train_log import read_log
 from molecli.mixture.mixture import Mixture, switch
 
 ALL = "all"
-# An expert is dead where it gets less than this part of its fair share 1/N.
+# An expert is dead if it gets less than this part of its fair share 1/N.
 DEAD_SHARE = 0.1
 
 
@@ -39,9 +39,9 @@ DEAD_SHARE = 0.1
 class GateReport:
     """Gate values of one composition.
 
-    weights[task][site][expert] is the mean over that task's examples, with the task "all" over every example;
-    entropy[task][site] is the mean over examples of the gate's entropy, in nats, at most ln N;
-    course holds the entropy at each logged training step, as (step, entropy).
+    weights[task][site][expert] is the mean over that task's examples; the task "all" has every example.
+    entropy[task][site] is the mean over examples of the gate's entropy, in nats, at most ln N.
+    course holds (step, entropy) for each logged training step.
     """
 
     composition: str
@@ -76,7 +76,7 @@ class GateReport:
         return tuple(name for i, name in enumerate(self.experts) if all(row[i] < least for row in rows))
 
     def document(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """The report as JSON stores it."""
         summary = {"max_entropy": self.max_entropy, "mean_entropy": self.mean_entropy, "dead": list(self.dead)}
         return {**asdict(self), **summary, "by_task": {task: self.by_expert(task) for task in self.weights}}
 
@@ -89,15 +89,15 @@ class GateReport:
         return as_csv(self)
 
     def draw(self, path: str | Path) -> Path:
-        """The path of a picture of the report."""
+        """The path of the written picture."""
         return heatmap_png(self, path)
 
 
 def switch_some(recipe: InspectGatesRecipe, mixture: Mixture) -> None:
-    """Switches off what the recipe says. Raises: UsageError for an unknown LoRA, and where none is left to ask."""
+    """Switches off the LoRAs that the recipe names. Raises: UsageError for an unknown LoRA, or if none is left."""
     switch(mixture, mask=recipe.mask, only=recipe.only)
     if set(recipe.mask) >= set(recipe.only or mixture.names):
-        raise UsageError("--mask", "every LoRA is switched off, and no gate is asked", "Keep one.")
+        raise UsageError("--mask", "every LoRA is switched off, so no gate is used", "Keep at least one.")
 
 
 def summarise(
@@ -109,8 +109,8 @@ def summarise(
 ) -> GateReport:
     """The report on gate values {task: {site: [examples, N]}}."""
     sites = tuple(next(iter(values.values())))
-    everything = {site: torch.cat([gates[site] for gates in values.values()]) for site in sites}
-    named = {ALL: everything, **values}
+    pooled = {site: torch.cat([gates[site] for gates in values.values()]) for site in sites}
+    named = {ALL: pooled, **values}
     return GateReport(
         composition=composition,
         experts=tuple(experts),
@@ -124,13 +124,13 @@ def summarise(
 
 
 def entropy_course(composition: str) -> list[tuple[int, float]]:
-    """(step, gate entropy) from the train_log.jsonl beside the composition; [] where there is none."""
+    """(step, gate entropy) from the train_log.jsonl beside the composition; [] if there is none."""
     records = read_log(find_composition(composition).parent)
     return [(int(record["step"]), record["entropy"]) for record in records if "entropy" in record]
 
 
 def write_report(report: GateReport, folder: Path) -> None:
-    """Writes gates.json, gates.csv and gates.png, and entropy.png where the training was logged."""
+    """Writes gates.json, gates.csv and gates.png, and entropy.png if the training was logged."""
     write_text(folder / "gates.json", json.dumps(report.document(), indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "gates.csv", report.csv())
     report.draw(folder / "gates.png")
@@ -180,12 +180,12 @@ def table_lines(corner: str, head: Sequence[str], labels: Sequence[str], rows: S
 
 
 def entropies(gates: Tensor) -> Tensor:
-    """Entropy in nats of each row of [..., N]; a weight of 0 adds nothing."""
+    """The entropy in nats of each row of [..., N]; a weight of 0 adds 0."""
     return -torch.special.xlogy(gates, gates).sum(-1)
 
 
 def heatmap_png(report: GateReport, path: str | Path) -> Path:
-    """The path of a picture with one panel for each task, all of them first: sites down, experts across."""
+    """The path of a picture with a panel for all tasks, then one for each task: sites down, experts across."""
     panels = list(report.weights) if len(report.tasks) > 1 else list(report.weights)[:1]
     panels = panels[:MAX_PANELS]
     wide = max(1.1, 0.42 * len(report.experts))
@@ -206,7 +206,7 @@ def heatmap_png(report: GateReport, path: str | Path) -> Path:
 
 
 def entropy_png(report: GateReport, path: str | Path) -> Path:
-    """The path of a picture of the gates' entropy over the training steps, with the uniform gate's as a line."""
+    """The path of a picture of the gates' entropy over the training steps; a dashed line shows the uniform gate's."""
     figure = figure_of(5.0, 3.2)
     axis = figure.subplots()
     steps, values = zip(*report.course, strict=True)

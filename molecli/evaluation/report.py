@@ -1,4 +1,4 @@
-"""What an evaluation reports, and which LoRAs and fixed modes it is about where the recipe leaves that open.
+"""The report of an evaluation, and the LoRAs and fixed modes that it uses if the recipe names none.
 
 Contents: EvaluationReport, usual_modes, missing, recorded_loras.
 """
@@ -17,7 +17,7 @@ from molecli.mixture.attach import not_found
 
 
 class EvaluationReport(dict[str, Any]):
-    """The content of results.json, with the tables that show it and what is said below them."""
+    """The content of results.json, with the tables that show it and the lines below them."""
 
     def __init__(
         self,
@@ -30,36 +30,33 @@ class EvaluationReport(dict[str, Any]):
         self.table, self.comparisons, self.more = table, tuple(comparisons), tuple(more)
 
     def document(self) -> dict[str, Any]:
-        """The report as JSON would hold it."""
+        """The report as JSON stores it."""
         return dict(self)
 
     def show(self) -> None:
-        """Draws the tables on stdout, and what is said below them."""
+        """Draws the tables on stdout, and the lines below them."""
         draw((self.table, *self.more), self.comparisons)
-
-
-OWN_LORA = "own LoRA"
 
 
 def usual_modes(
     modes: Sequence[str], loras: Sequence[LoraLike], compositions: Mapping[str, Composition]
 ) -> Sequence[str]:
-    """`modes`, which compose `loras`; the base alone without any, and with a warning where some are missing."""
+    """`modes`, or only the base if there are no `loras`, or (with a warning) if some of them are missing."""
     gone = missing(loras, compositions.values())
     if gone:
-        what = f"not all LoRAs are there (no {', no '.join(gone)}): of the fixed methods the base alone is scored"
+        what = f"some LoRAs are missing ({', '.join(gone)}): of the fixed methods, only the base is scored"
         warnings.warn(what, stacklevel=2)
     return modes if loras and not gone else (BASE,)
 
 
 def missing(loras: Iterable[LoraLike], compositions: Iterable[Composition]) -> list[str]:
-    """The names of those LoRAs that are not to be found, and that merged compositions can do without."""
+    """The names of the LoRAs that cannot be found. Only merged compositions work without theirs."""
     gone = {(record.name, record.source) for composition in compositions for record in not_found(composition)}
     return [lora.name for lora in loras if (lora.name, lora.source) in gone]
 
 
 def recorded_loras(compositions: Iterable[Composition]) -> list[LoraLike]:
-    """The LoRAs that the compositions remember; of two that share a name the first."""
+    """The LoRAs that the compositions record; if two have the same name, the first of them."""
     sources: dict[str, str] = {}
     for composition in compositions:
         for expert in composition.experts:

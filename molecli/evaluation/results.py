@@ -1,9 +1,9 @@
-"""What an evaluation leaves behind: results.json and samples_<task>.jsonl, close to lm-eval's.
+"""The files of an evaluation: results.json and samples_<task>.jsonl, close to lm-eval's.
 
-`results` holds the scores of the method that was asked for ({task: {"exact_match,none": ..}}), where lm-eval's readers
-look for them; `methods` holds those of every method, `average` their means over tasks in percent, and `comparisons` the
-paired bootstrap. What a score depends on stands beside it: versions of suite, metrics and libraries, the metrics'
-normalisers, how completions were made. No date or time: the same run gives the same file.
+`results` holds the scores of the main method ({task: {"exact_match,none": ..}}), where lm-eval's readers look for them.
+`methods` holds those of every method, `average` their means over tasks in percent, and `comparisons` the paired
+bootstrap. The rest is what scores depend on: versions of suite, metrics and libraries, the metrics' normalisers, how
+completions were generated. There is no date or time, so the same run gives the same file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import torch
 
 from molecli import __version__
 from molecli.catalog.metrics import metric_row
-from molecli.evaluation.scoring import Result, percent, percents, scored
+from molecli.evaluation.scoring import AVERAGE, Result, percent, percents, scored
 from molecli.files.atomic import write_text
 from molecli.functional.bootstrap import Interval, bootstrap, compare_scores, standard_error
 
 Methods = Mapping[str, Sequence[Result]]
-AVERAGE = "average"
 RESULTS_FILE = "results.json"
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "datasets", "sacrebleu", "rouge-score")
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -38,7 +37,7 @@ _UNSAFE = re.compile(r"[^\w.-]+")
 class Comparison:
     """first − second in percentage points, averaged over tasks, with its bootstrap interval.
 
-    metric: what was compared; None for every task's main metric.
+    metric: the metric that was compared; None for each task's main metric.
     """
 
     first: str
@@ -55,14 +54,14 @@ class Comparison:
         return f"{self.first} − {self.second}{of}: {numbers}"
 
     def document(self) -> dict[str, Any]:
-        """The comparison as JSON holds it."""
+        """The comparison as JSON stores it."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def compare(methods: Methods, subject: str, *, samples: int, seed: int, metric: str | None = None) -> list[Comparison]:
     """`subject` against every other method scored on the same examples; [] without samples.
 
-    With a `metric`, by that one, over the tasks that have it.
+    With `metric`, by that metric, over the tasks that have it.
     """
     if samples == 0:
         return []
@@ -78,7 +77,7 @@ def compare(methods: Methods, subject: str, *, samples: int, seed: int, metric: 
 def _interval(
     first: Sequence[Result], second: Sequence[Result], samples: int, seed: int, metric: str | None
 ) -> Interval:
-    # One seed for every pair: adding a method to the run leaves the other intervals as they are.
+    # The same seed for every pair, so that adding a method does not change the other intervals.
     one, other = (
         [scored(r, metric) for r in results if metric is None or metric in r.scores] for results in (first, second)
     )
@@ -114,9 +113,9 @@ def document(
     config: Any = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """The content of results.json; `suite` is its name and version, `config` the resolved recipe.
+    """The content of results.json; `suite` is the suite's name and version, `config` the resolved recipe.
 
-    max_new_tokens: the longest completion by task; None where pictures were made. device: where the base ran.
+    max_new_tokens: the longest completion by task; None for pictures. device: where the base ran.
     """
     shown = methods[subject]
     names = sorted({metric for result in shown for metric in result.scores})
@@ -142,14 +141,14 @@ def document(
 
 
 def device_name(device: torch.device | str) -> str:
-    """The accelerator's name, or the processor's kind."""
+    """The name of the accelerator, or the number of CPU cores and the kind of processor."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def _task_config(result: Result, suite: tuple[str, str], max_new_tokens: Mapping[str, int] | None) -> dict[str, Any]:
-    """What lm-eval's `configs` says of a task: how its samples were made, and what scored them."""
+    """A task's entry in lm-eval's `configs`: how its samples were generated and scored."""
     made: dict[str, Any] = {"output_type": "generate_image"}
     if max_new_tokens is not None:
         kwargs = {"do_sample": False, "max_gen_toks": max_new_tokens[result.task]}
@@ -168,7 +167,7 @@ def _task_config(result: Result, suite: tuple[str, str], max_new_tokens: Mapping
 
 
 def _libraries() -> dict[str, str]:
-    """The versions of what makes and scores the samples."""
+    """The versions of the libraries that generate and score the samples."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -184,7 +183,7 @@ def _scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
         row: dict[str, Any] = {"alias": result.task}
         for metric, value in result.values.items():
             row[f"{metric},none"] = value
-            # The error of the mean of sentence scores says nothing of corpus BLEU: lm-eval writes N/A likewise.
+            # The standard error of mean sentence scores is not that of corpus BLEU; lm-eval writes N/A too.
             mean = metric_row(metric).aggregate is None
             row[f"{metric}_stderr,none"] = standard_error(torch.tensor(result.scores[metric])) if mean else "N/A"
         tasks[result.task] = row
@@ -192,20 +191,20 @@ def _scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def write(folder: str | Path, content: Mapping[str, Any], methods: Methods) -> Path:
-    """The path of results.json; every file is written whole or not at all."""
+    """The path of results.json, after writing all files; no file is ever incomplete."""
     for task, path in samples_paths(folder, content["results"]).items():
         write_text(path, "".join(_sample_lines(methods, task)))
-    # Last: a reader that finds results.json finds its samples too.
+    # Written last: whoever finds results.json also finds its samples.
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=str)
     return write_text(Path(folder) / RESULTS_FILE, text + "\n")
 
 
 def samples_paths(folder: str | Path, tasks: Iterable[str]) -> dict[str, Path]:
-    """Task -> samples_<task>.jsonl, with whatever a file name should not hold replaced."""
+    """Task -> samples_<task>.jsonl; characters that are unsafe in file names are replaced."""
     paths: dict[str, Path] = {}
     for task in tasks:
         stem = "samples_" + _UNSAFE.sub("_", task)
-        # "a b" and "a/b" are two tasks: neither may overwrite the other's samples.
+        # "a b" and "a/b" are two tasks, and neither may overwrite the other's samples.
         taken = {path.stem for path in paths.values()}
         names = (stem, *(f"{stem}-{n}" for n in range(2, len(taken) + 2)))
         paths[task] = Path(folder) / f"{next(name for name in names if name not in taken)}.jsonl"

@@ -1,7 +1,7 @@
-"""Finished evaluations, read back from their folders, and whether two of them can be compared.
+"""Finished evaluations, read from their folders, and checks that they can be compared.
 
-Run               what results.json and the samples beside it say       read_run          [NAME=]PATH -> Run
-joined            runs over other tasks as one                          whole_runs        parts -> runs
+Run               the content of results.json and of its samples        read_run          [NAME=]PATH -> Run
+joined            runs over different tasks as one                      whole_runs        parts -> runs
 check_tasks       the same tasks                                        check_settings    one name, one method
 check_versions    the same metric, suite, CLIP and completions          check_examples    the same examples, or scenes
 """
@@ -17,20 +17,20 @@ from typing import Any
 
 from molecli.config import choices
 from molecli.errors import MismatchError, UsageError
-from molecli.evaluation.report import OWN_LORA
 from molecli.evaluation.results import RESULTS_FILE, samples_paths
+from molecli.evaluation.scoring import OWN_LORA
 
-# What a method's scores depend on, of the recipe: one name with two settings is not one method.
+# The parts of a recipe that a method's scores depend on: one name with two settings is not one method.
 SETTINGS = ("base", "loras", "mask", "only", "method", "image")
 AGAIN = "Evaluate again."
 Sample = Mapping[str, Any]
-# What an example is, and which of its like: a suite may ask the same twice.
+# An example's content, and its number among equal ones: a suite can have the same example twice.
 Key = tuple[tuple[Any, ...], int]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation: where it is, what results.json says, its samples (task -> method -> in order).
+    """One evaluation: its path, the content of results.json, its samples (task -> method -> in order).
 
     methods: name in the comparison -> name in the results.
     """
@@ -41,10 +41,10 @@ class Run:
     methods: Mapping[str, str]
 
     def keyed(self, task: str, method: str) -> dict[Key, Sample]:
-        """A method's samples of a task by example. Raises: MismatchError where there are none."""
+        """A method's samples of a task by example. Raises: MismatchError if there are none."""
         own = self.methods[method]
         by_method = self.samples[task]
-        # Each task's own LoRA has its samples under that LoRA's name.
+        # The samples of each task's own LoRA have that LoRA's name.
         found = by_method.get(own) or (by_method.get(task) if own == OWN_LORA else None)
         if not found:
             what = f"the method {own!r} has no samples of the task {task!r}"
@@ -69,9 +69,9 @@ class Run:
 
 
 def read_run(target: str) -> Run:
-    """The run in a folder or results.json; of NAME=PATH, its last method alone, under that name.
+    """The run in a folder or results.json; with NAME=PATH, only its last method, under that name.
 
-    Raises: UsageError where nothing is there, MismatchError for a file that `mole evaluate` did not write.
+    Raises: UsageError if there is no such file, MismatchError for a file that `mole evaluate` did not write.
     """
     name, path = _split(target)
     file = path / RESULTS_FILE if path.is_dir() else path
@@ -87,7 +87,7 @@ def read_run(target: str) -> Run:
 
 
 def _split(target: str) -> tuple[str | None, Path]:
-    """(NAME, PATH) of NAME=PATH; a path that is there may hold the sign itself."""
+    """(NAME, PATH) of NAME=PATH; an existing path can contain the sign itself."""
     name, sign, path = target.partition("=")
     return (None, Path(target)) if not sign or not name or Path(target).exists() else (name, Path(path))
 
@@ -96,11 +96,11 @@ def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise MismatchError(str(file), "cannot be read as JSON", AGAIN) from None
+        raise MismatchError(str(file), "it cannot be read as JSON", AGAIN) from None
     parts = ("results", "methods", "versions", "metric_versions")
     whole = isinstance(content, dict) and isinstance(content.get("model_name"), str)
     if not whole or not all(isinstance(content.get(part), dict) for part in parts):
-        raise MismatchError(str(file), "not what mole evaluate writes", "Name folders that mole evaluate wrote.")
+        raise MismatchError(str(file), "mole evaluate did not write it", "Name folders that mole evaluate wrote.")
     return content
 
 
@@ -109,7 +109,7 @@ def _samples(path: Path) -> dict[str, list[Sample]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
-        what = "cannot be read, and runs are compared by their samples"
+        what = "it cannot be read, and runs are compared by their samples"
         raise MismatchError(str(path), what, f"Keep it beside {RESULTS_FILE}.") from None
     for number, line in enumerate(lines, start=1):
         try:
@@ -117,7 +117,7 @@ def _samples(path: Path) -> dict[str, list[Sample]]:
             found.setdefault(sample["method"], []).append(sample)
             _example(sample)
         except (ValueError, KeyError, TypeError):
-            raise MismatchError(f"{path}, line {number}", "not a sample that mole evaluate wrote", AGAIN) from None
+            raise MismatchError(f"{path}, line {number}", "it is not a sample of mole evaluate", AGAIN) from None
     return found
 
 
@@ -131,12 +131,12 @@ def _scene(sample: Sample) -> tuple[Any, ...]:
     return sample["scene"], sample["prompt"], tuple(sample["loras"])
 
 
-# Parts of results.json that have an entry for each task, or for each metric that tasks have.
+# Parts of results.json that have an entry for each task, or for each metric of a task.
 _BY_TASK = ("n-shot", "versions", "n-samples", "configs", "higher_is_better", "metric_versions", "normalisers")
 
 
 def joined(runs: Sequence[Run]) -> Run:
-    """Runs of the same methods over different tasks as one, in the place of the first."""
+    """Runs of the same methods over different tasks as one run, with the path of the first."""
     first = runs[0]
     results = {task: scores for run in runs for task, scores in run.content["results"].items()}
     samples = {task: by for run in runs for task, by in run.samples.items()}
@@ -147,10 +147,10 @@ def joined(runs: Sequence[Run]) -> Run:
 
 
 def whole_runs(runs: Sequence[Run]) -> list[Run]:
-    """Those of the same methods that have no task in common, joined: they do not repeat each other. One that has a task
-    again begins the next repetition.
+    """The runs, after joining parts: runs of the same methods without a common task. A run with a task that is there
+    already starts the next repetition.
 
-    Raises: MismatchError where one name stands for two settings, or for scores that are not made alike.
+    Raises: MismatchError if one name has two settings, or scores that were not computed alike.
     """
     groups: list[list[Run]] = []
     for run in runs:
@@ -177,17 +177,17 @@ def _check_parts(first: Run, run: Run) -> None:
 
 
 def check_tasks(runs: Sequence[Run], tasks: Iterable[str]) -> None:
-    """Nothing. Raises: MismatchError where a run lacks one of the tasks."""
+    """Raises: MismatchError if a run lacks one of the tasks."""
     for task in tasks:
         holder = next(run for run in runs if task in run.content["results"])
         for run in runs:
             if task not in run.content["results"]:
-                what = f"has no task {task!r}, which {holder.place} has"
-                raise MismatchError(run.place, what, "Write --tasks with those that all have.")
+                what = f"it has no task {task!r}, which {holder.place} has"
+                raise MismatchError(run.place, what, "Write --tasks with the tasks that all runs have.")
 
 
 def check_versions(first: Run, run: Run, task: str, metric: str) -> None:
-    """Nothing. Raises: MismatchError where a run lacks the metric, or its scores are not made like those of `first`."""
+    """Raises: MismatchError if a run lacks the metric, or computed its scores in another way than `first`."""
     if metric not in run.scores(task):
         remedy = f"Write --metrics with some of: {', '.join(run.scores(task))}."
         raise MismatchError(run.place, f"the task {task!r} is not scored by {metric}", remedy)
@@ -210,34 +210,34 @@ def _version(metric: str) -> Callable[[Mapping[str, Any]], Any]:
 def _check_alike(what: str, first: Run, run: Run, of: Callable[[Mapping[str, Any]], Any]) -> None:
     here, there = of(run.content), of(first.content)
     if here != there:
-        said = f"{what} is {here} here and {there} in {first.place}"
-        raise MismatchError(run.place, said, "Evaluate both alike.")
+        difference = f"{what} is {here} here and {there} in {first.place}"
+        raise MismatchError(run.place, difference, "Evaluate both alike.")
 
 
 def _longest(content: Mapping[str, Any], task: str) -> Any:
-    """The limit of completions; None for pictures."""
+    """The longest completion; None for pictures."""
     return content.get("configs", {}).get(task, {}).get("generation_kwargs", {}).get("max_gen_toks")
 
 
 def check_settings(method: str, first: Run, run: Run) -> None:
-    """Nothing. Raises: MismatchError where one name stands for two settings."""
+    """Raises: MismatchError if one name has two settings."""
     for name in SETTINGS:
         here, there = (_setting(one.content.get("config"), name, one.methods[method]) for one in (run, first))
         if here != there:
-            what = f"the method {method!r} is also in {first.place}, and `{name}` of their recipes differs"
-            raise MismatchError(run.place, what, "Give the last method of each a name: NAME=PATH.")
+            what = f"the method {method!r} is also in {first.place}, and `{name}` differs between their recipes"
+            raise MismatchError(run.place, what, "Give the last method of each its own name: NAME=PATH.")
 
 
 def _setting(config: Any, name: str, method: str) -> Any:
     found = config.get(name) if isinstance(config, dict) else None
     if name in ("mask", "only") and found is not None:
         return _own_choice(config, name, method)
-    # The same LoRAs from other seeds lie in other folders.
+    # Only names and weights: the same LoRAs trained with other seeds are in other folders.
     return [(lora["name"], lora["weight"]) for lora in found or ()] if name == "loras" else found
 
 
 def _own_choice(config: Mapping[str, Any], name: str, method: str) -> list[str]:
-    """The `mask` or `only` of one method: where there are several, its name ends with its own."""
+    """The `mask` or `only` of one method; if there are several choices, the method's name ends with its own."""
     several = choices(config.get("mask", ()), config.get("only", ()))
     if len(several) == 1:
         return list(getattr(several[0], name))
@@ -246,9 +246,9 @@ def _own_choice(config: Mapping[str, Any], name: str, method: str) -> list[str]:
 
 
 def check_examples(task: str, first: Run, run: Run, samples: tuple[Mapping[Key, Sample], Mapping[Key, Sample]]) -> None:
-    """Nothing. `samples`: of a method of `first`, and of one of `run`.
+    """Raises: MismatchError if `samples`, of a method of `first` and one of `run`, are not of the same examples.
 
-    Raises: MismatchError where they are not of the same examples; pictures only need the same scenes.
+    Pictures only need the same scenes.
     """
     pictures = any("picture" in sample for sample in samples[1].values())
     there, here = ({_scene(sample) for sample in some.values()} if pictures else set(some) for some in samples)
@@ -260,5 +260,5 @@ def check_examples(task: str, first: Run, run: Run, samples: tuple[Mapping[Key, 
 
 
 def counts(here: int, there: int) -> str:
-    """Two numbers for a message."""
+    """Two counts for a message."""
     return f"{here} here, {there} there"

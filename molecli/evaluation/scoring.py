@@ -1,7 +1,7 @@
-"""Scoring: completions of a frozen backbone, as it stands, against the answers of each task.
+"""Scoring: completions of a frozen backbone against the answers of each task.
 
-Knows nothing of compositions: whoever calls attaches what is to be scored (see `text.evaluate`).
-Contents: Result, TaskResult, percent, percents, scored, scored_samples, score_tasks, completion, own_lora.
+The caller attaches the composition that is scored (see `text.evaluate`).
+Contents: Result, TaskResult, percent, percents, scored, scored_samples, score_tasks, generate, completion, own_lora.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from molecli.functional.bootstrap import Scored, of_means
 from molecli.metrics import aggregate, load_metric, load_sums
 from molecli.protocols import Backbone, Example, Progress
 
+# What the row over all tasks is called.
+AVERAGE = "average"
+# What the column of each LoRA on its own task is called.
+OWN_LORA = "own LoRA"
+
 
 class Result(Protocol):
-    """One task as one method did it: scores by metric (the main one first), one a sample, and what they make.
+    """One method's result on one task. scores: one per sample, by metric (the main one first); values: the totals.
 
     counts: how many samples the task has, and how many of them are scored.
     """
@@ -38,12 +43,12 @@ class Result(Protocol):
     @property
     def counts(self) -> tuple[int, int]: ...
     def samples(self) -> list[dict[str, Any]]:
-        """The samples as samples_<task>.jsonl shows them, their scores included."""
+        """The samples as in samples_<task>.jsonl, with their scores."""
         ...
 
 
 def main_metric(result: Result) -> str:
-    """The metric that a table and a comparison show where only one is asked for."""
+    """The metric that tables and comparisons show if only one is wanted."""
     return next(iter(result.scores))
 
 
@@ -60,12 +65,12 @@ def percents(result: Result, metric: str | None = None) -> list[float]:
 
 
 def scored(result: Result, metric: str | None = None) -> Scored:
-    """The task's score by `metric` (the main one when None) in [0, 100], ready to be resampled."""
+    """The task's score by `metric` (the main one when None) in [0, 100], in a form for resampling."""
     return scored_samples([result.samples()], metric or main_metric(result))
 
 
 def scored_samples(runs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> Scored:
-    """The same from samples as samples_<task>.jsonl holds them, of one run or of several over the same examples."""
+    """The same from samples as in samples_<task>.jsonl, of one run or of several runs over the same examples."""
     upper, sums = metric_row(metric).upper, load_sums(metric)
     if sums is None:
         values = [[100 * sample[metric] / upper for sample in run] for run in runs]
@@ -80,7 +85,7 @@ def scored_samples(runs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's examples, what came out, and the scores by metric (the main one first), example by example."""
+    """One task's examples, their outputs, and the scores by metric (the main one first), example by example."""
 
     task: str
     examples: tuple[Example, ...]
@@ -110,7 +115,7 @@ class TaskResult:
         return len(self.examples), len(self.examples)
 
     def samples(self) -> list[dict[str, Any]]:
-        """Prompts and raw outputs, so that another scoring needs no second run; close to lm-eval's."""
+        """Prompts and raw outputs, close to lm-eval's, so that scoring them again needs no second run."""
         return [
             {
                 "prompt": example.prompt,
@@ -136,7 +141,7 @@ def score_tasks(
     progress: Progress | None = None,
     label: str = "evaluate",
 ) -> list[TaskResult]:
-    """The results of every task, in the order of `tasks`; greedy decoding.
+    """The results of every task, in the order of `tasks`, with greedy decoding.
 
     Raises: UsageError for an unknown metric or a task without examples, before anything is generated.
     """
@@ -147,7 +152,7 @@ def score_tasks(
             raise UsageError(f"task {task}", "there are no examples to score", "Check its file and the split.")
     total, done = sum(len(examples) for examples in tasks.values()), 0
     outputs: dict[str, list[str]] = {}
-    # Tasks whose answers may be as long share batches: short tasks alone would leave most of each batch empty.
+    # Tasks with the same longest answer share batches: small tasks alone would leave most of each batch empty.
     for longest in dict.fromkeys(max_new_tokens[task] for task in tasks):
         alike = {task: examples for task, examples in tasks.items() if max_new_tokens[task] == longest}
         rows = [example for examples in alike.values() for example in examples]
@@ -170,11 +175,11 @@ def generate(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """The raw outputs, in the order of `examples`. A batch that does not fit in memory is made in smaller pieces.
+    """The raw outputs, in the order of `examples`. A batch that does not fit in memory is split.
 
-    Raises: RunError where one example alone does not fit.
+    Raises: RunError if a single example does not fit.
     """
-    # Longest first: prompts of like length share a batch, and what does not fit in memory fails at once.
+    # Longest first: prompts of similar length share a batch, and a batch that is too large fails right away.
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     outputs, done = [""] * len(examples), 0
     while done < len(order):
@@ -191,7 +196,7 @@ def generate(
 
 
 def _attempt(backbone: Backbone, prompts: Sequence[str], max_new_tokens: int) -> Sequence[str] | None:
-    """The completions; None where they did not fit in memory together."""
+    """The completions; None if they did not fit in memory together."""
     try:
         return backbone.generate(prompts, max_new_tokens=max_new_tokens)
     except Exception as error:
@@ -202,11 +207,11 @@ def _attempt(backbone: Backbone, prompts: Sequence[str], max_new_tokens: int) ->
 
 
 def _smaller(size: int) -> int:
-    """Half of it, told as a warning. Raises: RunError for 1."""
+    """Half of `size`, after a warning. Raises: RunError for 1."""
     if size == 1:
         what = "one example does not fit in memory"
-        raise RunError("evaluate", what, "Write --dtype bfloat16, or leave the device to this command.")
-    warnings.warn(f"{size} examples at once do not fit in memory: completing {size // 2}", stacklevel=3)
+        raise RunError("evaluate", what, "Write --dtype bfloat16, or end other programs that use the device.")
+    warnings.warn(f"{size} examples at once do not fit in memory: completing {size // 2} at once", stacklevel=3)
     return size // 2
 
 
@@ -220,9 +225,9 @@ def score(task: str, examples: Sequence[Example], outputs: Sequence[str], metric
 
 
 def completion(output: str, answers: Sequence[str]) -> str:
-    """The part of an output that is scored: its first line, unless an answer itself has several.
+    """The part of an output that is scored: its first line, unless an answer has several lines.
 
-    A base model that was never taught to stop goes on after its answer; the raw output is kept beside it.
+    A base model that was never trained to stop goes on after its answer. The raw output is kept too.
     """
     text = output.strip()
     if any("\n" in answer.strip() for answer in answers):
@@ -233,9 +238,9 @@ def completion(output: str, answers: Sequence[str]) -> str:
 def own_lora(
     methods: Mapping[str, Sequence[TaskResult]], owners: Mapping[str, str] | None = None
 ) -> list[TaskResult] | None:
-    """Each task's result under its own LoRA alone: `owners` says whose (task -> method), else the namesake's.
+    """Each task's result with only its own LoRA: that in `owners` (task -> method), otherwise the one with its name.
 
-    None where a task has no LoRA of its own.
+    None if a task has no LoRA of its own.
     """
     tasks = [result.task for result in next(iter(methods.values()), [])]
     by_task = {name: {result.task: result for result in results} for name, results in methods.items()}
@@ -245,5 +250,5 @@ def own_lora(
 
 
 def _hash(text: str) -> str:
-    """As lm-eval's: that two runs were asked the same shows without reading it."""
+    """The same hash as lm-eval's. It shows whether two runs had the same prompts without reading them."""
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

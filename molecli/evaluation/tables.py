@@ -1,6 +1,6 @@
-"""Score tables: methods as columns, tasks as rows, the average last, the best of a row in bold.
+"""Score tables: methods as columns, tasks as rows, the average last, the best score of a row in bold.
 
-One table, two renderings: for a terminal (rich) and for a README (GitHub markdown); `draw` chooses.
+Each table is drawn for a terminal (rich) or as GitHub markdown; `draw` chooses.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from molecli.evaluation.scoring import Result, main_metric, percent
+from molecli.evaluation.scoring import AVERAGE, Result, main_metric, percent
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-AVERAGE = "average"
 _MISSING = "–"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One task, or the average: a score in percent by column, None where there is none."""
+class ScoreRow:
+    """One task, or the average: a score in percent for each column, or None."""
 
     label: str
     scores: tuple[float | None, ...]
 
     def cells(self) -> list[tuple[str, bool]]:
-        """(text, whether it is the best) by column; scores that print alike are equally good."""
+        """(text, whether it is the best) for each column; scores with the same text are equally good."""
         texts = [_MISSING if score is None else f"{score:.1f}" for score in self.scores]
         shown = [float(text) for text in texts if text != _MISSING]
         best = max(shown) if len(shown) > 1 else None
@@ -43,22 +42,22 @@ class TextRow:
     texts: tuple[str, ...]
 
     def cells(self) -> list[tuple[str, bool]]:
-        """(text, False) by column: none is the best."""
+        """(text, False) for each column: no cell is the best."""
         return [(text, False) for text in self.texts]
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores ready to be drawn; `corner` says what the numbers are."""
+    """Scores as a table; `corner` says what the numbers are."""
 
     corner: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ScoreRow, ...]
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """Words ready to be drawn."""
+    """Words as a table."""
 
     corner: str
     columns: tuple[str, ...]
@@ -69,9 +68,9 @@ Table = ScoreTable | TextTable
 
 
 def score_table(methods: Mapping[str, Sequence[Result]], metric: str | None = None) -> ScoreTable:
-    """The table of the scores of every method, by each task's main metric or by `metric`, where a task has that one.
+    """The table of every method's scores, by each task's main metric, or by `metric` for the tasks that have it.
 
-    A task that a method lacks is left out of that method's average.
+    A task without a result of a method is left out of that method's average.
     """
     by_task = {name: {result.task: result for result in results} for name, results in methods.items()}
     scored = [r for results in methods.values() for r in results if metric is None or metric in r.scores]
@@ -81,15 +80,15 @@ def score_table(methods: Mapping[str, Sequence[Result]], metric: str | None = No
     for task, name in metrics.items():
         found = [results.get(task) for results in by_task.values()]
         label = f"{task} ({name})" if mixed else task
-        rows.append(Row(label, tuple(None if result is None else percent(result, metric) for result in found)))
+        rows.append(ScoreRow(label, tuple(None if result is None else percent(result, metric) for result in found)))
     if len(rows) > 1:
-        rows.append(Row(AVERAGE, tuple(_mean([row.scores[i] for row in rows]) for i in range(len(by_task)))))
+        rows.append(ScoreRow(AVERAGE, tuple(_mean([row.scores[i] for row in rows]) for i in range(len(by_task)))))
     corner = "task (%)" if mixed else f"{next(iter(metrics.values()), 'score')} (%)"
     return ScoreTable(corner, tuple(by_task), tuple(rows))
 
 
 def draw(tables: Sequence[Table], lines: Sequence[str] = ()) -> None:
-    """Draws on stdout, for eyes on a terminal, as markdown in a pipe or a file; then the lines."""
+    """Draws tables and lines on stdout: formatted on a terminal, as markdown in a pipe or a file."""
     for number, table in enumerate(tables):
         if sys.stdout.isatty():
             from rich.console import Console
@@ -112,7 +111,7 @@ def to_rich(table: Table, *, title: str | None = None) -> RichTable:
     drawn.add_column(escape(table.corner), overflow="fold")
     for column in table.columns:
         drawn.add_column(escape(column), justify="right", overflow="fold")
-    rows: Sequence[Row | TextRow] = table.rows
+    rows: Sequence[ScoreRow | TextRow] = table.rows
     for i, row in enumerate(rows):
         if i and row.label == AVERAGE:
             drawn.add_section()
@@ -121,9 +120,9 @@ def to_rich(table: Table, *, title: str | None = None) -> RichTable:
 
 
 def to_markdown(table: Table) -> str:
-    """The table as GitHub markdown, a line break at its end."""
+    """The table as GitHub markdown, ending in a line break."""
     lines = [_line([table.corner, *table.columns]), "|---|" + "---:|" * len(table.columns)]
-    rows: Sequence[Row | TextRow] = table.rows
+    rows: Sequence[ScoreRow | TextRow] = table.rows
     for row in rows:
         lines.append(_line([row.label, *(f"**{text}**" if best else text for text, best in row.cells())]))
     return "\n".join(lines) + "\n"

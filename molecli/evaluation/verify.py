@@ -1,7 +1,7 @@
-"""Whether another library makes of an export what this package meant: its updates, and the model's output with them.
+"""Whether another library loads an export as intended: the updates, and the model's output with them.
 
-verify         both sides compared, in float32
-Verification   how far they are apart
+verify         compares the loaded adapter with the composition, in float32
+Verification   the differences
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-# Relative differences that float32 arithmetic in another order explains, with room.
+# Relative differences that can come from float32 arithmetic in another order, with a margin.
 DELTA_TOLERANCE, OUTPUT_TOLERANCE = 1e-5, 1e-3
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Differences relative to the expected: of each ΔW in the Frobenius norm, of the output by its largest entry.
+    """Relative differences: of each ΔW in the Frobenius norm, of the output by its largest entry.
 
-    file: ΔW as loaded from that of the factors written; delta: from that of the composition, the rank's and the type's
-    rounding included; missing, surplus: matrices that the library leaves out, or adapts besides. exact: nothing was
-    left out, so that all are to be rounding.
+    file: the loaded ΔW against the written factors. delta: against the composition, including the error of a lower rank
+    and of the number type. missing, surplus: matrices that the library leaves out, or adapts although they were not
+    written. exact: the export lost nothing, so all differences must be rounding errors.
     """
 
     library: str
@@ -44,11 +44,11 @@ class Verification:
 
     @property
     def worst(self) -> str:
-        """The matrix whose ΔW is farthest from the composition's; "" where none was loaded."""
+        """The matrix whose ΔW differs most from the composition's; "" if none was loaded."""
         return max(self.delta, key=self.delta.__getitem__, default="")
 
     def document(self) -> dict[str, Any]:
-        """The verification as JSON holds it."""
+        """The verification as JSON stores it."""
         return {
             "library": self.library,
             "delta": {"worst": self.delta.get(self.worst), "matrix": self.worst, "by_matrix": dict(self.delta)},
@@ -66,19 +66,19 @@ class Verification:
         return f"{self.library}: ΔW differs by at most {self.delta[worst]:.1e} ({worst}), output by {self.output:.1e}"
 
     def check(self, folder: str) -> None:
-        """Nothing, where only rounding sets the two apart. Raises: RunError otherwise."""
+        """Raises: RunError if the differences are more than rounding errors."""
         problem = self._problem()
         if problem is not None:
-            raise RunError(folder, f"{self.library} {problem}", "The files are kept; report.json has every matrix.")
+            raise RunError(folder, f"{self.library} {problem}", "The files are kept; report.json lists every matrix.")
 
     def _problem(self) -> str | None:
         if self.missing or self.surplus:
-            kind, names = ("leaves out", self.missing) if self.missing else ("adapts besides", self.surplus)
+            kind, names = ("leaves out", self.missing) if self.missing else ("also adapts", self.surplus)
             return f"{kind} {len(names)} matrices, such as {names[0]!r}"
         for found in (self.file, self.delta if self.exact else {}):
             name = max(found, key=found.__getitem__, default="")
             if name and not found[name] <= DELTA_TOLERANCE:
-                return f"makes another update of {name!r} (relative difference {found[name]:.1e})"
+                return f"loads another update of {name!r} (relative difference {found[name]:.1e})"
         if self.exact and not self.output <= OUTPUT_TOLERANCE:
             return f"gives another output (relative difference {self.output:.1e})"
         return None
@@ -96,11 +96,11 @@ def verify(
     exact: bool,
     library: str,
 ) -> Verification:
-    """How the adapter that `loaded` puts on `model` compares with `original`, which gives the updates `meant`.
+    """The differences between the adapter that `loaded` puts on `model` and `original`, with the updates `meant`.
 
-    written: the factors in the file; probe: the model's output on inputs of its own choice.
+    written: the factors in the file; probe: returns the model's output on some inputs.
     """
-    # On an accelerator convolutions would else be rounded to fewer digits than float32 has.
+    # Otherwise convolutions on an accelerator would be rounded to fewer digits than float32 has.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with original:
             expected = probe()
@@ -115,7 +115,7 @@ def verify(
 def _deltas(
     model: Any, meant: Mapping[str, LowRank], written: Mapping[str, LowRank]
 ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
-    """(difference of each loaded ΔW from the one written, from the one meant, matrices adapted besides)."""
+    """(differences of the loaded ΔW from the written ones, from the meant ones; adapted matrices not written)."""
     from peft.tuners.lora import LoraLayer
 
     file: dict[str, float] = {}
@@ -127,7 +127,7 @@ def _deltas(
         if name not in written:
             surplus.append(name)
             continue
-        # As stored they may be in half precision, in which ΔW itself would be rounded.
+        # They can be stored in half precision, in which ΔW would be rounded.
         module.lora_A.float()
         module.lora_B.float()
         found = module.get_delta_weight(next(iter(module.lora_A))).cpu()

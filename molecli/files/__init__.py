@@ -1,1 +1,1 @@
-"""Files and names: compositions, output folders, where a base comes from, concepts, pictures."""
+"""Files and names: compositions, output folders, sources of bases, concepts, pictures."""

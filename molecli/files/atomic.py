@@ -1,4 +1,4 @@
-"""Writes that a reader never sees half of: into a sibling, flushed, then renamed.
+"""Atomic writes: to a temporary file next to the target, flushed, then renamed.
 
 Contents: write_bytes, write_text, write_with, atomic_folder, append_jsonl.
 """
@@ -18,17 +18,17 @@ from molecli.errors import RunError
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """The path, now holding `data`. Raises: RunError when the disk or the folder does not let it."""
+    """Writes `data` to the path, which is returned. Raises: RunError if that fails."""
     return write_with(path, lambda part: part.write_bytes(data))
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """The path, now holding `text` as UTF-8 with the line ends as given."""
+    """Writes `text` to the path, which is returned, as UTF-8 with unchanged line ends."""
     return write_bytes(path, text.encode("utf-8"))
 
 
 def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """The path, now holding what `write(temporary path)` wrote; the old content stays if `write` fails."""
+    """Lets `write(temporary path)` write the path, which is returned; if it fails, the old content stays."""
     path = Path(path)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
         part = Path(name)
         try:
             write(part)
-            part.chmod(0o666 & ~_umask())  # mkstemp makes private files; these are ordinary ones
+            part.chmod(0o666 & ~_umask())  # mkstemp makes the file private
             _flush(part)
             os.replace(part, path)
         finally:
@@ -47,11 +47,11 @@ def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 @contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary sibling to fill; it becomes `path` when the block ends, and vanishes when the block raises.
+    """A temporary folder to fill; it becomes `path` when the block ends, and is removed if the block raises.
 
-    With `replace` an existing folder gives way, by two renames: a reader between them finds none, never half of
-    one. Otherwise only an empty folder does.
-    Raises: RunError when `path` cannot be written.
+    With `replace` an existing folder is replaced, by two renames: a reader between them finds no folder, never half
+    of one. Without it, only an empty folder is replaced.
+    Raises: RunError if `path` cannot be written.
     """
     path = Path(path)
     with _explained(path):
@@ -70,7 +70,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Nothing; `row` is the last line of `path`, written in one call so that lines never interleave."""
+    """Appends `row` as a line to `path`, in one call so that lines never interleave."""
     path = Path(path)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
 
 def _take_place(part: Path, path: Path, replace: bool) -> None:
     if not replace or not path.exists():
-        os.replace(part, path)  # POSIX lets an empty folder be replaced, and refuses a full one
+        os.replace(part, path)  # POSIX replaces an empty folder and refuses a full one
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
     os.replace(path, old)

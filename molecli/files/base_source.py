@@ -1,4 +1,4 @@
-"""Where a base is: a built-in name, a folder, a GGUF file or a hub id, checked before anything is read from it."""
+"""Finds a base: a built-in name, a folder, a GGUF file or a hub id. It is checked before anything is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class BaseSettings(Protocol):
-    """What names a base and how to load it; `config.BaseConfig` is one."""
+    """The name of a base and how to load it; `config.BaseConfig` is one."""
 
     @property
     def id(self) -> str: ...
@@ -31,10 +31,10 @@ class BaseSettings(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
-    """What transformers or diffusers is given: a folder or hub id, and a GGUF file inside it.
+class BaseSource:
+    """What transformers or diffusers loads: a folder or hub id, and a GGUF file in it.
 
-    pipeline: it is a diffusers pipeline, which names its parts in model_index.json.
+    pipeline: it is a diffusers pipeline, with a model_index.json.
     """
 
     name: str
@@ -46,18 +46,18 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Keywords for every `from_pretrained` but the path."""
+        """Keywords of `from_pretrained`, without the path."""
         given = {"gguf_file": self.gguf_file, "revision": None if self.local else self.revision}
         return {key: value for key, value in given.items() if value is not None}
 
     @property
     def where(self) -> str:
-        """What to name in messages about its contents."""
+        """The path to name in messages about its contents."""
         return str(Path(self.path) / self.gguf_file) if self.gguf_file else self.path
 
 
-def find_base(base: BaseSettings) -> Source:
-    """The base's source. Raises: UsageError where there is none; RunError when GGUF cannot be read here."""
+def find_base(base: BaseSettings) -> BaseSource:
+    """The source of the base. Raises: UsageError if there is none; RunError if GGUF cannot be read here."""
     if base.gguf_file is not None or base.id.endswith(".gguf"):
         _check_gguf_package(base.gguf_file or base.id)
     if base.id.startswith(BUILTIN_PREFIX):
@@ -70,13 +70,13 @@ def find_base(base: BaseSettings) -> Source:
     if not _HUB_ID.fullmatch(base.id):
         raise UsageError(f"base {base.id}", "no such folder", "Write an existing folder, a hub id or builtin:NAME.")
     pipeline = base.gguf_file is None and _is_hub_pipeline(base.id, base.revision)
-    return Source(base.id, base.id, False, base.gguf_file, base.revision, pipeline)
+    return BaseSource(base.id, base.id, False, base.gguf_file, base.revision, pipeline)
 
 
 def check_found(base: BaseSettings) -> None:
-    """Nothing, where the base is there: a folder, or on the hub or in its cache. Raises: UserError that says why not.
+    """Checks that the base exists: a folder, or on the hub or in its cache. Raises: UserError that says why not.
 
-    Asks for the smallest file that every language model has.
+    Requests config.json, the smallest file that every language model has.
     """
     import huggingface_hub
 
@@ -89,25 +89,25 @@ def check_found(base: BaseSettings) -> None:
         raise explain_hub(source, error, offline=huggingface_hub.is_offline_mode()) from None
 
 
-def explain_hub(source: Source, error: Exception, *, offline: bool) -> UserError:
-    """The user's message for a base that the hub did not give."""
+def explain_hub(source: BaseSource, error: Exception, *, offline: bool) -> UserError:
+    """The error for a base that the hub did not deliver."""
     where = f"base {source.name}"
     if offline:
-        what = "no such folder, and HF_HUB_OFFLINE=1 forbids downloading what is not in the local cache"
+        what = "no such folder or cached model, and HF_HUB_OFFLINE=1 forbids downloads"
         return UsageError(where, what, "Write an existing folder, or unset HF_HUB_OFFLINE.")
     if isinstance(error.__cause__, ConnectionError) or "connect" in str(error):
         return RunError(
-            where, "no such folder, and the hub cannot be reached", "Write an existing folder or go online."
+            where, "no such folder, and the hub cannot be reached", "Write an existing folder, or go online."
         )
     reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
-    return UsageError(where, f"no such folder, and the hub says: {reason}", "Write an existing folder or a hub id.")
+    return UsageError(where, f"no such folder, and the hub answers: {reason}", "Write an existing folder or a hub id.")
 
 
-def _folder(base: BaseSettings, path: Path) -> Source:
+def _folder(base: BaseSettings, path: Path) -> BaseSource:
     pipeline = base.gguf_file is None and (path / PIPELINE_FILE).is_file()
     if not pipeline:
         _check_folder(path, base.gguf_file)
-    return Source(base.id, str(path), local=True, gguf_file=base.gguf_file, pipeline=pipeline)
+    return BaseSource(base.id, str(path), local=True, gguf_file=base.gguf_file, pipeline=pipeline)
 
 
 def _is_hub_pipeline(hub_id: str, revision: str | None) -> bool:
@@ -116,16 +116,16 @@ def _is_hub_pipeline(hub_id: str, revision: str | None) -> bool:
 
     try:
         huggingface_hub.hf_hub_download(hub_id, PIPELINE_FILE, revision=revision)
-    except Exception:  # a language model has none; whatever else is wrong is said when the base itself is read
+    except Exception:  # a language model has none; other errors show when the base itself is read
         return False
     return True
 
 
-def _single_file(base: BaseSettings, path: Path) -> Source:
+def _single_file(base: BaseSettings, path: Path) -> BaseSource:
     if path.suffix != ".gguf":
-        raise UsageError(f"base {base.id}", "a file, not a folder", "Write the folder that holds config.json.")
+        raise UsageError(f"base {base.id}", "it is a file, not a folder", "Write the folder that holds config.json.")
     _check_folder(path.parent, path.name)
-    return Source(base.id, str(path.parent), local=True, gguf_file=path.name)
+    return BaseSource(base.id, str(path.parent), local=True, gguf_file=path.name)
 
 
 def _check_folder(folder: Path, gguf_file: str | None) -> None:
@@ -135,10 +135,10 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
         _check_gguf_file(folder / gguf_file, ggufs)
     elif not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise UsageError(f"base {folder}", "a LoRA, not a base model", "Write it after --loras.")
+            raise UsageError(f"base {folder}", "it is a LoRA, not a base model", "Write it after --loras.")
         if ggufs:
-            raise UsageError(f"base {folder}", "no config.json, only GGUF", f"Add --gguf-file with one of: {ggufs}.")
-        raise UsageError(f"base {folder}", "no config.json in it", "Write a folder that transformers can load.")
+            raise UsageError(f"base {folder}", "it has only GGUF files", f"Add --gguf-file with one of: {ggufs}.")
+        raise UsageError(f"base {folder}", "it has no config.json", "Write a folder that transformers can load.")
     else:
         _check_config(folder / "config.json")
 
@@ -149,16 +149,16 @@ def _check_gguf_file(file: Path, others: str) -> None:
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic != b"GGUF":
-        raise MismatchError(str(file), "not a GGUF file, or a damaged one", "Download it again.")
+        raise MismatchError(str(file), "it is damaged, or not a GGUF file", "Download it again.")
 
 
 def _check_config(file: Path) -> None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MismatchError(str(file), "damaged: it cannot be read as JSON", "Download the base again.") from error
+        raise MismatchError(str(file), "it is damaged: not valid JSON", "Download the base again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UsageError(str(file), "no model_type in it", "Write a folder that transformers can load.")
+        raise UsageError(str(file), "it has no model_type", "Write a folder that transformers can load.")
 
 
 def _check_gguf_package(file: str) -> None:

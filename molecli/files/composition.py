@@ -1,4 +1,4 @@
-"""Compositions in files: `composition.safetensors` (tensors and string metadata) beside the `recipe.yaml` of the run.
+"""Composition files: `composition.safetensors` (tensors and text metadata) next to the `recipe.yaml` of the run.
 
 Contents: ExpertRecord, Composition, record_of, save_composition, load_composition, check_experts, check_base.
 """
@@ -21,17 +21,18 @@ from torch import Tensor
 from molecli.errors import MismatchError, UsageError
 from molecli.experts import Expert, ExpertBank
 from molecli.files.atomic import write_text, write_with
+from molecli.files.output_folder import RECIPE_FILE
 from molecli.files.tensor_file import opened
 
 FORMAT, FORMAT_VERSION = "mole", "1"
-TENSORS_FILE, RECIPE_FILE = "composition.safetensors", "recipe.yaml"
+TENSORS_FILE = "composition.safetensors"
 _AGAIN = "Compose again."
 _TEXT_KEYS = ("mode", "level", "base", "base_fingerprint", "recipe", "recipe_sha256", "molecli_version")
 
 
 @dataclass(frozen=True)
 class ExpertRecord:
-    """One expert as a composition remembers it; `scaling_sha256` digests its scaling at every matrix."""
+    """The record of one expert in a composition; `scaling_sha256` is a hash of its scalings at all matrices."""
 
     name: str
     source: str
@@ -44,7 +45,7 @@ class ExpertRecord:
 
 @dataclass(frozen=True)
 class Composition:
-    """A composition: how it was made, what it belongs to, and the tensors that were learned or merged."""
+    """A composition: how it was made, its base and experts, and the learned or merged tensors."""
 
     mode: str
     level: str
@@ -64,7 +65,7 @@ class Composition:
 
 
 def record_of(expert: Expert) -> ExpertRecord:
-    """What a composition remembers of `expert`."""
+    """The record of `expert` in a composition."""
     return ExpertRecord(
         name=expert.name,
         source=expert.source,
@@ -77,13 +78,13 @@ def record_of(expert: Expert) -> ExpertRecord:
 
 
 def save_composition(folder: str | Path, composition: Composition) -> Path:
-    """The path of the written composition.safetensors; the recipe is written beside it first.
+    """The path of composition.safetensors, written after the recipe next to it.
 
-    Each file appears whole; a folder without composition.safetensors is a run that did not finish.
-    Raises: RunError when the folder cannot be written.
+    Both writes are atomic. A folder without composition.safetensors is a run that did not finish.
+    Raises: RunError if the folder cannot be written.
     """
     folder = Path(folder)
-    # Copies: safetensors refuses tensors that share memory, as the fixed weights of several sites do.
+    # Copies, because safetensors refuses tensors that share memory, such as the fixed weights of several sites.
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in composition.tensors.items()
@@ -109,14 +110,16 @@ def save_composition(folder: str | Path, composition: Composition) -> Path:
 def load_composition(path: str | Path) -> Composition:
     """The composition at `path`, a folder or a .safetensors file; its tensors are on the CPU.
 
-    Raises: UsageError when there is none; MismatchError when it is damaged, foreign or not finite.
+    Raises: UsageError if there is none; MismatchError if it is damaged, of another kind or not finite.
     """
     file = find_composition(path)
     metadata, tensors = _read(file)
     if metadata.get("format") != FORMAT:
-        raise MismatchError(str(file), "not a composition", "Name the output folder of mole compose.")
+        raise MismatchError(str(file), "this is not a composition", "Name the output folder of mole compose.")
     if metadata.get("format_version") != FORMAT_VERSION:
-        what = f"format version {metadata.get('format_version')}, this version of mole reads {FORMAT_VERSION}"
+        what = (
+            f"it has format version {metadata.get('format_version')}, and this version of mole reads {FORMAT_VERSION}"
+        )
         raise MismatchError(str(file), what, "Update mole, or compose again.")
     text = {key: _present(file, metadata, key) for key in _TEXT_KEYS}
     if _sha256(text["recipe"]) != text["recipe_sha256"]:
@@ -139,12 +142,12 @@ def load_composition(path: str | Path) -> Composition:
 
 
 def find_composition(path: str | Path) -> Path:
-    """The composition.safetensors that `path` (its folder or itself) names. Raises: UsageError when there is none."""
+    """The composition.safetensors at `path` (the file or its folder). Raises: UsageError if there is none."""
     path = Path(path)
     if path.is_dir():
         if not (path / TENSORS_FILE).is_file():
             raise UsageError(
-                str(path), f"holds no {TENSORS_FILE}", "Name the output folder of a finished mole compose."
+                str(path), f"it has no {TENSORS_FILE}", "Name the output folder of a finished mole compose."
             )
         return path / TENSORS_FILE
     if not path.is_file():
@@ -153,12 +156,12 @@ def find_composition(path: str | Path) -> Path:
 
 
 def check_experts(composition: Composition, bank: ExpertBank) -> None:
-    """Nothing, when `bank` holds exactly the composition's experts, in its order; an absent one is compared by name.
+    """Checks that `bank` has the same experts as the composition, in its order; absent ones are compared by name.
 
-    Raises: MismatchError naming the first expert that differs, and how.
+    Raises: MismatchError that names the first difference.
     """
     if len(bank) != len(composition.experts):
-        what = f"the number of LoRAs is {len(bank)}, the composition was made with {len(composition.experts)}"
+        what = f"{len(bank)} LoRAs are given, and the composition was made with {len(composition.experts)}"
         raise MismatchError("--loras", what, _expected(composition))
     if sorted(bank.names) == sorted(composition.names) and bank.names != composition.names:
         raise MismatchError("--loras", f"the order is {', '.join(bank.names)}", _expected(composition))
@@ -171,14 +174,16 @@ def check_experts(composition: Composition, bank: ExpertBank) -> None:
         if expert.absent:
             continue
         if found.sha256 != record.sha256:
-            what = f"its weights are not those the composition was made with ({_short(found)}, not {_short(record)})"
+            what = f"its weights differ from those in the composition ({_short(found)}, not {_short(record)})"
             raise MismatchError(found.name, what, f"Give the LoRA from {record.source}, or compose again.")
         for key in ("rank", "alpha"):
             if getattr(found, key) != getattr(record, key):
-                what = f"its {key} is {getattr(found, key):g}, the composition was made with {getattr(record, key):g}"
+                what = (
+                    f"its {key} is {getattr(found, key):g}, and the composition was made with {getattr(record, key):g}"
+                )
                 raise MismatchError(found.name, what, f"Restore its adapter_config.json, or {_AGAIN.lower()}")
         if found.scaling_sha256 != record.scaling_sha256:
-            what = "its matrices or their scalings are not those the composition was made with"
+            what = "its matrices or their scalings differ from those in the composition"
             raise MismatchError(found.name, what, f"Restore its adapter_config.json, or {_AGAIN.lower()}")
 
 
@@ -189,9 +194,9 @@ def check_base(
     *,
     base: str = "",
 ) -> None:
-    """Nothing, when `fingerprint` is that of the composition's base under `same` (equality, or `same_base`).
+    """Checks that `fingerprint` equals that of the composition's base under `same` (equality, or `same_base`).
 
-    Raises: MismatchError that names the base wanted, and `base`, the one given.
+    Raises: MismatchError that names the expected base and `base`, the given one.
     """
     if not same(composition.base_fingerprint, fingerprint):
         what = f"the composition was made on {composition.base}, whose weights differ from this base's"
@@ -228,7 +233,7 @@ def _mapping_or_none(value: Any) -> dict[str, Any] | None:
 
 
 def _scaling_digest(expert: Expert) -> str:
-    # Alpha lives outside the hashed weights file, so that a changed alpha_pattern would pass unseen.
+    # Alpha is not in the hashed weights file: without this a changed alpha_pattern would go unnoticed.
     return _sha256(json.dumps({matrix: expert.factors[matrix].scaling for matrix in sorted(expert.factors)}))
 
 

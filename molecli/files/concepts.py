@@ -1,9 +1,9 @@
-"""concept.json beside a LoRA: what it adds, the prompt of its pictures, and the words that call it.
+"""concept.json next to a LoRA: what the LoRA adds, the prompt of its pictures, and its trigger words.
 
 Concept          one LoRA's entry
-read_concept     from the LoRA's folder or file; None where nothing lies beside it
-write_concept    into the LoRA's folder
-trigger_of       the words that call a concept, found in its prompts
+read_concept     from the folder or file of the LoRA; None without a concept.json
+write_concept    to the folder of the LoRA
+trigger_of       the trigger words, found in the prompts
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ CONCEPT_FILE = "concept.json"
 KINDS: tuple[str, ...] = get_args(ElementKind)
 _NEEDED = ("name", "prompt")
 _KEYS = ("name", "kind", "prompt", "trigger", "pictures")
-# What a prompt says before it comes to its subject: "a photo of a ", "an image in the style of ".
+# The opening of a prompt before its subject: "a photo of a ", "an image in the style of ".
 _OPENING = re.compile(
     r"^(?:an?\s+|the\s+)?(?:\w+\s+)?(?:photo(?:graph)?|picture|image|drawing|painting|illustration|rendering)\s+"
     r"(?:of\s+|in\s+(?:the\s+style\s+of\s+)?)",
     re.IGNORECASE,
 )
-# What a run of shared words ends with where the scenes begin to differ: "an octopus on a" white, "... on" grass.
+# Words to drop at the end of shared words, where the prompts begin to differ: "an octopus on a" white, "... on" grass.
 _LOOSE_END = re.compile(r"(?:\s+(?:an?|the|and|on|in|at|by|of|with|under|near|over|beside))+$", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:an?|the|one)\s+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What a LoRA adds. `pictures` is the folder of its pictures, absolute once read; None where it names none."""
+    """What a LoRA adds. `pictures` is the folder of its pictures, absolute once read, or None."""
 
     name: str
     prompt: str
@@ -46,7 +46,7 @@ class Concept:
 
 
 def read_concept(source: str | Path) -> Concept | None:
-    """The concept beside the LoRA at `source` (its folder, or a file in it); None where there is no concept.json.
+    """The concept next to the LoRA at `source` (its folder, or a file in it); None without a concept.json.
 
     Raises: MismatchError for a file that is damaged or lacks a key.
     """
@@ -66,7 +66,7 @@ def read_concept(source: str | Path) -> Concept | None:
 
 
 def write_concept(folder: str | Path, concept: Concept) -> Path:
-    """The file, holding `concept`: its pictures' path relative to the file if they lie in its folder, else absolute."""
+    """Writes `concept` and returns the file. The path of the pictures is relative if they are in the same folder."""
     folder = Path(folder)
     tree = asdict(concept)
     if concept.pictures is not None:
@@ -80,7 +80,7 @@ def write_concept(folder: str | Path, concept: Concept) -> Path:
 def trigger_of(prompts: Sequence[str]) -> str:
     """The words that all prompts share, without the opening: "a photo of sks dog" -> "sks dog".
 
-    Prompts that share no word give the first one's subject.
+    If the prompts share no word: the subject of the first one.
     """
     words = [prompt.split() for prompt in prompts]
     shared = " ".join(_longest_common(words)) if len(set(prompts)) > 1 else prompts[0].strip()
@@ -92,7 +92,7 @@ def _subject(text: str) -> str:
 
 
 def _longest_common(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The longest run of words that is in every row; the earliest of equally long ones."""
+    """The longest sequence of words that is in every row; of equally long ones the first."""
     first = list(rows[0])
     for length in range(len(first), 0, -1):
         for start in range(len(first) - length + 1):
@@ -111,9 +111,9 @@ def _mapping(file: Path) -> Mapping[str, Any]:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not valid JSON"
-        raise MismatchError(str(file), f"cannot be read ({reason})", "Mend or remove it.") from None
+        raise MismatchError(str(file), f"it cannot be read ({reason})", "Correct or remove it.") from None
     if not isinstance(tree, dict):
-        raise MismatchError(str(file), "not a JSON object", "Mend or remove it.")
+        raise MismatchError(str(file), "it is not a JSON object", "Correct or remove it.")
     return tree
 
 
@@ -128,5 +128,5 @@ def _checked(file: Path, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         if value is not None and not isinstance(value, str):
             raise MismatchError(str(file), f"{key} is {value!r}, not text", "Write it in quotes.")
     if tree.get("kind") not in (None, *KINDS):
-        raise MismatchError(str(file), f"no kind {tree['kind']!r}", suggestion(tree["kind"], KINDS))
+        raise MismatchError(str(file), f"there is no kind {tree['kind']!r}", suggestion(tree["kind"], KINDS))
     return tree

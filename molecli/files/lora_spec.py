@@ -1,4 +1,4 @@
-"""How a LoRA is written on the command line and in a recipe: `name=PATH@WEIGHT`. Needs no torch."""
+"""LoRAs as written on the command line and in recipes: `name=PATH@WEIGHT`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG_FILE = "adapter_config.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 SHIFTS_FILE = "svdiff.safetensors"  # an SVDiff adapter
 
-# Any of these makes a folder a LoRA: PEFT's file, diffusers', another trainer's, or PEFT's by component (unet/…).
+# A folder with one of these is a LoRA: of PEFT, diffusers, another trainer, or PEFT by component (unet/…).
 _MARKERS = (CONFIG_FILE, "*.safetensors", f"*/{WEIGHTS_FILE}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _WEIGHTED = re.compile(r"(?P<source>.+)@(?P<weight>[^@/\\]*)")
@@ -33,7 +33,7 @@ class LoraSpec:
 
 
 class LoraLike(Protocol):
-    """What a reader needs of a LoRA's name: a LoraSpec, or a recipe's LoraConfig."""
+    """A LoRA with name and source: a LoraSpec, or a recipe's LoraConfig."""
 
     @property
     def name(self) -> str: ...
@@ -45,50 +45,50 @@ class LoraLike(Protocol):
 def parse_lora(text: str) -> LoraSpec:
     """The LoRA that `text` names: "a", "runs/a", "a.safetensors", "org/repo", each with "name=" and "@WEIGHT".
 
-    Without "name=" the name is the built-in LoRA's, the folder's, the file's stem or the repository's.
-    Raises: UsageError for an empty path, an unusable name or a weight that is not a number.
+    Without "name=" the name is that of the built-in LoRA, the folder, the file (its stem) or the repository.
+    Raises: UsageError for an empty path, an invalid name or a weight that is not a number.
     """
     name, equals, rest = text.strip().partition("=")
-    # A path may itself hold "=", as in "runs/lr=1e-3": what precedes it is a name only if it looks like one.
+    # A path may contain "=", as in "runs/lr=1e-3": the part before it is a name only if it has no slash.
     if not equals or "/" in name or "\\" in name:
         name, rest = "", text.strip()
     source, weight = _split_weight(text, rest.strip())
     if not source:
-        raise UsageError(f"--loras {text}", "no path after the name", "Write name=PATH or name=PATH@WEIGHT.")
+        raise UsageError(f"--loras {text}", "the path is missing", "Write name=PATH or name=PATH@WEIGHT.")
     shipped = builtin_meant(source)
     if shipped is not None:
-        source = shipped[0]  # the real name: a recipe that says it outlives a change of the letters
+        source = shipped[0]  # the name, which stays valid in recipes if the letters change
     name = name.strip() if equals and name else _default_name(source)
     check_name(name, text)
     return LoraSpec(name, source, weight)
 
 
 def parse_loras(texts: Iterable[str]) -> tuple[LoraSpec, ...]:
-    """The LoRAs that texts name, each possibly a comma-separated list. Raises: UsageError on a repeated name."""
+    """The LoRAs in `texts`, each a comma-separated list. Raises: UsageError for a repeated name."""
     specs = tuple(parse_lora(part) for text in texts for part in text.split(",") if part.strip())
     check_distinct([spec.name for spec in specs])
     return specs
 
 
 def builtin_meant(source: str) -> tuple[str, Path] | None:
-    """(real name, folder) of the built-in LoRA that `source` names; None where a LoRA of one's own lies there."""
+    """(name, folder) of the built-in LoRA that `source` names; None if the user has a LoRA at that path."""
     path = Path(source).expanduser()
     own = path.is_file() or any(next(path.glob(marker), None) for marker in _MARKERS)
     return None if own else builtin_lora(source)
 
 
 def check_name(name: str, text: str) -> None:
-    """Nothing, for a name usable in `--mask` and in tables. Raises: UsageError otherwise."""
+    """Checks that the name can be used in `--mask` and in tables. Raises: UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"--loras {text}",
-            f"{name!r} is not a usable name (letters, digits, '_', '-' and '.')",
-            "Give it one: name=PATH.",
+            f"{name!r} is not a valid name (letters, digits, '_', '-' and '.')",
+            "Choose another: name=PATH.",
         )
 
 
 def check_distinct(names: Iterable[str]) -> None:
-    """Nothing, when no name occurs twice. Raises: UsageError naming the first repeated one."""
+    """Checks that no name occurs twice. Raises: UsageError that names the first repeated one."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -97,7 +97,7 @@ def check_distinct(names: Iterable[str]) -> None:
 
 
 def _default_name(source: str) -> str:
-    """The name a LoRA gets when none is written: the built-in name, the folder's, the stem or the repository's."""
+    """The name of a LoRA if none is written: that of the built-in LoRA, folder, file (its stem) or repository."""
     return PurePath(source.rstrip("/\\")).name.removesuffix(".safetensors")
 
 
@@ -114,5 +114,5 @@ def _split_weight(text: str, rest: str) -> tuple[str, float]:
     return match["source"], weight
 
 
-# The parts of a pipeline that LoRAs adapt, and what kohya's trainers call them.
+# The parts of a pipeline that LoRAs adapt.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

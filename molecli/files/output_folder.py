@@ -1,4 +1,4 @@
-"""Where a run writes: the default name, and what a folder that is already used may be used for."""
+"""The output folder of a run: its default name, and the rules for folders that are not empty."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from molecli.errors import RunError, UsageError
 from molecli.files.lora_spec import COMPONENTS
 
-SAMPLES_FILE = "samples.jsonl"
-# What a run may leave in its folder, as glob patterns: --overwrite removes these and touches nothing else.
+RECIPE_FILE, SAMPLES_FILE = "recipe.yaml", "samples.jsonl"
+# The files of runs, as glob patterns: --overwrite removes these and nothing else.
 PRODUCTS = (
-    "recipe.yaml",
+    RECIPE_FILE,
     "report.json",
     "report.md",
     "composition.safetensors",
@@ -24,7 +24,7 @@ PRODUCTS = (
     "pytorch_lora_weights.safetensors",
     "lora.safetensors",
     "svdiff.safetensors",
-    # Of a pipeline in PEFT's layout; a folder of that name may be a pipeline's own.
+    # A pipeline's LoRA in PEFT's layout. Not the whole folder: it may belong to a pipeline.
     *(f"{part}/{name}" for part in COMPONENTS for name in ("adapter_config.json", "adapter_model.safetensors")),
     "concept.json",
     "class_pictures",
@@ -48,7 +48,7 @@ PRODUCTS = (
 
 
 def default_folder(command: str, parent: str | Path = "runs") -> str:
-    """`runs/<command>-<timestamp>`, with a number behind it where that is taken."""
+    """`runs/<command>-<timestamp>`, with a number appended if that exists."""
     stem = f"{parent}/{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     name, number = stem, 2
     while Path(name).exists():
@@ -57,10 +57,10 @@ def default_folder(command: str, parent: str | Path = "runs") -> str:
 
 
 def claim(folder: str | Path, *, overwrite: bool = False, resume: bool = False, resumable: bool = True) -> Path:
-    """The folder, there and ready to be written to: empty, or with `resume` as an earlier run left it.
+    """Makes the folder, which is returned: empty, or with `resume` as an earlier run left it.
 
-    `overwrite` removes what an earlier run wrote (`PRODUCTS`). `resumable` only shapes the advice in the message.
-    Raises: UsageError when the folder is not empty, RunError when it cannot be made.
+    `overwrite` removes the files of an earlier run (`PRODUCTS`). `resumable` only changes the advice in the message.
+    Raises: UsageError if the folder is not empty, RunError if it cannot be made.
     """
     folder = check(folder, overwrite=overwrite, resume=resume, resumable=resumable)
     try:
@@ -76,10 +76,10 @@ def claim(folder: str | Path, *, overwrite: bool = False, resume: bool = False, 
 
 
 def check(folder: str | Path, *, overwrite: bool = False, resume: bool = False, resumable: bool = True) -> Path:
-    """The folder, when a run may write there; changes nothing. Raises: UsageError as `claim` does."""
+    """The folder, if a run may write there; nothing is changed. Raises: UsageError as `claim` does."""
     folder = Path(folder)
     if overwrite and resume:
-        raise UsageError("--overwrite --resume", "they contradict each other", "Write one of them.")
+        raise UsageError("--overwrite --resume", "they contradict each other", "Write only one of them.")
     if folder.exists() and not folder.is_dir():
         raise UsageError(str(folder), "the output is a file, not a folder", "Choose another --output.")
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):

@@ -1,6 +1,7 @@
-"""Safetensors files, opened so that a missing, unreadable or damaged one is explained.
+"""Safetensors files.
 
-Contents: opened; in_fixed_order, the same content always the same bytes.
+opened            opens one; missing, unreadable and damaged files are explained
+in_fixed_order    makes equal content equal bytes
 """
 
 from __future__ import annotations
@@ -22,26 +23,28 @@ _HEADER_ERROR = "Error while deserializing header: "
 def opened(path: Path, *, remedy: str) -> Iterator[Any]:
     """The safetensors file at `path`; tensors are read one by one, to the CPU.
 
-    Raises: UsageError when it cannot be read; MismatchError, with `remedy`, when it is damaged.
+    Raises: UsageError if it cannot be read; MismatchError, with `remedy`, if it is damaged.
     """
     try:
-        # Opened by Python first: its OSError carries the reason, safetensors' does not.
+        # Opened by Python first: its OSError has the reason, unlike that of safetensors.
         with path.open("rb") as stream:
             pointer = stream.read(32).startswith(b"version https://git-lfs")
     except OSError as error:
-        raise UsageError(str(path), f"cannot be read ({error.strerror})", "Check the path and its rights.") from None
+        raise UsageError(
+            str(path), f"it cannot be read ({error.strerror})", "Check the path and its permissions."
+        ) from None
     if pointer:
-        raise MismatchError(str(path), "a Git LFS pointer, not the file itself", "Run git lfs pull.")
+        raise MismatchError(str(path), "it is a Git LFS pointer, not the file itself", "Run git lfs pull.")
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except SafetensorError as error:
         reason = str(error).removeprefix(_HEADER_ERROR)
-        raise MismatchError(str(path), f"a damaged safetensors file ({reason})", remedy) from None
+        raise MismatchError(str(path), f"it is a damaged safetensors file ({reason})", remedy) from None
 
 
 def in_fixed_order(data: bytes) -> bytes:
-    """The file `data` with its metadata sorted: safetensors writes it in another order every time."""
+    """The file `data` with its metadata sorted: safetensors writes them in a random order."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))

@@ -1,4 +1,4 @@
-"""Names that tell things apart: in a table's columns, and as parts of paths."""
+"""Unique names: for the columns of a table, and as parts of paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _UNSAFE = re.compile(r"[^\w.-]+")
 
 
 def numbered(names: Iterable[str]) -> list[str]:
-    """The names, with a number behind each that is taken: a LoRA may be called like a mode, "base" say."""
+    """The names, with a number after repeated ones: a LoRA may have the name of a mode, such as "base"."""
     found: list[str] = []
     for name in names:
         counted = (name, *(f"{name} ({number})" for number in range(2, len(found) + 2)))
@@ -18,7 +18,7 @@ def numbered(names: Iterable[str]) -> list[str]:
 
 
 def slugs(names: Sequence[str], *, longest: int = 80) -> dict[str, str]:
-    """Each name as a part of a file name of at most `longest` letters and a number; two names never share one."""
+    """name -> a unique part of a file name, of at most `longest` letters and a number."""
     found: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:

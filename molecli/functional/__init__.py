@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the mathematics, with the papers' symbols."""
+"""The mathematics, as functions of tensors, with the symbols of the papers."""

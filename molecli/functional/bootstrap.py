@@ -1,12 +1,12 @@
 """Intervals for scores averaged over tasks: the (paired) percentile bootstrap.
 
-Examples are drawn with replacement within each task, the task means are averaged with equal weight. Tasks themselves
-are not resampled: the interval speaks of these tasks, with other examples of them.
+Examples are drawn with replacement within each task, and the task means are averaged with equal weight. Tasks are not
+resampled: the interval is for these tasks, with other examples.
 Source: Efron and Tibshirani (1993), chapter 13; paired use after Koehn (2004).
 
 Interval, bootstrap, paired_bootstrap    scores of examples, whose mean is the task's score
-Scored, of_means, compare_scores         scores that follow from sums over the examples (a mean, corpus BLEU), in one or
-                                         several repetitions over the same examples
+Scored, of_means, compare_scores         scores computed from sums over the examples (a mean, corpus BLEU), in one or
+                                         several repetitions on the same examples
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference is told apart from none at this level."""
+        """Whether the interval excludes zero: then a difference is significant at this level."""
         return self.low > 0 or self.high < 0
 
 
@@ -50,7 +50,7 @@ def resampled_means(scores: Tensor, *, samples: int, generator: torch.Generator)
 def bootstrap(
     tasks: Sequence[Tensor], *, generator: torch.Generator, samples: int = 1000, level: float = 0.95
 ) -> Interval:
-    """The mean over tasks of the mean score, with its interval; `tasks` holds one [n] tensor per task."""
+    """The mean over tasks of the mean score, with its interval; `tasks` has one [n] tensor per task."""
     estimate = torch.stack([scores.double().mean() for scores in tasks]).mean().item()
     means = torch.stack([resampled_means(scores, samples=samples, generator=generator) for scores in tasks]).mean(dim=0)
     return central(estimate, means, level=level)
@@ -66,7 +66,7 @@ def paired_bootstrap(
 ) -> Interval:
     """The interval of mean(first) − mean(second), both scored on the same examples in the same order.
 
-    Raises: ValueError where the two do not hold the same number of examples task by task.
+    Raises: ValueError if the numbers of examples of a task differ.
     """
     if [len(scores) for scores in first] != [len(scores) for scores in second]:
         raise ValueError("paired scores need the same examples in both")
@@ -76,9 +76,9 @@ def paired_bootstrap(
 
 @dataclass(frozen=True)
 class Scored:
-    """One task as one method did it, in r repetitions over the same n examples.
+    """The results of one method on one task, in r repetitions on the same n examples.
 
-    rows: [r, n, k], what each example adds to k sums; combine: sums [..., k] -> scores [...].
+    rows: [r, n, k], the summands of each example for k sums; combine: sums [..., k] -> scores [...].
     """
 
     rows: Tensor
@@ -90,7 +90,7 @@ class Scored:
         return self._scores(torch.ones(1, self.rows.shape[1], dtype=torch.float64)).item()
 
     def resampled(self, *, samples: int, generator: torch.Generator) -> Tensor:
-        """The scores of `samples` resamples, float64 [samples]; all repetitions are of the same examples drawn."""
+        """The scores of `samples` resamples, float64 [samples]; all repetitions use the same drawn examples."""
         n = self.rows.shape[1]
         chunk = max(1, _DRAWS_AT_ONCE // n)
         parts = []
@@ -101,24 +101,26 @@ class Scored:
         return torch.cat(parts)
 
     def _scores(self, counts: Tensor) -> Tensor:
-        """Scores [s], where counts [s, n] says how often each example is there."""
+        """Scores [s]; counts [s, n] is how often each example was drawn."""
         return self.combine(counts @ self.rows.double()).mean(dim=0)
 
 
 def of_means(scores: Tensor) -> Scored:
-    """Scores whose mean over the examples is the task's: [n], or [r, n] of several repetitions."""
+    """A task scored by the mean of `scores` over the examples: [n], or [r, n] for several repetitions."""
     rows = torch.atleast_2d(scores.double())
     return Scored(torch.stack([rows, torch.ones_like(rows)], dim=-1), lambda sums: sums[..., 0] / sums[..., 1])
 
 
 def resampled_scores(tasks: Sequence[Scored], *, seed: int, samples: int) -> Tensor:
     """The scores [tasks, samples] of resamples; the same seed draws the same examples for every method."""
-    generator = torch.Generator().manual_seed(seed)  # one for all: else two tasks of one size would be drawn alike
+    generator = torch.Generator().manual_seed(
+        seed
+    )  # one for all: otherwise two tasks of equal size would be drawn alike
     return torch.stack([task.resampled(samples=samples, generator=generator) for task in tasks])
 
 
 def central(estimate: float, draws: Tensor, *, level: float = 0.95) -> Interval:
-    """The interval that holds the middle `level` of `draws` [samples]."""
+    """The interval with the middle `level` of `draws` [samples]."""
     tail = (1 - level) / 2
     low, high = torch.quantile(draws.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(estimate, low, high, level)
@@ -129,7 +131,7 @@ def compare_scores(
 ) -> Interval:
     """The interval of the mean over tasks of score(first) − score(second), both on the same examples in the same order.
 
-    Raises: ValueError where the numbers of examples differ.
+    Raises: ValueError if the numbers of examples differ.
     """
     if [one.rows.shape[1] for one in first] != [other.rows.shape[1] for other in second]:
         raise ValueError("paired scores need the same examples in both")
@@ -139,7 +141,7 @@ def compare_scores(
 
 
 def standard_error(scores: Tensor) -> float:
-    """The standard error of the mean of `scores` [n] (sample deviation / √n, as lm-eval has it); 0 for one example."""
+    """The standard error of the mean of `scores` [n] (sample deviation / √n, as in lm-eval); 0 for one example."""
     if scores.numel() < 2:
         return 0.0
     return (scores.double().std() / scores.numel() ** 0.5).item()

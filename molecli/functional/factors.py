@@ -1,7 +1,7 @@
-"""Algebra of low-rank updates that never builds ΔW: sums, spectra and truncation from the factors.
+"""Algebra of low-rank updates without building ΔW: sums, spectra and truncation from the factors.
 
-Tensors in, tensors out. Axes: see `molecli.experts`. A pair (A [r, d_in], B [d_out, r]) stands for ΔW = B A, scalings
-folded in; a convolution's A comes flattened, [r, c_in·k_h·k_w]. Costs O((d_in + d_out)·r²), whatever d_in·d_out is.
+Axes: see `molecli.experts`. A pair (A [r, d_in], B [d_out, r]) stands for ΔW = B A, with the scaling; A of a
+convolution is flattened, [r, c_in·k_h·k_w]. The cost is O((d_in + d_out)·r²), independent of d_in·d_out.
 Contents: cat, svd, balanced, norm, difference, truncated, factored.
 """
 
@@ -18,7 +18,7 @@ def cat(
 ) -> tuple[Tensor, Tensor]:
     """(A [R, d_in], B [d_out, R]) of Σ w_i B_i A_i exactly: rows stacked, weights folded into B; 1 each by default.
 
-    Raises: ValueError where there is not one weight per pair.
+    Raises: ValueError unless there is one weight per pair.
     """
     scales = [1.0] * len(factors) if weights is None else [float(w) for w in weights]
     return (
@@ -30,8 +30,8 @@ def cat(
 def svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [d_out, k], S [k] from the largest, Vᵀ [k, d_in] of B A, float64, k = min(r, d_in, d_out).
 
-    QR of both sides leaves a k×k core whose singular values are those of B A. Values that rounding alone would give
-    come back as they are: the numerical rank is the caller's to judge.
+    QR of both sides leaves a k×k core with the singular values of B A. Values that are only rounding errors are kept:
+    the caller decides on the numerical rank.
     """
     q_out, r_out = torch.linalg.qr(_wide(B))
     q_in, r_in = torch.linalg.qr(_wide(A).T)
@@ -40,7 +40,7 @@ def svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def balanced(U: Tensor, S: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, B) of U diag(S) Vᵀ with √S on either side, so that both factors have the same norm."""
+    """(A, B) of U diag(S) Vᵀ with √S on both sides, so that both factors have the same norm."""
     root = S.sqrt()
     return root[:, None] * Vt, U * root
 
@@ -60,7 +60,7 @@ def difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> t
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """(A', B') of the best approximation of B A by `rank` or fewer, and its relative error in the Frobenius norm.
 
-    Balanced factors in the dtype of A and B. The error, ‖B A − B' A'‖/‖B A‖ before that rounding, is 0 for ΔW = 0.
+    Balanced factors in the dtype of A and B. The error ‖B A − B' A'‖/‖B A‖, without rounding to it, is 0 for ΔW = 0.
     Source: Eckart and Young (1936).
     Raises: ValueError for a rank below 1.
     """
@@ -76,7 +76,7 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 def factored(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """(A, B) of the best approximation of a dense update [d_out, d_in] by `rank` or fewer, and its relative error.
 
-    With a rank that loses nothing it is the update itself beside an identity: exact, and without a decomposition.
+    If the rank is full, the factors are the update itself and an identity: exact, without a decomposition.
     """
     if rank >= min(update.shape):
         d_out, d_in = update.shape
@@ -89,5 +89,5 @@ def factored(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x for decompositions: float64, float32 where the device has none."""
+    """x for decompositions: float64, or float32 if the device has no float64."""
     return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)

@@ -1,7 +1,7 @@
-"""Fingerprints: which base a composition was trained on, small enough for file metadata.
+"""Fingerprints identify the base of a composition; they are small enough for file metadata.
 
-The structure (parameter names and shapes) must agree exactly; 512 sampled values must agree within bf16 rounding, so
-that a base loaded in another dtype is still itself, while a fine-tuned or requantised one is another.
+The structure (parameter names and shapes) must agree exactly, and 512 sampled values within bf16 rounding. A base is
+the same in another dtype, but not after fine-tuning or requantising.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 SAMPLES = 512
 # bf16 keeps 8 significand bits: two roundings on either side differ by less than 2^-7 of the value.
 _RELATIVE = 2.0**-7
-# The spacing of float16 subnormals: below it a value that passed through float16 carries no digits.
+# The spacing of float16 subnormals: below it a value has no significant digits after float16.
 _ABSOLUTE = 2.0**-24
 
 
 def fingerprint(model: nn.Module) -> str:
     """JSON: `structure`, a hash of parameter names and shapes; `sample`, base64 of 512 bf16 parameter values.
 
-    Attached PEFT adapters and hooks leave it as it was. `sample` is empty for a model on the meta device.
+    Attached PEFT adapters and hooks do not change it. `sample` is empty for a model on the meta device.
     """
     parameters = _base_parameters(model)
     listing = json.dumps([[name, list(p.shape)] for name, p in parameters])
@@ -36,9 +36,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def same_base(a: str, b: str) -> bool:
-    """Whether two fingerprints are of one base, whatever dtype each was loaded in.
+    """Whether two fingerprints are of the same base, in any dtype.
 
-    Where one has no sample (a skeleton without weights), the structure alone decides.
+    If one has no sample (a skeleton without weights), only the structure counts.
     """
     try:
         left, right = json.loads(a), json.loads(b)
@@ -56,23 +56,23 @@ def same_base(a: str, b: str) -> bool:
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The base's own parameters by name: PEFT's are dropped and its wrappers' prefixes removed."""
+    """The parameters of the base by name, without PEFT's parameters and the prefixes of its wrappers."""
     own = []
-    # With duplicates: some ways of moving a model part tied weights, and it is the same base before and after.
+    # With duplicates: moving a model may separate tied weights, and it must stay the same base.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if any(part.startswith("lora_") for part in name.split(".")):
             continue
         own.append((name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter.detach()))
-    # By name: a wrapper registers modules in another order.
+    # Sorted by name: wrappers register modules in another order.
     return sorted(own, key=lambda item: item[0])
 
 
 def _sample(parameters: list[Tensor]) -> Tensor:
-    """[SAMPLES] bf16 values at fixed places of the parameters laid end to end, on the CPU."""
+    """[SAMPLES] bf16 values at fixed places of the concatenated parameters, on the CPU."""
     total = sum(p.numel() for p in parameters)
     stride = max(total // SAMPLES, 1)
     index = torch.arange(SAMPLES)
-    # Walk inside each stride too (Knuth's multiplier): a stride that is a multiple of the width would hit one column.
+    # Vary the place in each stride (Knuth's multiplier): a stride that is a multiple of the width would hit one column.
     places = (index * total // SAMPLES + (index * 2654435761) % stride).clamp(max=total - 1)
     picked, start = torch.zeros(SAMPLES, dtype=torch.bfloat16), 0
     for parameter in parameters:

@@ -1,6 +1,6 @@
-"""Low-rank products in one pass: project onto every expert's A, add every expert's B back.
+"""Low-rank products of all experts at once: project by all A, then add all B.
 
-Tensors in, tensors out. Axes: see `molecli.experts`. Contents: project, add_expanded for linear layers;
+Axes: see `molecli.experts`. Contents: project, add_expanded for linear layers;
 project_maps, add_expanded_maps for convolutions.
 """
 
@@ -15,17 +15,17 @@ from torch.nn import functional as F
 
 
 def project(x: Tensor, A: Tensor) -> Tensor:
-    """u = x Aᵀ for all experts in one GEMM: x [..., d_in], A [R, d_in] -> [..., R]."""
-    # The type is asked first: a `to` that does nothing still costs a call.
+    """u = x Aᵀ for all experts in one matrix product: x [..., d_in], A [R, d_in] -> [..., R]."""
+    # Compare the type first: a `to` without effect still costs a call.
     return F.linear(x if x.dtype == A.dtype else x.to(A.dtype), A)
 
 
 def add_expanded(y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
-    """y + u Bᵀ, in place where nothing can notice: y [..., d_out], u [-1, R] (y's rows), Bt [R, d_out].
+    """y + u Bᵀ, in place if that is safe: y [..., d_out], u [-1, R] (y's rows), Bt [R, d_out].
 
     A fused in-place product neither allocates nor copies y; the base's backward never reads a Linear's output.
-    Departs: a y that is a view (GPT-2's Conv1D, biased 3-D Linear) is added out of place, since autograd would
-    otherwise copy the whole base tensor in the backward pass.
+    Departs: if y is a view (GPT-2's Conv1D, biased 3-D Linear) it is added out of place: otherwise autograd would copy
+    the whole base tensor in the backward pass.
     """
     if torch.is_grad_enabled():
         if y._is_view() or (y.is_leaf and y.requires_grad):
@@ -39,7 +39,7 @@ def add_expanded(y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:
 
 
 class _AddExpanded(Function):
-    """One autograd node for the in-place product; saves B and nothing of the size of y."""
+    """One autograd node for the in-place product; saves B and no tensor of the size of y."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, u: Tensor, Bt: Tensor) -> Tensor:

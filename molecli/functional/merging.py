@@ -1,6 +1,6 @@
-"""What merges do to dense updates, entry by entry: trim, drop, elect a sign, average what agrees.
+"""Operations of merges on the entries of dense updates: trim, drop, elect a sign, average.
 
-Tensors in, tensors out; updates [N, d_out, d_in]. Contents: trim, drop, elected_mean.
+Updates are [N, d_out, d_in]. Contents: trim, drop, elected_mean.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def trim(updates: Tensor, density: float) -> Tensor:
-    """Each update with its ⌊density · entries⌋ largest in magnitude, the others 0. Source: TIES (2306.01708), step 1.
+    """Each update with only its ⌊density · entries⌋ largest entries in magnitude. Source: TIES (2306.01708), step 1.
 
-    Departs: the paper ranks the entries of the whole model together; here every matrix keeps its own share.
+    Departs: the paper ranks the entries of the whole model together; here every matrix keeps the same fraction.
     """
     flat = updates.flatten(1)
     count = int(density * flat.shape[1])
@@ -25,17 +25,16 @@ def trim(updates: Tensor, density: float) -> Tensor:
 def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """m ⊙ update / density, m ~ Bernoulli(density): its expectation is the update. Source: DARE (2311.03099), Eq. 3-4.
 
-    The mask is drawn on the CPU, the same whatever the device.
+    The mask is drawn on the CPU, so that it is the same on every device.
     """
     mask = torch.rand(update.shape, generator=generator) < density
     return update * mask.to(update) / density
 
 
 def elected_mean(updates: Tensor) -> Tensor:
-    """[d_out, d_in], of every entry the mean over those updates whose sign is that of their sum. Source: TIES, steps
-    2 and 3.
+    """[d_out, d_in]: for every entry the mean over the updates with the sign of their sum. Source: TIES, steps 2 and 3.
 
-    Departs: weights are in the updates already, so that a negative one turns its update's vote; PEFT elects first.
+    Departs: weights are included in the updates, so that a negative one reverses the vote; PEFT elects first.
     """
     sign = updates.sum(0).sign()
     agrees = updates.sign() == sign

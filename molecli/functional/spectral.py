@@ -1,6 +1,6 @@
-"""A matrix by its singular values, and updates that shift them: W' = U diag(ReLU(σ + δ)) Vᵀ.
+"""Singular value decompositions, and updates that shift singular values: W' = U diag(ReLU(σ + δ)) Vᵀ.
 
-Tensors in, tensors out. Axes: see `molecli.experts`; r singular values, k = min(d_out, d_in) of them with the zeros.
+Axes: see `molecli.experts`; r nonzero singular values, k = min(d_out, d_in) with the zeros.
 Source: Han et al., SVDiff, arXiv 2303.11305.
 Contents: Spectrum, decompose, spread, shared, moved, projected, residual, factored_shift.
 """
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Singular values nearer than this share of the largest are one value, and below it zero: what float32 tells apart.
+# Relative to the largest: singular values closer than this are equal, and smaller ones zero (the precision of float32).
 RESOLUTION = 2.0**-23
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """W [d_out, d_in] as U [d_out, r], S [r] from the largest, Vt [r, d_in], float32, without what is zero.
+    """W [d_out, d_in] as U [d_out, r], S [r] in descending order, Vt [r, d_in], float32, without zeros.
 
-    owner [r]: which distinct singular value each is, from 0.
+    owner [r]: the index of each among the distinct singular values.
     """
 
     U: Tensor
@@ -30,21 +30,21 @@ class Spectrum:
 
     @property
     def distinct(self) -> int:
-        """How many different singular values there are: as many shifts can be told apart."""
+        """The number of distinct singular values, and so of independent shifts."""
         return int(self.owner[-1]) + 1 if len(self.owner) else 0
 
     @property
     def width(self) -> int:
-        """min(d_out, d_in), the zeros counted."""
+        """min(d_out, d_in), zeros included."""
         return min(len(self.U), self.Vt.shape[1])
 
 
 def decompose(W: Tensor) -> Spectrum:
-    """The spectrum of W, on its device, computed in float64 so that another machine finds the same vectors.
+    """The spectrum of W, on its device, computed in float64 so that every machine finds the same vectors.
 
-    Departs from the paper, where every singular value has a shift: one that is repeated has any basis of a subspace for
-    its vectors, and zero has any pair of vectors, so that a shift of one of them would mean another update at every
-    SVD. Those that repeat share one shift here, which no choice of the basis changes, and zeros have none.
+    Departs: in the paper every singular value has its own shift. But the vectors of repeated values are an arbitrary
+    basis of a subspace, and those of zeros are arbitrary: their shifts would give a different update with every SVD.
+    Here repeated values share one shift, which does not depend on the basis, and zeros have none.
     """
     place = torch.device("cpu") if W.device.type == "mps" else W.device  # which has no float64
     U, S, Vt = torch.linalg.svd(W.to(place, torch.float64), full_matrices=False)
@@ -57,18 +57,18 @@ def decompose(W: Tensor) -> Spectrum:
 
 
 def spread(values: Tensor, spectrum: Spectrum) -> Tensor:
-    """[r], the shift of every singular value, of `values` [distinct]."""
+    """[r], the shift of every singular value, from `values` [distinct]."""
     return values.index_select(0, spectrum.owner)
 
 
 def shared(shift: Tensor, spectrum: Spectrum) -> Tensor:
-    """[r], the shifts with their mean where a singular value repeats."""
+    """[r], the shifts, averaged over equal singular values."""
     sums = shift.new_zeros(spectrum.distinct).index_add(0, spectrum.owner, shift)
     return spread(sums / torch.bincount(spectrum.owner, minlength=spectrum.distinct), spectrum)
 
 
 def moved(shift: Tensor, spectrum: Spectrum) -> Tensor:
-    """[r], ReLU(σ + δ) − σ: how far δ moves each singular value. Written so that a small δ loses no digits to σ."""
+    """[r], ReLU(σ + δ) − σ: the change of each singular value. Computed so that a small δ loses no digits."""
     return torch.maximum(shift, -spectrum.S.to(shift.dtype))
 
 
@@ -82,14 +82,14 @@ def projected(A: Tensor, B: Tensor, spectrum: Spectrum) -> Tensor:
 
 
 def residual(A: Tensor, B: Tensor, shift: Tensor, spectrum: Spectrum) -> float:
-    """‖ΔW − U diag(δ) Vᵀ‖ of ΔW = B A; of its projection it is √(‖ΔW‖² − ‖δ‖²)."""
+    """‖ΔW − U diag(δ) Vᵀ‖ for ΔW = B A; for its projection this is √(‖ΔW‖² − ‖δ‖²)."""
     return float((B @ A - (spectrum.U * shift) @ spectrum.Vt).norm())
 
 
 def factored_shift(moves: Tensor, spectrum: Spectrum, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
-    """(A, B) of ΔW = U diag(moves) Vᵀ, and the relative error of leaving out all but the `rank` largest moves.
+    """(A, B) of ΔW = U diag(moves) Vᵀ with only the `rank` largest moves, and the relative error.
 
-    Exact without a rank: of as many ranks as there are moves that are not 0, and at least one.
+    Exact without a rank: then the rank is the number of nonzero moves, at least one.
     """
     count = max(1, int((moves != 0).sum()))
     if count > len(moves):  # W is 0

@@ -1,7 +1,4 @@
-"""What tells that tensors are no longer what they were.
-
-Tensors in, no tensors out. Contents: Stamp, stamp.
-"""
+"""Detects changes of tensors. Contents: Stamp, stamp."""
 
 from __future__ import annotations
 
@@ -13,5 +10,5 @@ Stamp = list[tuple[int, int]]
 
 
 def stamp(tensors: Iterable[Tensor]) -> Stamp:
-    """What changes when the memory of one of the tensors is replaced or written to."""
+    """A value that changes if the memory of one of the tensors is replaced or written to."""
     return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Prior preservation: pictures of the class, drawn with the base where their folder has too few.
+"""Prior preservation: pictures of the class. The base draws those that their folder lacks.
 
 Source: Ruiz et al., DreamBooth, arXiv 2208.12242, section 3.2.
 """
@@ -15,7 +15,7 @@ from molecli.config import ImageConfig
 from molecli.errors import UsageError
 from molecli.files.pictures import pictures_in, read_picture
 from molecli.images.columns import Column
-from molecli.images.drawing import Job, check_drawn, draw
+from molecli.images.drawing import PictureJob, check_drawn, draw
 from molecli.images.pictures import CLASS_TASK
 from molecli.images.png_metadata import write_png
 from molecli.images.sample import facts_of
@@ -30,7 +30,7 @@ DEFAULT_FOLDER = "class_pictures"
 
 
 def class_folder(recipe: TrainLoraRecipe) -> Path | None:
-    """The folder of the class's pictures; None without prior preservation."""
+    """The folder with the pictures of the class; None without prior preservation."""
     config = recipe.pictures
     if config is None or config.class_prompt is None:
         return None
@@ -38,7 +38,7 @@ def class_folder(recipe: TrainLoraRecipe) -> Path | None:
 
 
 def class_pictures(recipe: TrainLoraRecipe) -> list[Picture]:
-    """The pictures of the class that are there, at most as many as asked for; none without prior preservation.
+    """The existing pictures of the class, at most as many as the recipe asks for; none without prior preservation.
 
     Raises: UsageError for a picture that was drawn for another prompt or with another base.
     """
@@ -54,22 +54,22 @@ def class_pictures(recipe: TrainLoraRecipe) -> list[Picture]:
 def draw_missing(
     recipe: TrainLoraRecipe, backbone: Any, accelerator: Accelerator, progress: Progress | None = None
 ) -> None:
-    """Fills the folder of the class up, each process drawing its share. Picture i has seed `recipe.seed` + i.
+    """Draws the missing pictures of the class; each process draws its share. Picture i has seed `recipe.seed` + i.
 
-    Each is written as soon as it is drawn, so that what an interruption leaves is not drawn again. Collective.
+    Each is written as soon as it is drawn, so that a resumed run does not draw it again. Collective.
     """
     folder, config = class_folder(recipe), recipe.pictures
     if folder is None or config is None:
         return
     missing = _free_places(folder, config.class_pictures - len(class_pictures(recipe)))
-    accelerator.wait_for_everyone()  # Every process must have counted before one of them writes.
+    accelerator.wait_for_everyone()  # every process must count the pictures before one of them writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     side = config.resolution or backbone.resolution
     image = ImageConfig(width=side, height=side)
-    jobs = [Job(str(config.class_prompt), recipe.seed + place, _name(place)) for place in mine]
+    jobs = [PictureJob(str(config.class_prompt), recipe.seed + place, _name(place)) for place in mine]
     done = 0
 
-    def keep(job: Job, picture: Image.Image) -> None:
+    def keep(job: PictureJob, picture: Image.Image) -> None:
         nonlocal done
         write_png(folder / job.name, picture, facts_of(job.prompt, job.seed, Column(BASE), image, backbone))
         done += 1
@@ -82,7 +82,7 @@ def draw_missing(
 
 
 def _free_places(folder: Path, count: int) -> list[int]:
-    """The lowest `count` numbers whose picture is not in the folder."""
+    """The lowest `count` numbers without a picture in the folder."""
     places: list[int] = []
     place = 0
     while len(places) < count:
@@ -97,11 +97,11 @@ def _name(place: int) -> str:
 
 
 def _check_drawn_alike(file: Path, wanted: dict[str, str]) -> None:
-    """Pictures from elsewhere say nothing of how they were drawn, and are taken as they are."""
-    read_picture(file)  # what is broken is said as of every picture
+    """Raises: UsageError for a picture of mole's that has other facts. Other pictures state none and are accepted."""
+    read_picture(file)  # reports a broken picture in the usual words
     with Image.open(file) as image:
         found = getattr(image, "text", {})
     for key, value in wanted.items():
         if "mole_version" in found and found.get(key) != value:
-            what = f"drawn for the {key} {found.get(key)!r}, and this run's is {value!r}"
+            what = f"it was drawn for the {key} {found.get(key)!r}, and this run's {key} is {value!r}"
             raise UsageError(str(file), what, "Name another --class-dir.")

@@ -1,9 +1,10 @@
-"""Collages: several concepts' pictures in one, under a prompt that names them all, so that gates meet such prompts.
+"""Collages: pictures of several concepts in one, with a prompt that names them all. Gates learn from such prompts.
 
-Collages    draws them of an album's pictures
-lay_out     pixels of 2 or 3 pictures as one
+Collage     the pictures that are shown, and the prompt
+Collages    makes random collages of an album's pictures
+lay_out     the pixels of 2 or 3 pictures as one
 
-Nothing like it is published for gates; CutMix (Yun et al. 2019) and its kin cut pictures together for classifiers.
+No such training is published for gates. CutMix (Yun et al. 2019) and similar work join pictures for classifiers.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ MOST = 3
 
 @dataclass(frozen=True)
 class Collage:
-    """The places in the album of the pictures that are shown, and the prompt that names what they show."""
+    """The indices in the album of the pictures that are shown, and the prompt that names what they show."""
 
     places: tuple[int, ...]
     prompt: str
 
 
 class Collages:
-    """Collages of the pictures of things in `album`, drawn by torch's global CPU generator.
+    """Collages of the pictures of things in `album`, chosen by torch's global CPU generator.
 
-    Styles and backgrounds take no part: a picture of them shows something else, and half of a picture has no style.
+    Styles and backgrounds are left out: their pictures show other things, and half a picture cannot have a style.
     """
 
     def __init__(self, album: Album, concepts: Mapping[str, Concept]) -> None:
@@ -47,13 +48,13 @@ class Collages:
                 self.places.setdefault(picture.task, []).append(place)
 
     def can_hold(self, place: int) -> bool:
-        """Whether the picture at `place` may be part of one: it shows a thing, and there is another thing."""
+        """Whether the picture at `place` can be in a collage: it shows a thing, and there is another thing."""
         return place in self.wordings and len(self.places) > 1
 
     def draw(self, place: int) -> Collage:
-        """A collage of the picture at `place` and pictures of one or two other concepts, in any order.
+        """A collage of the picture at `place` and pictures of one or two other concepts, in random order.
 
-        Of another concept's pictures one of the same scene is taken where there is one.
+        Another concept's picture has the same scene if there is one with it.
         """
         own = self.album.pictures[place].task
         others = [name for name in self.places if name != own]
@@ -75,8 +76,8 @@ class Collages:
 def lay_out(pictures: Tensor) -> Tensor:
     """[3, S, S] of 2 or 3 pictures [K, 3, S, S] at half their size: two halves, or a half beside two quarters.
 
-    A picture slides along its half to anywhere, and its outermost pixels go on to the ends of that half. The halves
-    stand side by side, or one on top of the other.
+    A single picture lies anywhere along its half, and its edge pixels are repeated to fill the half. The halves are
+    side by side, or one above the other.
     """
     side = pictures.shape[-1]
     upright = _any(2) == 1

@@ -1,10 +1,10 @@
 """The columns of a sheet or a table of pictures: the bare base, LoRAs alone, fixed mixtures, and compositions.
 
-    Studio     the base and the LoRAs on it, each read once: what columns are made from
-    Column     one method over one set of LoRAs, ready to draw
+    ColumnBuilder   columns of a base and its LoRAs            masked          a column with some LoRAs switched off
+    Column          one method over some LoRAs, ready to draw  read_concepts   what each LoRA adds
 
-A fixed method is built anew over each set of LoRAs that a scene names; a composition stays as it is, and the LoRAs that
-a scene does not name are masked.
+A fixed method is rebuilt for each set of LoRAs that a scene names. A composition stays as it is, and the LoRAs that a
+scene does not name are masked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from molecli.protocols import Note
 
 @dataclass(frozen=True)
 class Column:
-    """A method over a set of LoRAs: its name, its mixture (None: the bare base), the LoRAs' weights by name, and the
+    """A method over some LoRAs: its name, its mixture (None: the bare base), the LoRAs' weights by name, and the
     settings that the method reads."""
 
     name: str
@@ -43,23 +43,23 @@ class Column:
 
     @property
     def context(self) -> AbstractContextManager[Any]:
-        """Inside, the pipeline draws with this method."""
+        """A context in which the pipeline draws with this method."""
         return nullcontext() if self.mixture is None else self.mixture
 
     @property
     def prepare(self) -> Note | None:
-        """What must be called with each prompt before its pictures; None for a method that looks at none."""
+        """To be called with each prompt before its pictures; None for a method that does not read the prompt."""
         return self.mixture.prepare if getattr(self.mixture, "reads_prompt", False) else None  # type: ignore[union-attr]
 
     @property
     def ease(self) -> Callable[[], bool] | None:
-        """What makes a picture need less memory, and says whether it does; None for a method that runs no branches."""
+        """Lowers the memory that a picture needs and returns whether it could; None for a method without branches."""
         return getattr(self.mixture, "ease", None)
 
 
 @dataclass(frozen=True)
-class Studio:
-    """A pipeline's modules, its experts by name, their weights and concepts, and the settings of the methods."""
+class ColumnBuilder:
+    """Makes columns. Holds a pipeline's modules, the experts with weights and concepts, and the methods' settings."""
 
     model: Any
     experts: Mapping[str, Expert]
@@ -69,7 +69,7 @@ class Studio:
     branches_at_once: int | None = None
 
     def fixed(self, mode: str, names: Sequence[str]) -> Column:
-        """A method that learns nothing, over the LoRAs `names` in that order. Raises: UsageError."""
+        """The column of a method that learns nothing, over the LoRAs `names` in that order. Raises: UsageError."""
         if mode == BASE or not names:
             return Column(mode)
         chosen = [self._expert(name) for name in names]
@@ -89,14 +89,14 @@ class Studio:
         return Column(mode, mixture, weights, settings)
 
     def alone(self, name: str) -> Column:
-        """The LoRA `name` by itself, with its own weight."""
+        """The column of the LoRA `name` by itself, with its own weight."""
         weight = {name: self.weights.get(name, 1.0)}
         return Column(name, sum_of(self.model, [self._expert(name)], weight), weight)
 
     def composed(self, name: str, composition: Composition, loras: Sequence[LoraLike] = ()) -> Column:
-        """A composition, checked against the base and its LoRAs. Raises: UsageError, MismatchError."""
+        """The column of a composition, checked against the base and its LoRAs. Raises: UsageError, MismatchError."""
         known = [self.experts.get(record.name) for record in composition.experts]
-        # Read for the fixed methods already, and the very files that the composition was made of.
+        # Experts that the fixed methods have read already, if they are the same files that were composed.
         own = [e for e, r in zip(known, composition.experts, strict=True) if e is not None and e.sha256 == r.sha256]
         whole = len(own) == len(known)
         mixture = attach_composition(
@@ -111,7 +111,7 @@ class Studio:
 
 
 def masked(column: Column, *, mask: Sequence[str] = (), only: Sequence[str] = ()) -> Column:
-    """The column with LoRAs switched off by name. Raises: UsageError for a name that its mixture lacks."""
+    """The column with some LoRAs switched off by name. Raises: UsageError for a name that its mixture lacks."""
     if column.mixture is None or not (mask or only):
         return column
     switch(column.mixture, mask=tuple(mask), only=tuple(only))
@@ -120,16 +120,16 @@ def masked(column: Column, *, mask: Sequence[str] = (), only: Sequence[str] = ()
 
 
 def recorded_weights(composition: Composition) -> dict[str, float]:
-    """The weights that the LoRAs of a composition were given when it was made, by name."""
+    """{name: weight} of a composition's LoRAs, as given when it was made."""
     recipe = yaml.safe_load(composition.recipe)
     given = {lora["name"]: float(lora["weight"]) for lora in recipe.get("loras", [])}
     return {name: given.get(name, 1.0) for name in composition.names}
 
 
 def read_concepts(loras: Sequence[LoraLike], given: Mapping[str, ConceptConfig]) -> dict[str, Concept]:
-    """What each LoRA adds, by name: as the recipe says, else as concept.json beside it says; where neither, nothing.
+    """{name: what the LoRA adds}, from the recipe, otherwise from its concept.json; LoRAs with neither are left out.
 
-    Raises: UsageError for a concept of no LoRA here; MismatchError for a damaged concept.json.
+    Raises: UsageError for a concept whose LoRA is not here; MismatchError for a damaged concept.json.
     """
     names = [lora.name for lora in loras]
     for name in given:

@@ -1,6 +1,7 @@
-"""`mole compose` on a diffusion base: gates that learn from the LoRAs' concepts, and pictures of what was composed.
+"""`mole compose` on a diffusion base: gates that learn from the LoRAs' concepts, and preview pictures of the result.
 
-prepare        recipe -> PictureTask, what `commands.compose` asks of a kind of base
+prepare       recipe -> PictureTask, checked
+PictureTask   what `commands.compose` needs from a kind of base: how gates learn, and the preview
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from molecli.errors import UsageError
 from molecli.evaluation.gate_report import entropy_course, write_report
 from molecli.experts import Expert
 from molecli.images.clip_guidance import ClipGuide, themes
-from molecli.images.columns import Column, Studio, read_concepts
+from molecli.images.columns import Column, ColumnBuilder, read_concepts
 from molecli.images.denoising import Prompts, checkpointed, scaled_gradients
 from molecli.images.drawing import warnings_as_notes
 from molecli.images.gate_trace import step_report
@@ -45,17 +46,17 @@ PREVIEW_BATCH = 4  # pictures at once
 
 
 def prepare(recipe: ComposeRecipe, note: Note = lambda text: None) -> PictureTask:
-    """The recipe, complete. Raises: UserError for what cannot be learned from or would be ignored."""
+    """The task of a recipe. Raises: UserError for anything that gates cannot learn from or that would be ignored."""
     row = get_method(recipe.mode)
     check_runs_on(recipe.mode, "pictures")
     for mode in recipe.preview:
         check_runs_on(mode, "pictures", "--preview")
-    # Nobody asked for the methods of the default preview, and no setting is meant for them.
+    # Nobody asked for the methods of the default preview, so no setting is meant for them.
     shown = recipe.preview if "preview" in recipe.model_fields_set else ()
     check_options(recipe.method, [recipe.mode, *composing(shown)])
     _check_sections(recipe)
     found = read_concepts(recipe.loras, recipe.concepts)
-    # Named like the LoRA from here on, whatever concept.json calls it.
+    # From here on a concept has its LoRA's name, whatever name concept.json gives it.
     concepts = {name: replace(concept, name=name) for name, concept in found.items()}
     pictures: list[Picture] = []
     if row.trained:
@@ -101,7 +102,7 @@ class PictureTask:
 
     @property
     def guided(self) -> bool:
-        """Whether CLIP says what gates learn."""
+        """Whether CLIP guides what the gates learn."""
         return bool(self.recipe.objective.clip or self.recipe.objective.clip_local)
 
     @property
@@ -110,7 +111,7 @@ class PictureTask:
         return self.recipe.base.id.startswith(BUILTIN_PREFIX)
 
     def learn(self, backbone: Diffusion, mixture: Mixture, **how: Any) -> list[Record]:
-        """The records of the training, by the mode's `learner` with the keywords `how`."""
+        """The records of the training by the mode's `learner`, which receives the keywords `how`."""
         recipe, dtype = self.recipe, backbone.pipe.unet.dtype
         with (
             warnings_as_notes(self.note),
@@ -123,7 +124,7 @@ class PictureTask:
             )
 
     def task(self, backbone: Diffusion, mixture: Mixture) -> Objective:
-        """What the recipe's objective asks of the attached mixture."""
+        """The recipe's objective for the attached mixture."""
         config, side = self.recipe.objective, backbone.resolution
         adapted = any(matrix.partition(".")[0] in TEXT_ENCODERS for site in mixture.sites for matrix in site.matrices)
         conditioning = Prompts(backbone, side, keep=not adapted)
@@ -147,12 +148,12 @@ class PictureTask:
     def finish(
         self, backbone: Diffusion, experts: Sequence[Expert], mixture: Mixture, progress: Progress | None
     ) -> EvaluationReport | None:
-        """None: pictures are scored by mole evaluate. Draws the preview, and what gates did in it."""
+        """None: pictures are scored by mole evaluate. Draws the preview, and reports the gates while it is drawn."""
         prompts = prompts_of(list(self.concepts.values()))
         if not self.recipe.preview:
             return None
         if not prompts:
-            self.note("no preview is drawn: the LoRAs have no concept.json that says a prompt")
+            self.note("no preview is drawn: no LoRA has a concept.json with a prompt")
             return None
         with warnings_as_notes(self.note):
             self._draw(prompts, self._columns(backbone, experts, mixture), backbone, progress)
@@ -164,21 +165,21 @@ class PictureTask:
         recipe = self.recipe
         weights = {lora.name: lora.weight for lora in recipe.loras}
         named = {expert.name: expert for expert in experts}
-        studio = Studio(
+        builder = ColumnBuilder(
             backbone.model, named, weights, self.concepts, recipe.method, branches_at_once=recipe.image.branches_at_once
         )
         columns: list[Column] = []
         for mode in dict.fromkeys(recipe.preview):
             if mode == ALONE:
-                columns += [studio.alone(name) for name in weights]
+                columns += [builder.alone(name) for name in weights]
             elif mode == BASE or get_method(mode).name != self.row.name:
-                columns.append(studio.fixed(mode, list(weights)))
+                columns.append(builder.fixed(mode, list(weights)))
         return [*columns, Column(recipe.mode, mixture, weights)]
 
     def _draw(
         self, prompts: Sequence[str], columns: Sequence[Column], backbone: Diffusion, progress: Progress | None
     ) -> None:
-        """Writes preview/: a picture of every prompt by every column, and the sheet of them."""
+        """Writes preview/: a picture of every prompt by every column, and the contact sheet."""
         recipe = self.recipe
         jobs = SampleRecipe(
             prompts=tuple(prompts),
@@ -204,11 +205,11 @@ class PictureTask:
 
 
 def _check_sections(recipe: ComposeRecipe) -> None:
-    """Nothing, or UsageError for a section that only a language model reads."""
+    """Raises: UsageError for a section that only a language model reads."""
     if recipe.data != DataConfig():
         changed = next(key for key, value in recipe.data if value != getattr(DataConfig(), key))
-        what = "a suite's tasks teach gates on a language model; on a diffusion base the concepts' pictures do"
+        what = "on a diffusion base, gates learn from the concepts' pictures, not from a suite's tasks"
         raise UsageError(f"data.{changed}", what, "Leave it out.")
     if recipe.evaluate not in (None, EvalConfig()):
-        what = "a composition on a diffusion base is scored when it is finished"
-        raise UsageError("evaluate", what, f"Leave it out, and write mole evaluate {recipe.output} afterwards.")
+        what = "a composition on a diffusion base is scored only after it is finished"
+        raise UsageError("evaluate", what, f"Leave it out, and run mole evaluate {recipe.output} afterwards.")

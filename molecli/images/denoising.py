@@ -1,10 +1,9 @@
-"""The loss of one training step on pictures: noise on them, and what the UNet takes it for.
+"""The loss of one training step on pictures: noise is added to them, and the UNet predicts it.
 
-PictureLoss         the loss function that the training of a LoRA asks for
-Prompts             what the UNet is told of prompts, kept where it stays the same
-prediction_errors   each picture's squared error
-draw_noise          noise and timesteps, the same numbers on every device
-scaled_gradients    float16: gradients large enough for it between the loss and the parameters
+PictureLoss         the loss function for training a LoRA      prediction_errors   each picture's squared error
+Prompts             prompts -> the UNet's conditioning         draw_noise          noise and timesteps
+all_latents         the latents of a whole album               checkpointed        gradient checkpointing
+scaled_gradients    float16: gradients are scaled up between the loss and the parameters
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from molecli.images.pictures import Album, Lesson
 from molecli.training.loop import StepLoss
 from molecli.training.ranks import StepContext
 
-# What a mean over a picture's latents leaves of a gradient is near the smallest number that float16 holds.
+# Gradients of a mean over a picture's latents are close to the smallest number that float16 can hold.
 GRADIENT_SCALE = 1024.0
-# Pictures at once where latents are prepared ahead.
+# Pictures per batch when latents are computed in advance.
 AT_ONCE = 8
 
 
 class PictureLoss:
-    """DreamBooth's loss: the denoising error of a step's pictures, and `prior_weight` times that of the class's beside.
+    """DreamBooth's loss: the denoising error of a step's pictures plus `prior_weight` times that of class pictures.
 
-    Latents are prepared ahead where a picture looks alike at every step, prompts where the text encoder stays as it is.
+    Latents are computed in advance if a picture is the same at every step, and prompts if the text encoder is frozen.
     Source: Ruiz et al., arXiv 2208.12242, Eq. 2, where the prior's weight is λ; Ho & Salimans, arXiv 2207.12598,
     Algorithm 1, where `prompt_dropout` is p_uncond.
     """
@@ -47,12 +46,12 @@ class PictureLoss:
         self.backbone, self.album, self.prior_weight = backbone, album, prior_weight
         self.prompt_dropout = prompt_dropout
         self.prompts = [picture.prompt for picture in album.pictures]
-        self.told = Prompts(backbone, album.resolution, keep=not text_encoder)
-        self.told.look_at([*self.prompts, *([""] if prompt_dropout else [])])
+        self.conditioning = Prompts(backbone, album.resolution, keep=not text_encoder)
+        self.conditioning.look_at([*self.prompts, *([""] if prompt_dropout else [])])
         self.latents = all_latents(backbone, album) if album.fixed else None
 
     def __call__(self, lessons: Sequence[Lesson], context: StepContext) -> StepLoss:
-        """The step's loss over its lessons. All that is random is drawn by torch's global CPU generator."""
+        """The step's loss over its lessons. All random numbers come from torch's global CPU generator."""
         places = [lesson.picture for lesson in lessons]
         places += [lesson.prior for lesson in lessons if lesson.prior is not None]
         with self.precision():
@@ -68,11 +67,11 @@ class PictureLoss:
 
     def errors(self, prompts: Sequence[str], clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """[B], the mean squared error of each picture under its prompt."""
-        return prediction_errors(self.backbone, self.told(prompts), clean, noise, timesteps)
+        return prediction_errors(self.backbone, self.conditioning(prompts), clean, noise, timesteps)
 
     @torch.no_grad()
     def probe(self, places: Sequence[int], seed: int, *, timesteps: int = 4) -> float:
-        """The mean error of these pictures under the same noise whenever it is asked, at evenly spread timesteps."""
+        """The mean error of these pictures at evenly spread timesteps, with the same noise in every call."""
         total = 0.0
         last = self.backbone.noising.config.num_train_timesteps
         with seeded(seed, self.backbone.device), self.precision():
@@ -84,7 +83,7 @@ class PictureLoss:
         return total / (timesteps * len(places))
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Mixed precision where the base is in half precision: its matrices stay so, the LoRA's stay in float32."""
+        """Mixed precision if the base is in half precision: its matrices stay so, and the LoRA's stay in float32."""
         if self._half is None:
             return nullcontext()
         return torch.autocast(self.backbone.device.type, dtype=self._half)
@@ -95,7 +94,7 @@ class PictureLoss:
         return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
     def _kept_prompts(self, places: Sequence[int]) -> list[str]:
-        """The pictures' prompts, a share of them left empty; without that share nothing is drawn."""
+        """The pictures' prompts, some replaced by the empty prompt. Without dropout no random number is used."""
         prompts = [self.prompts[place] for place in places]
         if not self.prompt_dropout:
             return prompts
@@ -113,9 +112,9 @@ class PictureLoss:
 
 
 class Prompts:
-    """What the UNet is told of prompts, for pictures of `side` pixels.
+    """The UNet's conditioning for prompts and pictures of `side` pixels.
 
-    keep: the text encoder stays as it is, so that a prompt is encoded once, without gradient.
+    keep: the text encoder does not change, so each prompt is encoded once, without gradient.
     """
 
     def __init__(self, backbone: Diffusion, side: int, *, keep: bool) -> None:
@@ -124,34 +123,34 @@ class Prompts:
 
     @torch.no_grad()
     def look_at(self, prompts: Sequence[str]) -> None:
-        """Encodes what is new of `prompts`; warns of what is cut of a prompt that is too long."""
+        """Encodes the new ones among `prompts`; warns if the end of a long prompt is cut."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._kept:
                 self._kept[prompt] = self.backbone.encode([prompt], size=self.size)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet is told, a row for each prompt."""
+        """The conditioning, one row per prompt."""
         if self.keep:
             self.look_at(prompts)
             return _joined([self._kept[prompt] for prompt in prompts])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PromptCut)  # said once, when the run began
+            warnings.simplefilter("ignore", PromptCut)  # reported once, when the run began
             return self.backbone.encode(prompts, size=self.size)
 
 
 def prediction_errors(
-    backbone: Diffusion, told: Conditioning, clean: Tensor, noise: Tensor, timesteps: Tensor
+    backbone: Diffusion, conditioning: Conditioning, clean: Tensor, noise: Tensor, timesteps: Tensor
 ) -> Tensor:
     """[B], each picture's mean squared error. Source: DDPM, Ho et al. 2020, Eq. 14."""
     noisy = backbone.noising.add_noise(clean, noise, timesteps)
-    predicted = backbone.predict(noisy, timesteps, told)
-    # In float32 whatever the base's type: a mean of many small squares.
+    predicted = backbone.predict(noisy, timesteps, conditioning)
+    # In float32 whatever the base's type, because it is a mean of many small squares.
     target = backbone.target(clean, noise, timesteps)
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
 def draw_noise(backbone: Diffusion, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """(noise like `clean`, timesteps [B]) on its device, drawn by torch's global CPU generator."""
+    """(noise like `clean`, timesteps [B]) on its device, from torch's global CPU generator."""
     noise = torch.randn(clean.shape)
     timesteps = torch.randint(backbone.noising.config.num_train_timesteps, (len(clean),))
     return noise.to(clean.device), timesteps.to(clean.device)
@@ -159,7 +158,7 @@ def draw_noise(backbone: Diffusion, clean: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def all_latents(backbone: Diffusion, album: Album) -> Tensor:
-    """[pictures, C, h, w] in float32, of an album whose pictures look alike at every step."""
+    """[pictures, C, h, w] in float32, of an album whose pictures are the same at every step."""
     rows = range(len(album))
     pieces = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
     return torch.cat([backbone.latents(album.pixels(piece).to(backbone.device)).float() for piece in pieces])
@@ -178,7 +177,7 @@ def _joined(rows: Sequence[Conditioning]) -> Conditioning:
 
 @contextmanager
 def scaled_gradients(parameters: Iterable[nn.Parameter], base: torch.dtype) -> Iterator[None]:
-    """Inside, what `PictureLoss` multiplied gradients by on a float16 base is divided out again, in float32."""
+    """A context in which the factor that `PictureLoss` applies to gradients on a float16 base is divided out again."""
     hooks = []
     if base is torch.float16:
         hooks = [parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE) for parameter in parameters]
@@ -191,10 +190,10 @@ def scaled_gradients(parameters: Iterable[nn.Parameter], base: torch.dtype) -> I
 
 @contextmanager
 def checkpointed(backbone: Diffusion, on: bool) -> Iterator[None]:
-    """Inside, activations are computed again in the backward pass instead of kept, if `on`.
+    """A context in which, if `on`, activations are recomputed in the backward pass instead of kept.
 
-    The base stays in eval mode, so that its dropouts stay off; of a text encoder only the layers themselves are told
-    that they train, which is what transformers asks before it saves memory.
+    The base stays in eval mode, so its dropouts stay off. Only the layers of a text encoder are set to training mode,
+    because transformers requires it for gradient checkpointing.
     """
     unet: Any = backbone.pipe.unet
     parts = [getattr(backbone.pipe, name, None) for name in TEXT_ENCODERS]
@@ -218,6 +217,6 @@ def checkpointed(backbone: Diffusion, on: bool) -> Iterator[None]:
 
 
 def _called(encoder: Any, name: str, *arguments: Any) -> None:
-    # The newer name of two: transformers 5.23 warns of the older one.
+    # The newer of two names: transformers 5.23 warns about the older one.
     method = getattr(encoder, f"activation_{name}", None) or getattr(encoder, f"gradient_{name}")
     method(*arguments)

@@ -1,9 +1,9 @@
-"""Drawing many pictures with one attached method: in batches, each picture kept as soon as it is there.
+"""Drawing many pictures with one attached method, in batches. Each picture is kept as soon as it is drawn.
 
-A picture follows from its prompt, its seed and the method alone: neither the batch it was drawn in nor what was drawn
-before it changes it. So a batch that fails is drawn again in smaller pieces, and what fails alone is reported.
+A picture depends only on its prompt, its seed and the method, not on its batch or on the pictures before it. So a batch
+that fails is drawn again in smaller batches, and a picture that fails alone is reported.
 
-Contents: Job, Failure, draw, check_drawn, warnings_as_notes, options, guidance_of.
+Contents: PictureJob, Failure, draw, check_drawn, warnings_as_notes, options, guidance_of.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _NO_MEMORY = "one picture does not fit in memory"
 
 
 @dataclass(frozen=True)
-class Job:
-    """One picture to draw; `name` says in messages which."""
+class PictureJob:
+    """One picture to draw; messages call it `name`."""
 
     prompt: str
     seed: int
@@ -45,28 +45,28 @@ class Job:
 class Failure:
     """A picture that could not be drawn, and why."""
 
-    job: Job
+    job: PictureJob
     reason: str
     error: Exception
 
 
 def draw(
     backbone: Any,
-    jobs: Sequence[Job],
+    jobs: Sequence[PictureJob],
     image: ImageConfig,
     *,
     batch_size: int,
-    keep: Callable[[Job, Image.Image], object],
+    keep: Callable[[PictureJob, Image.Image], object],
     prepare: Note | None = None,
     ease: Callable[[], bool] | None = None,
     note: Note = lambda text: None,
 ) -> list[Failure]:
-    """What could not be drawn; `keep` is given every picture, in the order of `jobs` within a batch.
+    """The pictures that could not be drawn; `keep` receives every other one, in the order of `jobs` within a batch.
 
-    `prepare(prompt)` is called before each prompt's batches, for methods that look at it; a batch then holds one.
-    `note` is told when batches become smaller. Where not even one picture fits in memory, `ease()` is asked for less;
-    once it says no, the rest is not tried.
-    Raises: UserError, which another picture would not escape either.
+    `prepare(prompt)` is called before each prompt's batches, for methods that read the prompt; a batch then has only
+    one prompt. `note` receives a line when batches become smaller. If a single picture does not fit in memory, `ease()`
+    is called to lower the memory needed; when it returns False, the remaining pictures are not tried.
+    Raises: UserError, which every other picture would raise too.
     """
     failures: list[Failure] = []
     waiting = deque(_batches(jobs, batch_size, by_prompt=prepare is not None))
@@ -82,11 +82,11 @@ def draw(
         if len(batch) > 1:
             size = len(batch) // 2 if out_of_memory(error) else 1
             if out_of_memory(error):
-                note(f"{len(batch)} pictures at once do not fit in memory: drawing {size}")
+                note(f"{len(batch)} pictures at once do not fit in memory: drawing {size} at once")
                 waiting = deque(piece for rest in waiting for piece in _pieces(rest, size))
             waiting.extendleft(reversed(list(_pieces(batch, size))))
         elif out_of_memory(error) and ease is not None and ease():
-            note("one picture does not fit in memory: drawing it with fewer LoRAs in a UNet call")
+            note("one picture does not fit in memory: drawing it with fewer LoRAs per UNet call")
             waiting.appendleft(batch)
         elif out_of_memory(error):
             rest = [batch[0], *(job for others in waiting for job in others)]
@@ -97,7 +97,7 @@ def draw(
 
 
 def check_drawn(failures: Sequence[Failure], total: int) -> None:
-    """Nothing, when everything was drawn. Raises: RunError that says how many pictures were not, and why the first."""
+    """Raises: RunError if pictures could not be drawn; it says how many, and why the first one failed."""
     if not failures:
         return
     first = failures[0]
@@ -111,37 +111,37 @@ def check_drawn(failures: Sequence[Failure], total: int) -> None:
 
 @contextmanager
 def warnings_as_notes(note: Note) -> Iterator[None]:
-    """Inside, what this package warns of (words that a prompt loses, say) goes to `note`, every text once."""
-    said: set[str] = set()
+    """A context in which this package's warnings (for example that a prompt is cut) go to `note`, each text once."""
+    seen: set[str] = set()
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def tell(message: Warning | str, category: type[Warning], filename: str, *more: Any, **others: Any) -> None:
+        def pass_on(message: Warning | str, category: type[Warning], filename: str, *more: Any, **others: Any) -> None:
             if not Path(filename).is_relative_to(package_folder()):
                 show(message, category, filename, *more, **others)
-            elif str(message) not in said:
-                said.add(str(message))
+            elif str(message) not in seen:
+                seen.add(str(message))
                 note(str(message))
 
-        warnings.showwarning = tell
+        warnings.showwarning = pass_on
         warnings.filterwarnings("always", category=UserWarning, module=r"molecli\b")
         yield
 
 
 def options(image: ImageConfig) -> dict[str, Any]:
-    """How pictures are denoised, as `Diffusion.generate` takes it."""
+    """How pictures are denoised, as keywords of `Diffusion.generate`."""
     return image.model_dump(exclude={"branches_at_once"})
 
 
 def guidance_of(image: ImageConfig, backbone: Diffusion) -> float:
-    """The classifier-free guidance scale that pictures are drawn at: what `image` says, else the base's own."""
+    """The classifier-free guidance scale of the pictures: that of `image`, otherwise the base's default."""
     return backbone.guidance if image.guidance is None else image.guidance
 
 
 def _attempt(
-    backbone: Any, batch: Sequence[Job], image: ImageConfig, keep: Callable[[Job, Image.Image], object]
+    backbone: Any, batch: Sequence[PictureJob], image: ImageConfig, keep: Callable[[PictureJob, Image.Image], object]
 ) -> Exception | None:
-    """Why the batch could not be drawn; None when all of it was, and kept."""
+    """The error that stopped the batch; None if all its pictures were drawn and kept."""
     try:
         pictures = backbone.generate(
             [job.prompt for job in batch],
@@ -158,7 +158,7 @@ def _attempt(
     return None
 
 
-def _batches(jobs: Sequence[Job], size: int, *, by_prompt: bool) -> Iterator[list[Job]]:
+def _batches(jobs: Sequence[PictureJob], size: int, *, by_prompt: bool) -> Iterator[list[PictureJob]]:
     if not by_prompt:
         yield from _pieces(jobs, size)
         return
@@ -166,7 +166,7 @@ def _batches(jobs: Sequence[Job], size: int, *, by_prompt: bool) -> Iterator[lis
         yield from _pieces(list(same), size)
 
 
-def _pieces(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+def _pieces(jobs: Sequence[PictureJob], size: int) -> Iterator[list[PictureJob]]:
     for start in range(0, len(jobs), size):
         yield list(jobs[start : start + size])
 

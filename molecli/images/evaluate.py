@@ -1,7 +1,8 @@
 """`mole evaluate` on a diffusion base: every method draws every scene from the same seeds, and every picture is scored.
 
-evaluate               recipe -> EvaluationReport: the whole command
-Setting                what is known before the base is loaded: compositions, LoRAs, concepts, scenes
+evaluate       recipe -> EvaluationReport: the whole command
+Setting        what is known before the base is loaded: compositions, LoRAs, concepts, scenes (read_setting checks it)
+switched_off   the LoRAs that --mask and --only switch off            sheet_rows   the rows of the contact sheet
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from molecli.evaluation.results import compare, document, intervals, write
 from molecli.evaluation.tables import score_table
 from molecli.files.composition import Composition
 from molecli.files.lora_spec import LoraLike, LoraSpec
-from molecli.images.columns import Studio, read_concepts
-from molecli.images.draw_scenes import Stage, draw_takes
+from molecli.images.columns import ColumnBuilder, read_concepts
+from molecli.images.draw_scenes import DrawingPlan, draw_planned
 from molecli.images.drawing import Failure, check_drawn, warnings_as_notes
 from molecli.images.judge import Case, JudgeReport, check_judge, pair_up, run_judge
 from molecli.images.scene_columns import Learned, SceneColumn, scene_columns
-from molecli.images.scenes import Concepts, SceneBench, Take, load_scenes, takes_of
+from molecli.images.scenes import Concepts, PlannedPicture, SceneBench, load_scenes, plan_pictures
 from molecli.images.scoring import PictureResult, make_instruments, paired, score_files
 from molecli.images.sheet import SheetRow, write_sheets
 from molecli.metrics.clip import source_of
@@ -38,13 +39,13 @@ from molecli.mixture.attach import base_of, read_experts
 from molecli.protocols import Note, Progress
 
 SHEET_ROWS = 12
-# What was drawn is kept, so that a run can go on.
+# Drawn pictures are kept, so that an interrupted run can be resumed.
 RESUMES = True
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an evaluation is about, checked without loading the base; LoRAs by name, those of the recipe or recorded."""
+    """What an evaluation compares and scores, checked without loading the base. loras: of the recipe, or recorded."""
 
     base: BaseConfig
     compositions: Mapping[str, Composition]
@@ -60,7 +61,7 @@ class Setting:
 
     @property
     def needed(self) -> list[LoraLike]:
-        """The LoRAs that the fixed methods draw with."""
+        """The LoRAs that the fixed methods use."""
         fixed = set(self.modes) - {BASE}
         return [lora for lora in self.loras if lora.name in self.bench.loras] if fixed else []
 
@@ -68,7 +69,7 @@ class Setting:
 def read_setting(
     recipe: EvaluateRecipe, compositions: Mapping[str, Composition], *, note: Note = lambda text: None
 ) -> Setting:
-    """The setting of a recipe. Raises: UsageError and MismatchError for what the run itself could not use."""
+    """The setting of a recipe. Raises: UsageError and MismatchError for anything that the run could not use."""
     for mode in recipe.modes:
         check_runs_on(mode, "pictures", "--modes")
     paths = folder_names(recipe.compositions)
@@ -101,12 +102,12 @@ def evaluate(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> EvaluationReport:
-    """The report of a whole run; results.json, the samples and sheet.png are complete after every method.
+    """The report of a whole run. results.json, the samples and sheet.png are rewritten after every method.
 
-    A picture is written as soon as it is drawn, and one that lies in `recipe.output` from the same run is not drawn
-    again. `note` gets what a prompt loses, and which of a suite's metrics cannot be computed.
-    Raises: UsageError, MismatchError and RunError as loading the scenes, the CLIP, the base and the LoRAs does;
-    RunError at the end where a picture could not be drawn or the judge gave up, with the others kept.
+    A picture is written as soon as it is drawn. One that is already in `recipe.output` from the same run is not drawn
+    again. `note` receives a line when words of a prompt are cut, and for each metric that cannot be computed.
+    Raises: UsageError, MismatchError and RunError, from loading the scenes, the CLIP, the base and the LoRAs; RunError
+    at the end if a picture could not be drawn or the judge failed. The other pictures are kept.
     """
     setting = read_setting(recipe, compositions, note=note)
     backbone: Any = load_backbone(setting.base, recipe.device)
@@ -115,25 +116,25 @@ def evaluate(
         columns = _columns(recipe, setting, backbone)
         if recipe.judge is not None:
             check_judge(recipe.judge, [column.name for column in columns])
-        takes = takes_of(setting.bench.all, recipe.eval.images, recipe.seed)
+        pictures = plan_pictures(setting.bench.all, recipe.eval.images, recipe.seed)
         names = [column.name for column in columns]
-        stage = Stage(Path(recipe.output), takes, names, backbone, recipe.image, recipe.eval.batch_size)
-        return _Run(recipe, setting.bench, stage, instruments).everything(columns, progress, note)
+        plan = DrawingPlan(Path(recipe.output), pictures, names, backbone, recipe.image, recipe.eval.batch_size)
+        return _Run(recipe, setting.bench, plan, instruments).draw_and_score(columns, progress, note)
 
 
 class _Run:
-    """One evaluation on its way: what was drawn and scored, by method."""
+    """One evaluation while it runs: what was drawn and scored so far, by method."""
 
-    def __init__(self, recipe: EvaluateRecipe, bench: SceneBench, stage: Stage, instruments: Instruments) -> None:
-        self.recipe, self.bench, self.stage, self.instruments = recipe, bench, stage, instruments
-        self.files: dict[str, dict[Take, Path]] = {}
-        self.scored: dict[str, dict[Take, dict[str, float]]] = {}
+    def __init__(self, recipe: EvaluateRecipe, bench: SceneBench, plan: DrawingPlan, instruments: Instruments) -> None:
+        self.recipe, self.bench, self.plan, self.instruments = recipe, bench, plan, instruments
+        self.files: dict[str, dict[PlannedPicture, Path]] = {}
+        self.scored: dict[str, dict[PlannedPicture, dict[str, float]]] = {}
         self.failures: list[Failure] = []
 
-    def everything(self, columns: Sequence[SceneColumn], progress: Progress | None, note: Note) -> EvaluationReport:
-        """The final report. Raises: RunError where something could not be drawn or judged."""
+    def draw_and_score(self, columns: Sequence[SceneColumn], progress: Progress | None, note: Note) -> EvaluationReport:
+        """The final report. Raises: RunError if a picture could not be drawn or judged."""
         for column in columns:
-            found, failures = draw_takes(self.stage, column, progress=progress, note=note)
+            found, failures = draw_planned(self.plan, column, progress=progress, note=note)
             self.files[column.name] = found
             self.scored[column.name] = score_files(
                 self.bench, found, self.instruments, label=f"{column.name}: scores", progress=progress
@@ -148,16 +149,16 @@ class _Run:
         return report
 
     def report(self, *, samples: int, judged: JudgeReport | None = None) -> EvaluationReport:
-        """The report on what was scored so far. Raises: RunError where no picture was drawn by every method."""
+        """The report on what was scored so far. Raises: RunError if no picture was drawn by every method."""
         results, seed = self.results(), self.recipe.seed
         subject = list(results)[-1]
         metrics = list(dict.fromkeys(m for result in results[subject] for m in result.scores))
         if not metrics:
             self.check()
-            raise RunError("pictures", "there is none that every method drew", "Run it again with --resume.")
+            raise RunError("pictures", "no picture was drawn by every method", "Run it again with --resume.")
         rows = [c for m in metrics for c in compare(results, subject, samples=samples, seed=seed, metric=m)]
         config = self.recipe.model_dump(mode="json")
-        device = self.stage.backbone.device
+        device = self.plan.backbone.device
         content = document(results, subject, suite=self.bench.suite, comparisons=rows, config=config, device=device)
         content["averages"] = {
             metric: dict(zip(table.columns, table.rows[-1].scores, strict=True))
@@ -168,7 +169,7 @@ class _Run:
         if any(metric_row(metric).asks_clip for metric in metrics):
             content["clip"] = self.instruments.clip.name
         content["failed"] = [
-            {"picture": _inside(f.job.name, self.stage.folder), "reason": f.reason} for f in self.failures
+            {"picture": _inside(f.job.name, self.plan.folder), "reason": f.reason} for f in self.failures
         ]
         lines = [str(row) for row in rows]
         if judged is not None:
@@ -178,32 +179,32 @@ class _Run:
         return EvaluationReport(content, tables[0], lines, tables[1:])
 
     def results(self) -> dict[str, list[PictureResult]]:
-        return paired(self.bench, self.stage.takes, self.files, self.scored, self.stage.folder)
+        return paired(self.bench, self.plan.pictures, self.files, self.scored, self.plan.folder)
 
     def write(self, report: EvaluationReport) -> EvaluationReport:
-        """The report, with all files of the run written."""
-        write_sheets(self.stage.folder, list(self.files), sheet_rows(self.stage.takes, self.files))
-        write(self.stage.folder, report, self.results())
+        """The same report, after writing all files of the run."""
+        write_sheets(self.plan.folder, list(self.files), sheet_rows(self.plan.pictures, self.files))
+        write(self.plan.folder, report, self.results())
         return report
 
     def judge(self, progress: Progress | None) -> JudgeReport:
-        """The judge's report on every picture beside the baseline's of the same scene and seed. Raises: RunError."""
+        """The judge's report: every picture against the baseline's of the same scene and seed. Raises: RunError."""
         config = self.recipe.judge
         assert config is not None
-        cases = [Case(t.scene.task, f"{t.scene.name} #{t.number}", t.scene.elements) for t in self.stage.takes]
-        drawn = {name: [found.get(take) for take in self.stage.takes] for name, found in self.files.items()}
+        cases = [Case(t.scene.task, f"{t.scene.name} #{t.number}", t.scene.elements) for t in self.plan.pictures]
+        drawn = {name: [found.get(picture) for picture in self.plan.pictures] for name, found in self.files.items()}
         samples, seed = self.recipe.eval.bootstrap, self.recipe.seed
         pairs = pair_up(cases, drawn, config.baseline)
-        return run_judge(config, pairs, self.stage.folder, samples=samples, seed=seed, progress=progress)
+        return run_judge(config, pairs, self.plan.folder, samples=samples, seed=seed, progress=progress)
 
     def check(self) -> None:
-        """Nothing, when everything was drawn. Raises: RunError."""
-        check_drawn(self.failures, len(self.stage.takes) * len(self.stage.columns))
+        """Raises: RunError if a picture could not be drawn."""
+        check_drawn(self.failures, len(self.plan.pictures) * len(self.plan.columns))
 
 
-def sheet_rows(takes: Sequence[Take], files: Mapping[str, Mapping[Take, Path]]) -> list[SheetRow]:
-    """The first take of at most SHEET_ROWS scenes, evenly spread over all of them."""
-    first = [take for take in takes if take.number == 0]
+def sheet_rows(planned: Sequence[PlannedPicture], files: Mapping[str, Mapping[PlannedPicture, Path]]) -> list[SheetRow]:
+    """The first picture of at most SHEET_ROWS scenes, which are spread evenly over all scenes."""
+    first = [picture for picture in planned if picture.number == 0]
     count = min(SHEET_ROWS, len(first))
     shown = [first[i * len(first) // count] for i in range(count)]
     return [
@@ -213,10 +214,10 @@ def sheet_rows(takes: Sequence[Take], files: Mapping[str, Mapping[Take, Path]]) 
 
 
 def _columns(recipe: EvaluateRecipe, setting: Setting, backbone: Any) -> list[SceneColumn]:
-    """The methods, built and checked. Raises: UsageError, MismatchError."""
-    # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
+    """The columns, built and checked. Raises: UsageError, MismatchError."""
+    # A LoRA that a composition records may match the base only in part: that was accepted when it was composed.
     experts = read_experts(backbone.model, setting.needed, allow_partial=not recipe.loras)
-    studio = Studio(
+    builder = ColumnBuilder(
         backbone.model,
         {expert.name: expert for expert in experts},
         {lora.name: getattr(lora, "weight", 1.0) for lora in setting.loras},
@@ -225,22 +226,19 @@ def _columns(recipe: EvaluateRecipe, setting: Setting, backbone: Any) -> list[Sc
         recipe.image.branches_at_once,
     )
     learned = {
-        name: Learned(one, setting.paths[name], studio.composed(name, one, _own(one, recipe.loras)))
+        name: Learned(one, setting.paths[name], builder.composed(name, one, _own(one, recipe.loras)))
         for name, one in setting.compositions.items()
     }
-    columns = scene_columns(studio, setting.bench, setting.modes, learned, off=switched_off(recipe, setting.loras))
+    columns = scene_columns(builder, setting.bench, setting.modes, learned, off=switched_off(recipe, setting.loras))
     if missing(setting.loras, setting.compositions.values()):
-        for column in columns:  # a scene that masks what is missing shows before the first picture
+        for column in columns:  # report a scene that needs a missing LoRA before the first picture is drawn
             for scene in setting.bench.all:
                 column.of(scene.loras)
     return columns
 
 
 def _own(composition: Composition, loras: Sequence[LoraLike]) -> list[LoraLike]:
-    """The composition's LoRAs: as they were given here, else as it remembers them; none where none of them was given.
-
-    Others may be given beside them.
-    """
+    """The composition's LoRAs: as given here, otherwise as it records them. Empty if none of them is given here."""
     given = {lora.name: lora for lora in loras if lora.name in composition.names}
     if not given:
         return []
@@ -248,9 +246,9 @@ def _own(composition: Composition, loras: Sequence[LoraLike]) -> list[LoraLike]:
 
 
 def switched_off(recipe: EvaluateRecipe, loras: Sequence[LoraLike]) -> dict[str, list[str]]:
-    """The LoRAs that --mask and --only switch off, by what they add to a method's name: nothing where they say one.
+    """{suffix of a method's name: the LoRAs that --mask and --only switch off}; a single choice has no suffix.
 
-    Raises: UsageError for a name that none has.
+    Raises: UsageError for a name that no LoRA has.
     """
     names = [lora.name for lora in loras]
     for name in (name for choice in recipe.switched for name in (*choice.mask, *choice.only)):

@@ -1,6 +1,7 @@
-"""Exporting a composition on a diffusion base: what its gates are averaged over, and diffusers, which loads the result.
+"""Exporting a composition on a diffusion base: the pictures over which its gates are averaged, and the written files.
 
-prepare    recipe -> PictureTask, what `commands.export` asks of a kind of base
+prepare       recipe -> PictureExport, checked
+PictureExport   what `commands.export` needs from a kind of base: inputs, writing and loading the adapter, a probe
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ if TYPE_CHECKING:
 
 
 KOHYA_FILE = "lora.safetensors"
-TIMESTEPS = 4  # of each picture, evenly spread
+TIMESTEPS = 4  # for each picture, evenly spread
 PROBED = 4
 _PROBES = ("a photo of a dog", "")
 
 
-def prepare(recipe: ExportRecipe, composition: Composition, note: Note = lambda text: None) -> PictureTask:
-    """The recipe. Raises: UsageError for what it would ignore."""
+def prepare(recipe: ExportRecipe, composition: Composition, note: Note = lambda text: None) -> PictureExport:
+    """The task of a recipe. Raises: UsageError for settings that would be ignored."""
     if recipe.calibration.examples is not None or recipe.calibration.data_dir is not None:
         flag = "--data-dir" if recipe.calibration.examples is None else "--calibrate"
-        what = "examples are for a language model, and the base draws pictures"
+        what = "examples are for a language model, and this base draws pictures"
         raise UsageError(flag, what, "Write --prompt TEXT, or leave it out.")
-    return PictureTask(recipe, composition, note)
+    return PictureExport(recipe, composition, note)
 
 
-class PictureTask:
+class PictureExport:
     """A `commands.export.Task` on a diffusion base."""
 
     layouts: tuple[str, ...] = ("diffusers", "kohya", "peft")
@@ -75,7 +76,7 @@ class PictureTask:
 
     @cached_property
     def concepts(self) -> dict[str, Concept]:
-        """What the LoRAs that are not masked add, by name."""
+        """{name: what the LoRA adds}, of the LoRAs that are not masked."""
         recipe = self.recipe
         given = yaml.safe_load(self.composition.recipe).get("concepts") or {}
         configs = {name: ConceptConfig.model_validate(entry) for name, entry in given.items()} | recipe.concepts
@@ -86,12 +87,12 @@ class PictureTask:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """What is drawn by the composition and by its export."""
+        """The prompts that both the composition and its export draw."""
         return self.recipe.calibration.prompts or prompts_of(list(self.concepts.values()))
 
     @cached_property
     def pictures(self) -> list[Picture]:
-        """The concepts' pictures; none where prompts are drawn instead. Raises: UsageError for a LoRA without any."""
+        """The concepts' pictures; none if prompts are given instead. Raises: UsageError for a LoRA without pictures."""
         if self.recipe.calibration.prompts:
             return []
         try:
@@ -119,9 +120,9 @@ class PictureTask:
     def observe(
         self, backbone: Diffusion, mixture: Mixture | None, *, gates: bool, label: str, progress: Progress | None
     ) -> Observed:
-        """The pictures' denoising errors and the latents drawn of the prompts, with the mixture or by the base (None).
+        """The pictures' denoising errors and the latents drawn for the prompts, with the mixture or the base (None).
 
-        Gates are those of the denoising passes; where prompts were given, those of drawing them.
+        The gates are those of the denoising passes. If prompts are given, they are those of drawing the prompts.
         """
 
         def count_up(done: int, total: int) -> None:
@@ -147,15 +148,15 @@ class PictureTask:
         errors = torch.zeros(TIMESTEPS, count)
         seen: dict[str, list[Tensor]] = {}
         size = self.recipe.calibration.batch_size
-        with seeded(self.recipe.seed, backbone.device):  # every method is given the same noise
+        with seeded(self.recipe.seed, backbone.device):  # every method gets the same noise
             for i in range(TIMESTEPS):
                 for start in range(0, count, size):
                     places = range(start, min(start + size, count))
                     clean = self._latents[list(places)]
                     noise, _ = draw_noise(backbone, clean)
                     moments = torch.full((len(places),), last * (2 * i + 1) // (2 * TIMESTEPS), device=clean.device)
-                    said = prompts([self.pictures[place].prompt for place in places])
-                    errors[i, list(places)] = prediction_errors(backbone, said, clean, noise, moments).cpu()
+                    conditioning = prompts([self.pictures[place].prompt for place in places])
+                    errors[i, list(places)] = prediction_errors(backbone, conditioning, clean, noise, moments).cpu()
                     for site, gate in read_gates(asked).items() if asked is not None else ():
                         seen.setdefault(site, []).append(gate.expand(len(places), -1))
                     count_up(i * count + places.stop, TIMESTEPS * count)
@@ -167,7 +168,7 @@ class PictureTask:
         return {name: torch.stack(own) for name, own in by_concept.items()}, gates
 
     def _drawn(self, backbone: Diffusion, asked: Mixture | None) -> tuple[Tensor | None, Trace | None]:
-        """(latents [prompts, C, h, w], the gates while they were drawn, where asked for)."""
+        """(latents [prompts, C, h, w], the gates while they were drawn, if a mixture is `asked`)."""
         if not self.prompts:
             return None, None
         image, size, drawn = self.recipe.image, self.recipe.calibration.batch_size, []
@@ -185,7 +186,7 @@ class PictureTask:
         return torch.stack(drawn).float().cpu(), None if recorder is None else recorder.trace()
 
     def write(self, folder: Path, layout: str, factors: Mapping[str, LowRank], backbone: Diffusion) -> Path:
-        """The folder, holding the adapter in `layout`; PEFT's is a folder for each component."""
+        """The folder with the adapter in `layout`; PEFT's has one subfolder per component."""
         base = {"base_model_name_or_path": self.composition.base}
         if layout == "diffusers":
             return write_diffusers(folder, factors, metadata=base)
@@ -198,7 +199,7 @@ class PictureTask:
 
     @contextmanager
     def loaded(self, backbone: Diffusion, folder: Path, layout: str) -> Iterator[None]:
-        """Inside, the base has the adapter in `folder` as diffusers (or PEFT) loads it; afterwards it is as it was."""
+        """A context in which the base has the adapter in `folder`, loaded by diffusers (or PEFT)."""
         pipe = backbone.pipe
         if layout == "peft":
             with _with_peft(pipe, folder):
@@ -214,7 +215,7 @@ class PictureTask:
 
     @torch.no_grad()
     def probe(self, backbone: Diffusion) -> Tensor:
-        """The UNet's output as the pipeline is now, on noise, for a few prompts."""
+        """The UNet's output on noise for a few prompts, with the pipeline as it is now."""
         known = self.prompts if "prompts" in self.__dict__ else ()
         prompts = list(known[:PROBED]) or list(_PROBES)
         config, last = backbone.pipe.unet.config, backbone.noising.config.num_train_timesteps
@@ -225,7 +226,7 @@ class PictureTask:
         return backbone.predict(noise.to(device), moments.to(device), backbone.encode(prompts)).float().cpu()
 
     def library(self, layout: str) -> str:
-        """Who loads the adapter."""
+        """The name and version of the library that loads the adapter."""
         return f"PEFT {version('peft')}" if layout == "peft" else f"diffusers {version('diffusers')}"
 
 
@@ -254,7 +255,7 @@ def _with_peft(pipe: Any, folder: Path) -> Iterator[None]:
 
 
 def _means(trace: Trace) -> dict[str, Tensor]:
-    """{site: [pictures, N]}: over the denoising steps, in both halves of guidance; a text encoder's on the prompt."""
+    """{site: [pictures, N]}: means over denoising steps and both halves of guidance; a text encoder's on the prompt."""
     steps = torch.stack([values.mean(1) for values in trace.steps.values()]).mean(0)
     in_unet = {site: steps[:, i] for i, site in enumerate(trace.sites)}
     return in_unet | {site: trace.text[:, i] for i, site in enumerate(trace.text_sites)}

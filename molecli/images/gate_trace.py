@@ -1,6 +1,6 @@
-"""What gates do while a picture is denoised: a report by prompt, denoising step, site and expert, and its renderings.
+"""The gates while pictures are denoised: a report by prompt, denoising step, site and expert, as text, CSV and PNG.
 
-Contents: Trace, StepReport, step_report, step_lines, step_csv, step_png.
+Contents: Trace, StepReport, step_report, step_lines, step_csv, step_png, GateRecorder.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 class Trace:
     """The gates of one prompt's pictures.
 
-    steps[rows] [P, S, M, N]: P pictures, S denoising steps, M sites of the UNet, N experts, for rows "conditional" and,
-    with guidance, "unconditional"; text [P, m, N]: the m sites in the text encoders, on the prompt itself.
+    steps[rows] [P, S, M, N]: P pictures, S denoising steps, M sites of the UNet, N experts. `rows` is "conditional" or,
+    with guidance, also "unconditional". text [P, m, N]: the m sites in the text encoders, on the prompt itself.
     """
 
     sites: tuple[str, ...]
@@ -43,9 +43,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class StepReport(GateReport):
-    """A GateReport whose tasks are prompts, of the conditional rows, averaged over the denoising steps.
+    """A GateReport of the conditional rows, averaged over the denoising steps. Its tasks are the prompts.
 
-    by_step[rows][step][site][expert] is the mean over all pictures, for the sites in `step_sites`, those of the UNet.
+    by_step[rows][step][site][expert] is the mean over all pictures. `step_sites` are the UNet's sites.
     """
 
     step_sites: tuple[str, ...] = ()
@@ -78,9 +78,9 @@ def step_report(
     composition: str = "",
     course: Sequence[tuple[int, float]] = (),
 ) -> GateReport:
-    """The report on the traces of every prompt, which share sites and steps.
+    """The report on the traces of all prompts, which have the same sites and steps.
 
-    A plain GateReport where no LoRA adapts the UNet: gates in the text encoders know no denoising steps.
+    A plain GateReport if no LoRA adapts the UNet: gates in the text encoders have no denoising steps.
     """
     first = next(iter(traces.values()))
     values = {prompt: _over_steps(trace) for prompt, trace in traces.items()}
@@ -136,7 +136,7 @@ def step_csv(report: StepReport) -> str:
 
 
 def step_png(report: StepReport, path: str | Path) -> Path:
-    """The path of a picture: each expert's weight over the denoising steps, then a heat map of sites by steps each."""
+    """The path of the picture: the experts' weights over the steps, and for each a heat map of sites by steps."""
     assert report.by_step is not None
     panels = len(report.experts) + 1
     longest = max(map(len, report.step_sites))
@@ -180,20 +180,20 @@ def _over_steps(trace: Trace) -> Tensor:
 
 
 def _entropy_over_steps(trace: Trace) -> Tensor:
-    """[P, M + m] in nats: the mean of the steps' entropies, which is not the entropy of the mean."""
+    """[P, M + m] in nats: the mean of the steps' entropies (not the entropy of the mean)."""
     return torch.cat([entropies(trace.steps[CONDITIONAL]).mean(1), entropies(trace.text)], dim=1)
 
 
 def _nested(values: Tensor) -> Any:
-    """A tensor as tuples in tuples."""
+    """A tensor as nested tuples."""
     return tuple(_nested(part) for part in values) if values.dim() > 1 else tuple(values.tolist())
 
 
 class GateRecorder:
-    """Told of every step that is done; keeps each picture's gates there, on the CPU.
+    """Called after every denoising step; keeps each picture's gates of that step, on the CPU.
 
-    Rows of the unconditional half of guidance are kept apart from the conditional ones. Several generations of the
-    same number of steps may follow one another.
+    The unconditional and the conditional half of guidance are kept separately. Several generations with the same
+    number of steps can be recorded one after another.
     """
 
     def __init__(self, mixture: Mixture) -> None:
@@ -208,7 +208,7 @@ class GateRecorder:
         self._encoded: dict[str, list[Tensor]] = {}
         self._text: list[Tensor] = []
         self._timesteps: list[float] = []
-        # {rows: one list a generation of [M, B, N], one a step}
+        # {rows: a list per generation, with one tensor [M, B, N] per step}
         self._steps: dict[str, list[list[Tensor]]] = {}
 
     def __enter__(self) -> GateRecorder:
@@ -227,7 +227,7 @@ class GateRecorder:
         self._handles = []
 
     def __call__(self, moment: Moment) -> None:
-        """Keeps the gates of the step that has just been done."""
+        """Keeps the gates of the step that has just finished."""
         if moment.index == 0:
             self._timesteps = []
             self._keep_text(self._rows // 2 if moment.guided else self._rows)
@@ -241,7 +241,7 @@ class GateRecorder:
             generations[-1].append(half)
 
     def trace(self) -> Trace:
-        """What was kept, of all pictures so far. Raises: RunError when nothing was drawn."""
+        """The gates of all pictures so far. Raises: RunError if nothing was drawn."""
         if not self._timesteps:
             raise RunError("gates", "no picture was drawn while they were recorded", "Call the pipeline first.")
         steps = {
@@ -252,7 +252,7 @@ class GateRecorder:
         return Trace(self.sites, self.text_sites, tuple(self._timesteps), steps, text)
 
     def _stacked(self, sites: Sequence[str], rows: int) -> Tensor:
-        """[sites, rows, N] of the last pass; a gate that is the same for every input stands in each row."""
+        """[sites, rows, N] of the last pass; a gate that is the same for every input is repeated in each row."""
         gates = self.mixture.gates()
         empty = torch.zeros(0, rows, len(self.mixture.names))
         return torch.stack([gates[site].float().expand(rows, -1) for site in sites]).cpu() if sites else empty
@@ -264,7 +264,7 @@ class GateRecorder:
         return hook
 
     def _keep_text(self, pictures: int) -> None:
-        """The text encoders' gates on the prompts: a pipeline encodes these first, then the negative ones."""
+        """Keeps the text encoders' gates on the prompts; a pipeline encodes these before the negative prompts."""
         parts = [passes[0] for passes in self._encoded.values()]
         self._text.append(torch.cat(parts) if parts else torch.zeros(0, pictures, len(self.mixture.names)))
         self._encoded = {}

@@ -1,7 +1,7 @@
 """`mole inspect-gates` on a diffusion base: the gates while pictures of some prompts are drawn.
 
-inspect_gates    recipe -> GateReport, by prompt and denoising step
-traced           the gates of an attached mixture while prompts are drawn
+inspect_gates   recipe -> GateReport, by prompt and step    default_prompts   the prompts of a composition's concepts
+traced          the gates while prompts are drawn           defaults          defaults that depend on the composition
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def inspect_gates(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> GateReport:
-    """The report on `images` pictures of every prompt, of the seeds from `recipe.seed` on; none is kept.
+    """The report on `images` pictures of every prompt, with seeds from `recipe.seed` on. The pictures are not kept.
 
-    Raises: UsageError without a prompt; MismatchError where base, LoRAs and gates do not fit.
+    Raises: UsageError without a prompt; MismatchError if base, LoRAs and gates do not fit together.
     """
     path = str(recipe.composition)
     prompts = recipe.prompts or default_prompts(composition)
@@ -51,7 +51,7 @@ def inspect_gates(
 
 
 def defaults(composition: Composition) -> dict[str, Any]:
-    """Nothing: the prompts to draw are those of the concepts, which are read when they are drawn."""
+    """Nothing: the prompts are those of the concepts, which are read later, when the pictures are drawn."""
     return {}
 
 
@@ -65,7 +65,7 @@ def traced(
     batch_size: int,
     progress: Progress | None = None,
 ) -> dict[str, Trace]:
-    """{prompt: the gates of the attached mixture while its pictures of these seeds are drawn}; none is kept."""
+    """{prompt: the gates of the attached mixture while its pictures are drawn, one per seed}. No picture is kept."""
     traces = {}
     for done, prompt in enumerate(dict.fromkeys(prompts), start=1):
         traces[prompt] = _trace(backbone, mixture, prompt, image, seeds, batch_size)
@@ -75,13 +75,13 @@ def traced(
 
 
 def default_prompts(composition: Composition) -> tuple[str, ...]:
-    """The prompts of the concepts that a composition joins, and one that names all of them. Raises: UsageError."""
+    """The prompts of a composition's concepts, and one that names all of them. Raises: UsageError."""
     recipe = yaml.safe_load(composition.recipe)
     given = {name: ConceptConfig.model_validate(entry) for name, entry in (recipe.get("concepts") or {}).items()}
     loras = [LoraSpec(record.name, record.source) for record in composition.experts]
     prompts = prompts_of(list(read_concepts(loras, given).values()))
     if not prompts:
-        what = "no prompt is given, and its LoRAs have no concept.json that would say one"
+        what = "no prompt is given, and no LoRA has a concept.json with a prompt"
         raise UsageError("mole inspect-gates", what, "Write --prompt TEXT.")
     return prompts
 

@@ -1,13 +1,13 @@
-"""Prompts that name several concepts at once, put together of the concepts' own.
+"""Prompts that name several concepts at once, made from the concepts' own prompts.
 
     "a peacock on a red background", "a cactus on a red background"  ->  "a peacock and a cactus on a red background"
 
 Wording        a prompt in parts
-worded         a prompt's parts, by the words that call its concept
-joint_prompt   one prompt of several wordings
+worded         a prompt split into parts at its concept's trigger
+joint_prompt   one prompt from several wordings
 composition    one prompt that names several concepts
-prompts_of     what to draw of a composition: each concept's prompt, and all together
-is_subject     whether a concept is a thing, which may stand beside others in one picture
+prompts_of     each concept's prompt, and one that names all concepts
+is_subject     whether a concept is a thing, which can be beside others in one picture
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 from molecli.files.concepts import Concept
 
-# Not things in a picture, but what all of it is like or where all of it is.
+# Kinds of concept that are not things in a picture, but describe all of it.
 _SETTINGS = ("style", "background")
 _PREPOSITION = re.compile(r"^(?:in|on|at|by|with|under|near|over|beside|inside|before)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Wording:
-    """A prompt: what it opens with ("a photo of"), the concept's phrase with its article, and the scene behind it."""
+    """A prompt in parts: its opening ("a photo of"), the concept's phrase with its article, and the scene."""
 
     opening: str
     phrase: str
@@ -33,7 +33,7 @@ class Wording:
 
 
 def worded(prompt: str, concept: Concept) -> Wording:
-    """The prompt around the concept's trigger; where it lacks the trigger, the concept's phrase alone."""
+    """The prompt, split at the concept's trigger; without the trigger, only the concept's phrase."""
     trigger = r"\s+".join(re.escape(word) for word in concept.trigger.split())
     pattern = re.compile(rf"(?<!\w)(?:(?:an?|the|one)\s+)?{trigger}(?!\w)", re.IGNORECASE)
     found = pattern.search(prompt)
@@ -44,7 +44,7 @@ def worded(prompt: str, concept: Concept) -> Wording:
 
 
 def joint_prompt(wordings: Sequence[Wording], settings: Sequence[str] = ()) -> str:
-    """One prompt of several: the opening and the scene only where all share them; `settings` before the scene."""
+    """One prompt from several: opening and scene only if all prompts share them; `settings` come before the scene."""
     opening = _shared([wording.opening for wording in wordings])
     scene = _shared([wording.scene for wording in wordings])
     phrases = list(dict.fromkeys(wording.phrase for wording in wordings))
@@ -56,9 +56,9 @@ def joint_prompt(wordings: Sequence[Wording], settings: Sequence[str] = ()) -> s
 
 
 def composition(concepts: Sequence[Concept]) -> str:
-    """One prompt that names all the concepts: things joined by "and", a style or background behind them.
+    """One prompt that names all the concepts: the things joined by "and", then styles and backgrounds.
 
-    A background takes the place of the scene that the things' own prompts may share.
+    A background replaces the scene of the things' own prompts.
     """
     subjects = [worded(concept.prompt, concept) for concept in concepts if is_subject(concept)]
     others = [concept for concept in concepts if not is_subject(concept)]
@@ -70,7 +70,7 @@ def composition(concepts: Sequence[Concept]) -> str:
 
 
 def prompts_of(concepts: Sequence[Concept]) -> tuple[str, ...]:
-    """The concepts' own prompts, and of several one that names them all; none without concepts."""
+    """The concepts' own prompts and, if there are several, one that names them all. Empty without concepts."""
     together = [composition(concepts)] if len(concepts) > 1 else []
     return tuple(dict.fromkeys([*(concept.prompt for concept in concepts), *together]))
 

@@ -1,10 +1,10 @@
 """The judge's part of `mole evaluate`: every method's pictures against the baseline's, pair by pair.
 
-    Case           what was drawn once by every method        check_judge   finds mistakes before a picture is drawn
-    pair_up        cases and pictures -> pairs                run_judge     pairs -> JudgeReport: the whole step
+    Case          a scene and number that every method drew    check_judge   finds mistakes before a picture is drawn
+    pair_up       cases and pictures -> pairs                  run_judge     pairs -> JudgeReport: the whole step
 
-Each verdict goes into judgements.jsonl as it comes, raw answers included. A run that finds such a file takes over what
-is about the same pictures, question, model and options, and asks for the rest.
+Each verdict is appended to judgements.jsonl when it arrives, with the raw answers. A run that finds such a file reuses
+the verdicts about the same pictures, question, model and options, and asks only for the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from molecli.metrics.judge.pair import Failure, Judgement, Pair, Reply, Verdict
 from molecli.metrics.judge.parse import DIMENSIONS, Scores
 from molecli.metrics.judge.prompt import VERSION
 from molecli.metrics.judge.run import judge_pairs
-from molecli.metrics.judge.summary import Contest, contests
+from molecli.metrics.judge.summary import Matchup, matchups
 from molecli.protocols import Element, Progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Key = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class Case:
-    """What every method drew once: `task` is its row in the results, `name` tells it from that row's others."""
+    """A picture that every method drew. `task` is its row in the results; `name` is unique within the task."""
 
     task: str
     name: str
@@ -43,14 +43,14 @@ class Case:
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """All verdicts, in the order of the pairs, and the contests they make."""
+    """All verdicts, in the order of the pairs, and the matchups that they add up to."""
 
     config: JudgeConfig
     verdicts: tuple[Verdict, ...]
-    contests: tuple[Contest, ...]
+    matchups: tuple[Matchup, ...]
 
     def document(self) -> dict[str, Any]:
-        """What results.json holds of the judge."""
+        """The judge's entry in results.json."""
         failures = [verdict for verdict in self.verdicts if isinstance(verdict, Failure)]
         return {
             "endpoint": self.config.endpoint,
@@ -59,17 +59,17 @@ class JudgeReport:
             "baseline": self.config.baseline,
             "prompt_version": VERSION,
             "pairs": len(self.verdicts),
-            "contests": [asdict(contest) for contest in self.contests],
+            "matchups": [asdict(contest) for contest in self.matchups],
             "failed": [{**_names(f.pair), "cause": f.cause, "reason": f.reason} for f in failures],
         }
 
     def lines(self) -> list[str]:
-        """The contests, one a line, for a terminal."""
-        return [str(contest) for contest in self.contests]
+        """The matchups, one a line, for a terminal."""
+        return [str(contest) for contest in self.matchups]
 
 
 def check_judge(config: JudgeConfig, methods: Sequence[str]) -> None:
-    """Nothing. Raises: UsageError without the key, or where the baseline is no method or the only one."""
+    """Raises: UsageError if the key is missing, or if the baseline is not among the methods or is the only one."""
     read_key(config)
     if config.baseline not in methods:
         what = f"the baseline {config.baseline!r} is not among the methods"
@@ -79,12 +79,12 @@ def check_judge(config: JudgeConfig, methods: Sequence[str]) -> None:
 
 
 def pair_up(cases: Sequence[Case], drawn: Mapping[str, Sequence[Path | None]], baseline: str) -> list[Pair]:
-    """Every other method's picture of each case beside the baseline's; `drawn` has one picture a case, or None.
+    """Every other method's picture of each case, with the baseline's. `drawn` has a picture, or None, for each case.
 
-    Raises: ValueError where a method does not have one entry per case, or two cases have one name in one task.
+    Raises: ValueError if a method does not have one entry per case, or if two cases of a task have the same name.
     """
     if len({(case.task, case.name) for case in cases}) < len(cases):
-        raise ValueError("two cases of one task need two names")
+        raise ValueError("two cases of a task have the same name")
     return [
         Pair(case.task, case.name, method, baseline, case.elements, picture, other)
         for method, pictures in drawn.items()
@@ -102,17 +102,17 @@ def run_judge(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> JudgeReport:
-    """The report on `pairs`; judgements.jsonl in `folder` holds every verdict, in order once all are there.
+    """The report on `pairs`. judgements.jsonl in `folder` holds every verdict, and is put in order at the end.
 
-    Raises: RunError when the endpoint is down or not one pair could be judged; what was finished stays in the file.
+    Raises: RunError if the endpoint is down or no pair could be judged; finished verdicts stay in the file.
     """
     path = Path(folder) / JUDGEMENTS_FILE
     earlier = read_judgements(path)
-    if earlier:  # without the line that a kill cut short: the next would be joined to it
+    if earlier:  # drops a line that was cut off when a run was killed: the next one would be joined to it
         _write(path, list(earlier.values()))
 
     def finished(verdict: Verdict) -> None:
-        # One that was taken over is in the file already.
+        # A verdict that is reused is in the file already.
         if not (isinstance(verdict, Judgement) and _same(earlier.get(verdict.pair.key), verdict)):
             append_jsonl(path, _row(verdict))
 
@@ -125,14 +125,14 @@ def run_judge(
     except RunError as error:
         if not read_judgements(path):
             raise
-        remedy = f"{error.remedy} What was judged is kept in {path}; --resume asks for the rest."
+        remedy = f"{error.remedy} The finished verdicts are kept in {path}; --resume asks for the rest."
         raise RunError(error.where, error.what, remedy.strip()) from None
     _write(path, verdicts)
-    return JudgeReport(config, tuple(verdicts), tuple(contests(verdicts, samples=samples, seed=seed)))
+    return JudgeReport(config, tuple(verdicts), tuple(matchups(verdicts, samples=samples, seed=seed)))
 
 
 def read_judgements(path: Path) -> dict[Key, Judgement]:
-    """The judgements in a file of them, by pair; a line that a kill cut short, or that is none, is left out."""
+    """The judgements in a file, by pair; incomplete and invalid lines are skipped."""
     found = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -156,7 +156,7 @@ def _names(pair: Pair) -> dict[str, str]:
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON; `scores` of a reply are by image as it was shown: baseline first in the second reply."""
+    """A verdict as JSON. A reply's `scores` are in the order of its images: the second reply has the baseline first."""
     pair = verdict.pair
     row: dict[str, Any] = {
         **_names(pair),

@@ -1,7 +1,7 @@
-"""What the gates of a diffusion model learn from: the terms of a recipe's objective, added with their weights.
+"""The loss that the gates of a diffusion model learn from: the weighted sum of the terms of a recipe's objective.
 
-Objective         rows of the concepts' pictures -> their loss, and the gates of every pass that gave it
-check_objective   nothing, or what is wrong with the settings
+Objective         rows of the concepts' pictures -> their loss, and the gates of every pass that it came from
+check_objective   finds mistakes in the settings
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from molecli.training.fit_gates import TaskLoss
 
 
 class Objective:
-    """The task of the gates: denoising the concepts' pictures and collages of them, and CLIP's guidance.
+    """The task of the gates: denoising the concepts' pictures and collages of them, and CLIP guidance.
 
-    Where several passes give the loss, the balance is that of the gates in all of them.
+    If the loss comes from several passes, the balance term is about the gates of all of them.
     """
 
     def __init__(
@@ -37,16 +37,16 @@ class Objective:
         album: Album,
         concepts: Mapping[str, Concept],
         config: ObjectiveConfig,
-        told: Prompts,
+        conditioning: Prompts,
         guide: ClipGuide | None = None,
     ) -> None:
         self.backbone, self.mixture, self.album, self.config = backbone, mixture, album, config
-        self.told, self.guide = told, guide
+        self.conditioning, self.guide = conditioning, guide
         self.collages = Collages(album, concepts) if config.collage else None
         self.latents = all_latents(backbone, album) if config.denoise else None
 
     def __call__(self, rows: Sequence[Lesson]) -> TaskLoss:
-        """The loss of the rows, each one picture of every term."""
+        """The loss of the rows; every term uses one picture per row."""
         terms: dict[str, Tensor] = {}
         gates: list[Tensor] = []
         if self.config.denoise:
@@ -58,20 +58,20 @@ class Objective:
         weighted = [getattr(self.config, name) * losses for name, losses in terms.items()]
         total, live = torch.stack(weighted).sum(), torch.cat(gates, dim=1)
         if self.backbone.pipe.unet.dtype is torch.float16:
-            # Divided out again by `scaled_gradients`, of the balance's gradient too.
+            # `scaled_gradients` divides by it again, for the gradient of the balance term too.
             for tensor in (total, live):
                 if tensor.requires_grad:
                     tensor.register_hook(lambda gradient: gradient * GRADIENT_SCALE)
         return TaskLoss(total, len(rows), live, {name: losses.mean() for name, losses in terms.items()})
 
     def errors(self, rows: Sequence[Lesson]) -> Tensor:
-        """[B], the denoising errors of the rows' pictures, or of collages in their places."""
+        """[B], the denoising errors of the rows' pictures, or of the collages that replace them."""
         clean, prompts = self.shown(rows)
-        return prediction_errors(self.backbone, self.told(prompts), clean, *draw_noise(self.backbone, clean))
+        return prediction_errors(self.backbone, self.conditioning(prompts), clean, *draw_noise(self.backbone, clean))
 
     @torch.no_grad()
     def shown(self, rows: Sequence[Lesson]) -> tuple[Tensor, list[str]]:
-        """(clean latents [B, C, h, w], prompts): a row's picture, or with the collage's share a collage around it."""
+        """(clean latents [B, C, h, w], prompts) of the rows' pictures; a share of them is replaced by collages."""
         assert self.latents is not None
         clean, prompts = self.latents[[row.picture for row in rows]], [row.prompt for row in rows]
         if self.collages is None:
@@ -89,16 +89,16 @@ class Objective:
 
 
 def check_objective(config: ObjectiveConfig, concepts: Sequence[Concept]) -> None:
-    """Nothing, or UsageError for settings by which gates could learn nothing, or that would be ignored."""
+    """Raises: UsageError for settings with which gates learn nothing, or that would be ignored."""
     guided = bool(config.clip or config.clip_local)
     if not (config.denoise or guided):
-        what = "every term has weight 0, so that gates would learn nothing"
+        what = "every term has weight 0, so the gates would learn nothing"
         raise UsageError("objective", what, "Write --denoise 1, or --clip 1.")
     if config.prompts and not guided:
-        what = "prompts guide through CLIP, and both its terms have weight 0"
+        what = "prompts are for CLIP guidance, and both CLIP terms have weight 0"
         raise UsageError("objective.prompts", what, "Write --clip 1, or leave them out.")
     if guided and not config.prompts and len(concepts) < 2:
-        what = "the prompts that guide name two concepts or more, and there is one"
+        what = "the prompts for CLIP guidance name two concepts or more, and there is only one"
         raise UsageError("objective.clip", what, "Write objective.prompts, or --clip 0.")
     if not config.collage:
         return
@@ -107,5 +107,5 @@ def check_objective(config: ObjectiveConfig, concepts: Sequence[Concept]) -> Non
         raise UsageError("objective.collage", what, "Write --denoise 1, or --collage 0.")
     things = sum(is_subject(concept) for concept in concepts)
     if things < 2:
-        what = f"a collage shows two things or more, and the LoRAs add {things} (styles and backgrounds are none)"
+        what = f"a collage shows two things or more, and the LoRAs add {things} (styles and backgrounds do not count)"
         raise UsageError("objective.collage", what, "Give another LoRA, or write --collage 0.")

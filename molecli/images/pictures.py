@@ -1,8 +1,8 @@
-"""Training pictures: which there are, with which prompts, and their pixels as one training step sees them.
+"""Training pictures: their files and prompts, and their pixels as one training step sees them.
 
-instance_pictures   the pictures of the subject and their prompts
-lessons             the rows that training goes through: a picture, and one of the class beside it
-Album               pictures in memory, cropped and mirrored by the step's own random numbers
+instance_pictures   the pictures of the subject, with prompts    lessons        the rows of DreamBooth training
+concept_pictures    the pictures of several LoRAs' concepts      concept_rows   the rows that gates learn from
+Album               pictures in memory, cropped and mirrored with the step's own random numbers
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CLASS_TASK = "class"
 
 @dataclass(frozen=True)
 class Lesson:
-    """One row of training: the place of a picture in the album, and of one of the class that is learned beside it.
+    """One row of training: the index in the album of a picture, and of a picture of the class that is learned with it.
 
-    `task`, `prompt` and `target` name and hash what it holds, so that a resumed run is known to see the same.
+    `task`, `prompt` and `target` (a hash) identify the pictures, so that a resumed run is known to see the same ones.
     """
 
     task: str
@@ -48,9 +48,9 @@ class Lesson:
 
 
 def instance_pictures(config: PicturesConfig, name: str) -> list[Picture]:
-    """The pictures of the subject called `name`, each with its prompt: prompts.json's, else the instance prompt.
+    """The pictures of the subject `name`, each with its prompt from prompts.json, otherwise the instance prompt.
 
-    Raises: UsageError for a folder without pictures, a picture without a prompt, a name in prompts.json without a
+    Raises: UsageError for a folder without pictures, a picture without a prompt, or a name in prompts.json without a
     picture; MismatchError for a prompts.json that cannot be read.
     """
     folder = Path(config.instance_dir).expanduser()
@@ -67,9 +67,9 @@ def instance_pictures(config: PicturesConfig, name: str) -> list[Picture]:
 
 
 def lessons(instances: Sequence[Picture], priors: Sequence[Picture] = ()) -> list[Lesson]:
-    """Every instance, each beside a picture of the class where there are any; the album holds instances first.
+    """A row for every instance, with a picture of the class if there are any. The album holds the instances first.
 
-    There are as many rows as pictures of the more numerous kind; the others come round again, as in diffusers.
+    There are as many rows as pictures of the larger kind. Pictures of the other kind are repeated, as in diffusers.
     """
     hashes = [_hash(picture) for picture in (*instances, *priors)]
     rows = []
@@ -82,10 +82,10 @@ def lessons(instances: Sequence[Picture], priors: Sequence[Picture] = ()) -> lis
 
 
 class Album:
-    """Pictures as bytes, each scaled so that its shorter side is `resolution` pixels.
+    """Pictures as bytes, each scaled so that its shorter side has `resolution` pixels.
 
-    `pixels` cuts a square out of each: the middle one, or with crop="random" any, mirrored with `flip` half of the
-    time. What is random is drawn from torch's global generator, which the training loop seeds for every step.
+    `pixels` cuts a square from each: the middle one, or with crop="random" any. `flip` mirrors half of them. Random
+    numbers come from torch's global generator, which the training loop seeds for every step.
     """
 
     def __init__(self, pictures: Sequence[Picture], resolution: int, *, crop: str = "center", flip: bool = False):
@@ -98,19 +98,19 @@ class Album:
 
     @property
     def fixed(self) -> bool:
-        """Whether every step sees a picture alike, so that its latents can be kept."""
+        """Whether a picture is the same at every step, so that its latents can be kept."""
         square = all(image.shape[1] == image.shape[2] for image in self._bytes)
         return not self.flip and (square or not self.random_crop)
 
     def pixels(self, places: Sequence[int]) -> Tensor:
-        """[B, 3, resolution, resolution] in [-1, 1], of the pictures at these places."""
+        """[B, 3, resolution, resolution] in [-1, 1], of the pictures with these indices."""
         cut = torch.stack([self._cut(self._bytes[place]) for place in places])
         return cut.float() / 127.5 - 1.0
 
     def _cut(self, image: Tensor) -> Tensor:
         room = torch.tensor(image.shape[1:]) - self.resolution
         if self.random_crop:
-            # One draw for both sides: the shorter has no room.
+            # One random number for both sides: the shorter side has no room anyway.
             top, left = (torch.rand(()) * (room + 1)).long().tolist()
         else:
             top, left = (room // 2).tolist()
@@ -120,17 +120,17 @@ class Album:
 
 
 def _read(file: str, resolution: int) -> Tensor:
-    """The scaled picture. Raises: UsageError for one that would be blown up more than four times."""
+    """The scaled picture. Raises: UsageError for one that would be enlarged more than four times."""
     image = read_picture(file)
     if min(image.size) * 4 < resolution:
         what = f"{image.width}x{image.height} pixels are too few to train at {resolution}"
-        remedy = f"Give a picture of at least {-(-resolution // 4)} pixels a side, or lower --resolution."
+        remedy = f"Give a picture with at least {-(-resolution // 4)} pixels on each side, or lower --resolution."
         raise UsageError(file, what, remedy)
     return _scaled(image, resolution)
 
 
 def _scaled(image: Image.Image, resolution: int) -> Tensor:
-    """[3, H, W] bytes of an RGB picture whose shorter side is made `resolution` pixels long."""
+    """[3, H, W] bytes of an RGB picture, scaled so that its shorter side has `resolution` pixels."""
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
@@ -145,7 +145,7 @@ def _hash(picture: Picture) -> str:
 
 
 def _prompts(file: Path, names: Sequence[str]) -> dict[str, str]:
-    """{name of a picture: its prompt} from prompts.json; empty where there is none."""
+    """{name of a picture: its prompt} from prompts.json; empty if there is no such file."""
     if not file.is_file():
         return {}
     try:
@@ -154,7 +154,7 @@ def _prompts(file: Path, names: Sequence[str]) -> dict[str, str]:
         raise MismatchError(str(file), "not valid JSON", 'Write {"picture.jpg": "its prompt", ...}.') from None
     valid = isinstance(tree, dict) and all(isinstance(prompt, str) and prompt for prompt in tree.values())
     if not valid:
-        what = "not a mapping of pictures to prompts"
+        what = "it does not map pictures to prompts"
         raise MismatchError(str(file), what, 'Write {"picture.jpg": "its prompt", ...}.')
     for name in tree:
         if name not in names:
@@ -163,7 +163,7 @@ def _prompts(file: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def concept_pictures(names: Sequence[str], concepts: Mapping[str, Concept]) -> list[Picture]:
-    """The pictures of the LoRAs `names`, each under prompts.json's prompt or the concept's; task is the LoRA's name.
+    """The pictures of the LoRAs `names`, each with its prompt from prompts.json or the concept; `task` is the LoRA.
 
     Raises: UsageError for a LoRA without pictures, and for pictures that cannot be trained on.
     """
@@ -171,17 +171,17 @@ def concept_pictures(names: Sequence[str], concepts: Mapping[str, Concept]) -> l
     for name in names:
         concept = concepts.get(name)
         if concept is None or concept.pictures is None:
-            what = "gates learn from pictures of what each LoRA adds, and there are none of this one"
+            what = "gates learn from pictures of what each LoRA adds, and this LoRA has none"
             remedy = f'Write concepts.{name}: {{pictures: DIR, prompt: "a photo of ..."}} in the recipe.'
             raise UsageError(name, what, remedy)
         found += instance_pictures(PicturesConfig(instance_dir=concept.pictures, instance_prompt=concept.prompt), name)
     for picture in found:
-        read_picture(picture.target)  # a broken one shows now, and not when the base has been loaded
+        read_picture(picture.target)  # report a broken picture before the base is loaded
     return found
 
 
 def concept_rows(pictures: Sequence[Picture]) -> list[Lesson]:
-    """A row for each picture, those of concepts with fewer pictures again: no LoRA is asked for more often."""
+    """A row for each picture. Pictures of concepts with fewer pictures are repeated, so that all LoRAs count alike."""
     rows = lessons(pictures)
     by_concept: dict[str, list[Lesson]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What a run on a diffusion base would do, in numbers and without weights: the parts of a plan that only pictures have.
+"""The parts of a run's plan that only diffusion bases have: numbers, computed without loading weights.
 
 Contents: to_train, to_evaluate, kept_bytes, at_once.
 """
@@ -30,14 +30,14 @@ Shapes = Mapping[str, Shape]
 
 
 def to_train(recipe: TrainLoraRecipe, shapes: Shapes, *, fetch: bool) -> PlannedWork:
-    """The matrices that would be adapted, and the pictures of the subject. Raises: UserError as the run would."""
+    """The matrices that would be adapted, and the number of pictures of the subject. Raises: UserError like the run."""
     config = check_recipe(recipe)
     targets = picture_targets(recipe.adapter.targets, shapes, text_encoder=config.text_encoder)
     return PlannedWork(len(instance_pictures(config, Path(config.instance_dir).name)), targets=targets)
 
 
 def to_evaluate(recipe: EvaluateRecipe, compositions: Mapping[str, Composition], *, fetch: bool) -> PlannedWork:
-    """The LoRAs that are drawn with, the pictures and the passes of the UNet. Raises: UserError as the run would."""
+    """The LoRAs that are needed, the number of pictures and of UNet passes. Raises: UserError like the run."""
     setting = read_setting(recipe, compositions)
     methods = _methods(setting, switched_off(recipe, setting.loras))
     if recipe.judge is not None:
@@ -49,9 +49,9 @@ def to_evaluate(recipe: EvaluateRecipe, compositions: Mapping[str, Composition],
 
 
 def kept_bytes(skeleton: nn.Module, shapes: Shapes, *, rows: int, width: int) -> int:
-    """Of so many pictures, what the backward pass needs; `width` bytes a number.
+    """The bytes that the backward pass keeps for `rows` pictures, with `width` bytes per number.
 
-    Without gradient checkpointing, and without the VAE, which only CLIP guidance trains through.
+    Without gradient checkpointing, and without the VAE, which has a backward pass only in CLIP guidance.
     """
     assert isinstance(skeleton, PipelineModules)
     positions = {name: _positions(skeleton, name) for name in shapes}
@@ -60,12 +60,12 @@ def kept_bytes(skeleton: nn.Module, shapes: Shapes, *, rows: int, width: int) ->
 
 
 def at_once(rows: int) -> str:
-    """What the estimate of memory is of."""
+    """The batch that the estimate of memory is for."""
     return f"{rows} picture{'s' if rows > 1 else ''} at once"
 
 
 def _positions(model: PipelineModules, matrix: str) -> int:
-    """How many vectors of one picture the matrix is multiplied with."""
+    """How many vectors of one picture are multiplied with the matrix."""
     stream = pipeline_stream_of(matrix)
     if stream == "time":
         return 1
@@ -93,7 +93,7 @@ def _methods(setting: Setting, off: Off) -> list[tuple[str, str]]:
             methods += [(name, ALONE) for name in left_alone(loras, off)]
         else:
             methods += [(mode + label, mode) for label in (ALL_ON if mode == BASE else off)]
-    # Compositions of some of the LoRAs are one column a mode.
+    # Compositions of only some of the LoRAs share one column per mode.
     learned = {
         name if set(loras) <= set(composition.names) else composition.mode: composition.mode
         for name, composition in setting.compositions.items()
@@ -102,6 +102,6 @@ def _methods(setting: Setting, off: Off) -> list[tuple[str, str]]:
 
 
 def _calls(mode: str, loras: int) -> int:
-    """Of the UNet, at a denoising step of one picture."""
+    """The UNet calls in one denoising step of one picture."""
     slope, constant = (0, 1) if mode == BASE else get_method(mode).calls
     return max(1, slope * loras + constant)

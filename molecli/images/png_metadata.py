@@ -1,4 +1,4 @@
-"""A drawn picture as a PNG file that says how it was made: one text entry a fact, and the line that A1111 writes.
+"""A drawn picture as a PNG file that says how it was made: a text entry for each fact, and a line in A1111's format.
 
 Contents: PictureFacts, texts, parameters_line, write_png.
 """
@@ -19,16 +19,16 @@ from PIL.PngImagePlugin import PngInfo
 from molecli import __version__
 from molecli.files.atomic import write_bytes
 
-# A value with one of these would end early where A1111's line is read back, unless it is quoted.
+# Unless it is quoted, a value with one of these characters would be cut short when A1111's line is read back.
 _QUOTED = re.compile(r"[,:\n\"]")
 
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """How one picture was made; `loras` are weights by name, of a learned method the weights its gates started from.
+    """How one picture was made. loras: weights by name; for a learned method those that its gates started from.
 
-    settings: of the method, such as switch's tau; dtype: of the UNet's weights. digest: of all that the picture follows
-    from, where a run that goes on must know its own pictures again.
+    settings: of the method, such as switch's tau. dtype: of the UNet's weights. digest: a hash of all that the picture
+    depends on, by which a resumed run recognises its own pictures.
     """
 
     prompt: str
@@ -66,7 +66,7 @@ def texts(facts: PictureFacts, size: tuple[int, int]) -> dict[str, str]:
 
 
 def parameters_line(facts: PictureFacts, size: tuple[int, int]) -> str:
-    """The entry that picture viewers know from A1111: prompt, negative prompt, then `Key: value` pairs on one line."""
+    """The entry that viewers know from A1111: the prompt, the negative prompt, then `Key: value` pairs on one line."""
     values = {
         "Steps": str(facts.steps),
         "Sampler": facts.scheduler,
@@ -84,10 +84,10 @@ def parameters_line(facts: PictureFacts, size: tuple[int, int]) -> str:
 
 
 def write_png(path: str | Path, picture: Image.Image, facts: PictureFacts) -> Path:
-    """The path, now holding the picture and its facts; a reader never sees half of it. Raises: RunError."""
+    """The path, after writing the picture with its facts; readers never see a partial file. Raises: RunError."""
     info, stream = PngInfo(), BytesIO()
     for key, value in texts(facts, picture.size).items():
-        # Bytes of a command line that are no UTF-8 arrive as lone surrogates, which PNG cannot hold.
+        # Bytes of a command line that are not UTF-8 arrive as lone surrogates, which PNG cannot hold.
         info.add_text(key, value.encode("utf-8", "replace").decode("utf-8"))
     picture.save(stream, format="PNG", pnginfo=info)
     return write_bytes(path, stream.getvalue())

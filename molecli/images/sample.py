@@ -1,9 +1,10 @@
 """`mole sample` on a diffusion base: every method draws every prompt from the same seeds, onto one contact sheet.
 
-sample                 recipe -> Album: the whole command
-Album                  the pictures that were drawn, and what could not be
-Drawn                  one picture: prompt, method, seed, path
-sample_columns         what draws
+sample            recipe -> DrawnPictures: the whole command
+DrawnPictures     the pictures that were drawn, and those that could not be drawn
+Drawn             one picture: prompt, method, seed, path
+sample_pictures   the pictures of given columns             sample_columns   the columns of a recipe
+facts_of          the facts about a picture that its PNG file stores
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from molecli.files.composition import Composition
 from molecli.files.lora_spec import LoraLike, LoraSpec
 from molecli.files.output_folder import SAMPLES_FILE
 from molecli.files.unique_names import numbered, slugs
-from molecli.images.columns import Column, Studio, masked, read_concepts
-from molecli.images.drawing import Failure, Job, check_drawn, draw, guidance_of, warnings_as_notes
+from molecli.images.columns import Column, ColumnBuilder, masked, read_concepts
+from molecli.images.drawing import Failure, PictureJob, check_drawn, draw, guidance_of, warnings_as_notes
 from molecli.images.png_metadata import PictureFacts, write_png
 from molecli.images.sheet import SheetRow, write_sheets
 from molecli.mixture.attach import base_of, read_experts
 from molecli.protocols import Note, Progress
 
-# Pictures are files: a folder is written where none is named too.
+# Pictures are files, so a folder is always written, even if none is named.
 IN_FOLDER = True
 TEXT_FIELDS = ("max_new_tokens", "temperature", "top_p")
 
@@ -54,8 +55,8 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Album:
-    """The pictures in the order prompt, seed, method, and what could not be drawn."""
+class DrawnPictures:
+    """The pictures in the order prompt, seed, method, and those that could not be drawn."""
 
     pictures: tuple[Drawn, ...]
     failures: tuple[Failure, ...] = ()
@@ -64,21 +65,21 @@ class Album:
         return len(self.pictures)
 
     def document(self) -> list[dict[str, Any]]:
-        """The pictures as JSON holds them."""
+        """The pictures as JSON stores them."""
         return [picture.document() for picture in self.pictures]
 
     def lines(self) -> list[str]:
-        """Where the pictures are."""
+        """The pictures' paths."""
         return [picture.path for picture in self.pictures]
 
     def check(self) -> None:
-        """Nothing, when everything was drawn. Raises: RunError."""
+        """Raises: RunError if a picture could not be drawn."""
         check_drawn(self.failures, len(self.pictures) + len(self.failures))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a picture goes: the place of its prompt, its column's name, its seed."""
+    """Which picture it is: the index of its prompt, the name of its column, its seed."""
 
     prompt: int
     column: str
@@ -91,12 +92,12 @@ def sample(
     *,
     progress: Progress | None = None,
     note: Note = lambda text: None,
-) -> Album:
-    """The pictures of `recipe.prompts` by every method, and what could not be drawn; all in `recipe.output`.
+) -> DrawnPictures:
+    """The pictures of `recipe.prompts` by every method, in `recipe.output`, and those that could not be drawn.
 
-    Image k of a prompt has seed `recipe.seed` + k under every method. A picture is written as soon as it is drawn;
-    sheet.png shows all, samples.jsonl lists them. `note` gets what a prompt loses.
-    Raises: UsageError where it is not clear which experts to use; MismatchError where they do not fit.
+    Image k of a prompt has seed `recipe.seed` + k with every method. A picture is written as soon as it is drawn.
+    sheet.png shows all of them, samples.jsonl lists them. `note` receives a line when words of a prompt are cut.
+    Raises: UsageError if it is not clear which experts to use; MismatchError if they do not fit the base.
     """
     check_fields(recipe, TEXT_FIELDS, "texts")
     check_options(recipe.method, composing(recipe.modes))
@@ -113,7 +114,7 @@ def sample_pictures(
     *,
     progress: Progress | None = None,
     note: Note = lambda text: None,
-) -> Album:
+) -> DrawnPictures:
     """The pictures of every column, in `recipe.output`."""
     assert recipe.output is not None
     folder = Path(recipe.output)
@@ -127,13 +128,13 @@ def sample_pictures(
     if found:
         write_text(folder / SAMPLES_FILE, "".join(json.dumps(d.document(), ensure_ascii=False) + "\n" for d in found))
         write_sheets(folder, [column.name for column in columns], _rows(recipe, columns, drawn))
-    return Album(tuple(found), tuple(failures))
+    return DrawnPictures(tuple(found), tuple(failures))
 
 
 def sample_columns(recipe: SampleRecipe, composition: Composition | None, backbone: Diffusion) -> list[Column]:
-    """What draws: the modes in their order, each with its LoRAs, and the composition last.
+    """The columns: the modes in their order, each with its LoRAs, then the composition.
 
-    Raises: UsageError where it is not clear which experts to use; MismatchError where they do not fit.
+    Raises: UsageError if it is not clear which experts to use; MismatchError if they do not fit the base.
     """
     loras = _loras(recipe, composition)
     wanted = recipe.modes
@@ -142,10 +143,10 @@ def sample_columns(recipe: SampleRecipe, composition: Composition | None, backbo
     needed = set(wanted) - {BASE}
     if needed and not loras:
         mode = next(mode for mode in wanted if mode in needed)
-        raise UsageError("--modes", f"{mode!r} needs LoRAs, and none are named", "Write --loras a=PATH,b=PATH.")
-    # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
+        raise UsageError("--modes", f"{mode!r} needs LoRAs, but none are named", "Write --loras a=PATH,b=PATH.")
+    # A LoRA that a composition records may match the base only in part: that was accepted when it was composed.
     experts = read_experts(backbone.model, loras if needed else [], allow_partial=not recipe.loras)
-    studio = Studio(
+    builder = ColumnBuilder(
         backbone.model,
         {expert.name: expert for expert in experts},
         {lora.name: getattr(lora, "weight", 1.0) for lora in loras},
@@ -158,18 +159,18 @@ def sample_columns(recipe: SampleRecipe, composition: Composition | None, backbo
     for mode in dict.fromkeys(wanted):
         if mode == ALONE:
             chosen = [n for n in names if n not in recipe.mask and n in (recipe.only or names)]
-            columns += [studio.alone(name) for name in chosen]
+            columns += [builder.alone(name) for name in chosen]
         else:
-            columns.append(masked(studio.fixed(mode, names), mask=recipe.mask, only=recipe.only))
+            columns.append(masked(builder.fixed(mode, names), mask=recipe.mask, only=recipe.only))
     if composition is not None:
-        own = studio.composed(composition.mode, composition, recipe.loras)
+        own = builder.composed(composition.mode, composition, recipe.loras)
         columns.append(masked(own, mask=recipe.mask, only=recipe.only))
     names = numbered(column.name for column in columns)
     return [replace(column, name=name) for column, name in zip(columns, names, strict=True)]
 
 
 def picture_paths(folder: Path, recipe: SampleRecipe, columns: Sequence[str]) -> dict[_Place, Path]:
-    """Where every picture goes, in the order prompt, seed, method: `<prompt>-<method>-<seed>.png`."""
+    """The file of every picture, in the order prompt, seed, method: `<prompt>-<method>-<seed>.png`."""
     width = len(str(len(recipe.prompts) - 1))
     short = slugs(columns)
     seeds = range(recipe.seed, recipe.seed + recipe.images)
@@ -182,7 +183,7 @@ def picture_paths(folder: Path, recipe: SampleRecipe, columns: Sequence[str]) ->
 
 
 def facts_of(prompt: str, seed: int, column: Column, image: ImageConfig, backbone: Diffusion) -> PictureFacts:
-    """What the PNG of a picture says of it."""
+    """The facts about a picture that its PNG file stores."""
     return PictureFacts(
         prompt=prompt,
         negative_prompt=image.negative_prompt,
@@ -207,12 +208,12 @@ def _draw_column(
     progress: Progress | None,
     note: Note,
 ) -> list[Failure]:
-    """Draws one column; whatever is kept is put into `drawn`."""
+    """Draws one column and adds its pictures to `drawn`; returns the pictures that could not be drawn."""
     places = {path.name: place for place, path in paths.items()}
-    jobs = [Job(recipe.prompts[place.prompt], place.seed, path.name) for place, path in paths.items()]
+    jobs = [PictureJob(recipe.prompts[place.prompt], place.seed, path.name) for place, path in paths.items()]
     done = 0
 
-    def keep(job: Job, picture: Image.Image) -> None:
+    def keep(job: PictureJob, picture: Image.Image) -> None:
         nonlocal done
         place = places[job.name]
         path = write_png(paths[place], picture, facts_of(job.prompt, job.seed, column, recipe.image, backbone))
@@ -246,7 +247,7 @@ def _rows(recipe: SampleRecipe, columns: Sequence[Column], drawn: Mapping[_Place
 
 
 def _loras(recipe: SampleRecipe, composition: Composition | None) -> list[LoraLike]:
-    """The LoRAs that were named, else the composition's, else with modes the base's own built-in ones."""
+    """The LoRAs that are named, otherwise the composition's, otherwise (with modes) those built in for the base."""
     if recipe.loras:
         return list(recipe.loras)
     if composition is not None:
@@ -258,13 +259,13 @@ def _loras(recipe: SampleRecipe, composition: Composition | None) -> list[LoraLi
 
 
 def _one_mode(recipe: SampleRecipe, loras: Sequence[LoraLike]) -> tuple[Any, ...]:
-    """The one column that is meant where no mode is named: the bare base, or one LoRA alone. Raises: UsageError."""
+    """The one column that is drawn if no mode is named: the bare base, or one LoRA alone. Raises: UsageError."""
     if not loras:
         if recipe.mask or recipe.only:
             raise UsageError("--mask", "there is no LoRA to switch off", "Name a composition, or --loras.")
         return (BASE,)
     if len(loras) > 1 and len(recipe.only) != 1:
-        what = f"{len(loras)} LoRAs and nothing that says how they mix"
-        remedy = "Write --modes linear,switch or the like, name a composition, or one LoRA with --only."
+        what = f"there are {len(loras)} LoRAs, and nothing says how to combine them"
+        remedy = "Write for example --modes linear,switch, name a composition, or choose one LoRA with --only."
         raise UsageError("--loras", what, remedy)
     return (ALONE,)

@@ -1,8 +1,8 @@
 """What an evaluation of pictures compares: the base, LoRAs alone, fixed mixtures and compositions, scene by scene.
 
-SceneColumn     one column of the table: what draws a scene, and a seal of all that its pictures follow from
+SceneColumn     one column of the table: what draws a scene, and a fingerprint of everything its pictures depend on
 scene_columns   the columns of a recipe, built and checked before the first picture is drawn
-left_alone      the LoRAs that draw alone
+Learned         a composition, its file and its column      left_alone   the LoRAs with a column of their own
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from molecli.catalog.methods import ALONE, BASE
 from molecli.errors import UsageError
 from molecli.files.composition import Composition
 from molecli.files.unique_names import numbered
-from molecli.images.columns import Column, Studio, masked
+from molecli.images.columns import Column, ColumnBuilder, masked
 from molecli.images.scenes import SceneBench
 from molecli.mixture.mixture import switch
 from molecli.protocols import Scene
 
 Loras = tuple[str, ...]
-# What stands behind the methods' names -> the LoRAs that are switched off in every scene.
+# Suffix of the methods' names -> the LoRAs that are switched off in every scene.
 Off = Mapping[str, Sequence[str]]
 ALL_ON: Off = {"": ()}
 
 
 @dataclass(frozen=True)
 class SceneColumn:
-    """A method by name. `of(loras)` draws a scene of these LoRAs; it holds until the next call.
+    """A method by name. `of(loras)` is what draws a scene of these LoRAs; it is valid until the next call.
 
-    `seal(loras)` changes where the method, its settings or a LoRA's weights do.
+    `fingerprint(loras)` changes if the method, its settings or a LoRA's weights change.
     """
 
     name: str
     of: Callable[[Loras], Column]
-    seal: Callable[[Loras], Any]
+    fingerprint: Callable[[Loras], Any]
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A composition, the file that it was read from, and its column with all its LoRAs on."""
+    """A composition, the file that it was read from, and its column with all its LoRAs switched on."""
 
     composition: Composition
     path: str
@@ -59,29 +59,29 @@ class Learned:
 
 
 def scene_columns(
-    studio: Studio,
+    builder: ColumnBuilder,
     bench: SceneBench,
     modes: Sequence[str],
     learned: Mapping[str, Learned],
     *,
     off: Off = ALL_ON,
 ) -> list[SceneColumn]:
-    """The columns, fixed methods first; every mixture is there once for each entry of `off`.
+    """The columns, fixed methods first; every mixture has one column for each entry of `off`.
 
-    A composition that has the LoRAs of every scene is a column of its own. Others of one mode make one column: each
-    scene is drawn by the smallest of them that has its LoRAs. Raises: UsageError for a scene that none has.
+    A composition that has the LoRAs of every scene gets its own column. The others share one column per mode: each
+    scene is drawn by the smallest of them that has its LoRAs. Raises: UsageError for a scene that none of them covers.
     """
     columns: list[SceneColumn] = []
     for mode in dict.fromkeys(modes):
         if mode != BASE and not bench.loras:
-            raise UsageError("--modes", f"{mode!r} needs LoRAs, and no scene names one", "Write --modes base.")
+            raise UsageError("--modes", f"{mode!r} needs LoRAs, but no scene names one", f"Write --modes {BASE}.")
         if mode == ALONE:
-            columns += [_alone(studio, name) for name in left_alone(bench.loras, off)]
+            columns += [_alone(builder, name) for name in left_alone(bench.loras, off)]
         else:
-            # Built once over all LoRAs: what is missing for one of them shows before the first picture.
-            studio.fixed(mode, bench.loras)
+            # Built once over all LoRAs, so that a problem with one of them is reported before the first picture.
+            builder.fixed(mode, bench.loras)
             some_off = ALL_ON if mode == BASE else off
-            columns += [_fixed(studio, mode, label, names) for label, names in some_off.items()]
+            columns += [_fixed(builder, mode, label, names) for label, names in some_off.items()]
     whole = {name: one for name, one in learned.items() if set(bench.loras) <= set(one.names)}
     columns += [_composed(name + label, [one], names) for name, one in whole.items() for label, names in off.items()]
     parts: dict[str, list[Learned]] = {}
@@ -93,31 +93,31 @@ def scene_columns(
             _check_covered(some, scene)
         columns += [_composed(mode + label, some, names) for label, names in off.items()]
     if not columns:
-        raise UsageError("--modes", "nothing is left to draw with", "Name a mode, or switch fewer LoRAs off.")
+        raise UsageError("--modes", "no method is left that draws", "Name a mode, or switch fewer LoRAs off.")
     names = numbered(column.name for column in columns)
     return [replace(column, name=name) for column, name in zip(columns, names, strict=True)]
 
 
 def left_alone(loras: Sequence[str], off: Off) -> list[str]:
-    """The LoRAs that draw alone too: those that are not off in every column."""
+    """The LoRAs that get a column of their own: those that are not switched off in every column."""
     return [name for name in loras if not all(name in names for names in off.values())]
 
 
-def _fixed(studio: Studio, mode: str, label: str, off: Sequence[str]) -> SceneColumn:
+def _fixed(builder: ColumnBuilder, mode: str, label: str, off: Sequence[str]) -> SceneColumn:
     def column(loras: Loras) -> Column:
-        return masked(studio.fixed(mode, loras), mask=[name for name in loras if name in off])
+        return masked(builder.fixed(mode, loras), mask=[name for name in loras if name in off])
 
-    def seal(loras: Loras) -> Any:
+    def fingerprint(loras: Loras) -> Any:
         if mode == BASE:
             return mode
-        return [mode, studio.method.model_dump(mode="json"), _experts(studio, loras), sorted(set(off) & set(loras))]
+        return [mode, builder.method.model_dump(mode="json"), _experts(builder, loras), sorted(set(off) & set(loras))]
 
-    return SceneColumn(mode + label, column, seal)
+    return SceneColumn(mode + label, column, fingerprint)
 
 
-def _alone(studio: Studio, name: str) -> SceneColumn:
-    column = studio.alone(name)
-    return SceneColumn(name, lambda loras: column, lambda loras: [ALONE, _experts(studio, (name,))])
+def _alone(builder: ColumnBuilder, name: str) -> SceneColumn:
+    column = builder.alone(name)
+    return SceneColumn(name, lambda loras: column, lambda loras: [ALONE, _experts(builder, (name,))])
 
 
 def _composed(name: str, some: Sequence[Learned], off: Sequence[str]) -> SceneColumn:
@@ -130,19 +130,19 @@ def _composed(name: str, some: Sequence[Learned], off: Sequence[str]) -> SceneCo
     def column(loras: Loras) -> Column:
         one, on = kept(loras)
         assert one.column.mixture is not None
-        # Always told: the scene before may have switched off what this one needs.
+        # Switched for every scene: the scene before may have switched off a LoRA that this one needs.
         switch(one.column.mixture, mask=tuple(lora for lora in one.names if lora not in on), only=())
         return replace(one.column, name=name, loras={lora: one.column.loras[lora] for lora in on})
 
-    def seal(loras: Loras) -> Any:
+    def fingerprint(loras: Loras) -> Any:
         one, on = kept(loras)
         return [hashes[one.path], on]
 
-    return SceneColumn(name, column, seal)
+    return SceneColumn(name, column, fingerprint)
 
 
 def _check_covered(some: Sequence[Learned], scene: Scene) -> None:
-    """Nothing. Raises: UsageError where none of these compositions has the LoRAs of the scene."""
+    """Raises: UsageError if none of these compositions has all LoRAs of the scene."""
     if not any(set(scene.loras) <= set(one.names) for one in some):
         nearest = max(some, key=lambda one: len(set(scene.loras) & set(one.names)))
         missing = ", ".join(name for name in scene.loras if name not in nearest.names)
@@ -150,5 +150,5 @@ def _check_covered(some: Sequence[Learned], scene: Scene) -> None:
         raise UsageError(nearest.path, what, "Name a composition that has it, or other --tasks.")
 
 
-def _experts(studio: Studio, loras: Sequence[str]) -> list[Any]:
-    return [[name, studio.experts[name].sha256, studio.weights.get(name, 1.0)] for name in loras]
+def _experts(builder: ColumnBuilder, loras: Sequence[str]) -> list[Any]:
+    return [[name, builder.experts[name].sha256, builder.weights.get(name, 1.0)] for name in loras]

@@ -1,9 +1,10 @@
-"""The scenes of an evaluation: which there are, how each task is scored, and what each LoRA's pictures are.
+"""The scenes of an evaluation: its tasks, how each task is scored, and the reference pictures of each LoRA.
 
-SceneBench     tasks of scenes, their metrics, reference pictures by LoRA
-load_scenes    EvalConfig -> SceneBench; finds mistakes before anything is loaded
-Take           one picture to draw: a scene and a seed
-takes_of       every take of a bench
+SceneBench       the scenes and metrics of each task, the reference pictures of each LoRA
+load_scenes      EvalConfig -> SceneBench; finds mistakes before anything is loaded
+suite_name       the suite of scenes for a name that the recipe gives
+PlannedPicture   one picture to draw: a scene, its number and its seed
+plan_pictures    every picture of some scenes
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SEEDS = 2**31
 
 @dataclass(frozen=True)
 class SceneBench:
-    """Scenes and metrics by task, the folder of reference pictures by LoRA; `suite` is its name and version."""
+    """Scenes and metrics by task, folders of reference pictures by LoRA; `suite` is the suite's name and version."""
 
     suite: tuple[str, str]
     scenes: Mapping[str, Sequence[Scene]]
@@ -51,7 +52,7 @@ class SceneBench:
 
     @property
     def compared(self) -> set[str]:
-        """What the metrics compare pictures with: see `catalog.metrics`."""
+        """What the metrics compare pictures with; see `catalog.metrics`."""
         return {what for metrics in self.metrics.values() for name in metrics for what in metric_row(name).reads}
 
     @property
@@ -61,8 +62,8 @@ class SceneBench:
 
 
 @dataclass(frozen=True)
-class Take:
-    """One picture of a scene: its number from 0, and the seed that every method draws it from."""
+class PlannedPicture:
+    """One picture to draw of a scene: its number from 0, and the seed that every method draws it from."""
 
     scene: Scene
     number: int
@@ -76,10 +77,10 @@ def load_scenes(
     builtin: bool,
     note: Note = lambda text: None,
 ) -> SceneBench:
-    """The scenes that `config` names, with at most `data.limit` of each task, and how they are scored.
+    """The scenes that `config` names, at most `data.limit` of each task, and how they are scored.
 
-    `concepts`: every LoRA at hand, and what is known of it; `builtin`: the base is the embedded one. `note` is told of
-    a suite's metric that cannot be computed. Raises: UsageError, MismatchError.
+    `concepts`: each available LoRA and its concept, if known. `builtin`: whether the base is the embedded one. `note`
+    receives a line for each of the suite's metrics that cannot be computed. Raises: UsageError, MismatchError.
     """
     _check_fields(config)
     data = config.data
@@ -99,23 +100,20 @@ def load_scenes(
 
 
 def suite_name(name: str, *, builtin: bool) -> str:
-    """The suite of scenes that is meant by a language model's name for it.
-
-    One's own files are another suite there, and so are the tasks of the embedded base.
-    """
+    """The suite of scenes for `name`: a name that means a text suite is replaced by that of the matching scenes."""
     if name == DEFAULT and builtin:
         return DEFAULT_SCENES
     return OWN_SCENES if name == OWN_TEXTS else name
 
 
-def takes_of(scenes: Sequence[Scene], images: int, seed: int) -> list[Take]:
-    """`images` takes of every scene; a scene's seeds follow from its name and `seed`, whatever scenes are beside it."""
-    takes = []
+def plan_pictures(scenes: Sequence[Scene], images: int, seed: int) -> list[PlannedPicture]:
+    """`images` pictures of every scene. A scene's seeds depend on its name and `seed`, not on the other scenes."""
+    pictures = []
     for scene in scenes:
-        # Each scene its own noise: with one for all, a lucky seed would count once for every scene.
+        # Each scene has its own noise: if all shared one seed, a lucky seed would count once for every scene.
         first = zlib.crc32(f"{scene.task}/{scene.name}".encode())
-        takes += [Take(scene, number, (seed + first + number) % SEEDS) for number in range(images)]
-    return takes
+        pictures += [PlannedPicture(scene, number, (seed + first + number) % SEEDS) for number in range(images)]
+    return pictures
 
 
 def _check_fields(config: EvalConfig) -> None:
@@ -123,7 +121,7 @@ def _check_fields(config: EvalConfig) -> None:
         for name in fields:
             if getattr(section, name) != type(section).model_fields[name].default:
                 prefix = "eval" if section is config else "eval.data"
-                raise UsageError(f"{prefix}.{name}", "scenes have none: it is for language models", "Leave it out.")
+                raise UsageError(f"{prefix}.{name}", "it is for language models, not for scenes", "Leave it out.")
 
 
 def _check_scenes(task: str, scenes: Sequence[Scene], concepts: Concepts) -> None:
@@ -136,7 +134,7 @@ def _check_scenes(task: str, scenes: Sequence[Scene], concepts: Concepts) -> Non
         names.add(scene.name)
         for lora in scene.loras:
             if lora not in concepts:
-                what = f"it needs the LoRA {lora!r}, and none of this name is given"
+                what = f"it needs the LoRA {lora!r}, and no LoRA of this name is given"
                 remedy = suggestion(lora, list(concepts)) if concepts else "Write --loras."
                 raise UsageError(f"task {task}, scene {scene.name}", what, remedy)
 
@@ -144,7 +142,7 @@ def _check_scenes(task: str, scenes: Sequence[Scene], concepts: Concepts) -> Non
 def _references(
     suite: SceneSuite, scenes: Mapping[str, Sequence[Scene]], concepts: Concepts, data_dir: str | None
 ) -> dict[str, str]:
-    """LoRA -> folder: the suite's own pictures, which its version covers, else those that the concept names."""
+    """LoRA -> folder: the suite's own pictures (covered by its version), otherwise those that the concept names."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(name for some in scenes.values() for scene in some for name in scene.loras):
         concept = concepts[name]
@@ -162,7 +160,7 @@ def _metrics(
     references: Mapping[str, str],
     note: Note,
 ) -> tuple[str, ...]:
-    """The metrics that were asked for, or those of the suite's that can be computed. Raises: UsageError."""
+    """The metrics that the recipe asks for, otherwise the suite's metrics that can be computed. Raises: UsageError."""
     wanted = config.metrics or suite.metrics(task)
     chosen = []
     for name in dict.fromkeys(wanted):
@@ -173,7 +171,7 @@ def _metrics(
         elif config.metrics:
             raise UsageError(f"metrics {name}", *missing)
         else:
-            note(f"task {task}: no {name}, for {missing[0]}")
+            note(f"task {task}: {name} is not computed, because {missing[0]}")
     if not chosen:
         remedy = f"Write --metrics {next(name for name, row in METRICS.items() if row.reads == ('prompts',))}."
         raise UsageError(f"task {task}", "none of its metrics can be computed", remedy)
@@ -181,16 +179,16 @@ def _metrics(
 
 
 def _missing(metric: str, scenes: Sequence[Scene], references: Mapping[str, str]) -> tuple[str, str] | None:
-    """What a metric lacks in these scenes, and the remedy; None where it can be computed."""
+    """What these scenes lack for a metric, and the remedy; None if the metric can be computed."""
     compared = metric_row(metric).reads
     for scene in scenes:
         if "classes" in compared and not scene.classes:
-            return f"the scene {scene.name} says nothing of what a recogniser should find", "Leave the metric out."
+            return f"the scene {scene.name} does not say what a recogniser should find", "Leave the metric out."
         if "concept pictures" in compared and not scene.loras:
             return f"the scene {scene.name} has no LoRA", "Leave the metric out."
         if "concept pictures" in compared:
             for name in scene.loras:
                 if name not in references:
                     remedy = f"Write concepts.{name}.pictures with the folder of its pictures."
-                    return f"no pictures of the concept {name!r} are named", remedy
+                    return f"there is no folder of pictures for the concept {name!r}", remedy
     return None

@@ -1,7 +1,7 @@
-"""Scoring pictures from their files: a score for every take and metric, and results that pair across methods.
+"""Scores pictures from their files: one score per picture and metric, in results that are paired across methods.
 
-score_files    scores of one method's pictures            PictureResult    one task as one method drew it
-paired         the results of methods on what all drew    make_instruments CLIP, recogniser and references of a bench
+score_files    scores of one method's pictures        PictureResult      one method's pictures of a task, with scores
+paired         results on the pictures that all drew  make_instruments   CLIP, recogniser and references for a bench
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from molecli.catalog.builtin import package_folder
 from molecli.files.pictures import read_picture
-from molecli.images.scenes import SceneBench, Take
+from molecli.images.scenes import PlannedPicture, SceneBench
 from molecli.metrics import load_picture_metric
 from molecli.metrics.clip import load_clip
 from molecli.metrics.image_batch import SMALLEST, Instruments, Shots, pixels_of
@@ -26,17 +26,17 @@ from molecli.protocols import Progress
 if TYPE_CHECKING:
     from molecli.config import ClipConfig
 
-Scores = Mapping[Take, Mapping[str, float]]
+Scores = Mapping[PlannedPicture, Mapping[str, float]]
 RECOGNISER = package_folder() / "builtin" / "recogniser"
 _AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class PictureResult:
-    """One task's takes that every method drew: their files and their scores by metric, the main one first."""
+    """One task's pictures that every method drew: their files and their scores by metric, the main one first."""
 
     task: str
-    takes: tuple[Take, ...]
+    pictures: tuple[PlannedPicture, ...]
     files: tuple[str, ...]
     scores: Mapping[str, tuple[float, ...]]
     planned: int
@@ -49,27 +49,27 @@ class PictureResult:
     @property
     def counts(self) -> tuple[int, int]:
         """(pictures planned, pictures scored)."""
-        return self.planned, len(self.takes)
+        return self.planned, len(self.pictures)
 
     def samples(self) -> list[dict[str, Any]]:
         """The pictures with what they should show and their scores."""
         return [
             {
-                "scene": take.scene.name,
-                "prompt": take.scene.prompt,
-                "loras": list(take.scene.loras),
-                "seed": take.seed,
+                "scene": picture.scene.name,
+                "prompt": picture.scene.prompt,
+                "loras": list(picture.scene.loras),
+                "seed": picture.seed,
                 "picture": self.files[i],
                 **{metric: scores[i] for metric, scores in self.scores.items()},
             }
-            for i, take in enumerate(self.takes)
+            for i, picture in enumerate(self.pictures)
         ]
 
 
 def make_instruments(bench: SceneBench, clip: ClipConfig, *, device: torch.device, builtin: bool) -> Instruments:
-    """What the bench's pictures are looked at with, read now: what is missing shows before a picture is drawn.
+    """What the bench's metrics need. It is loaded now, so that a missing file is reported before anything is drawn.
 
-    Raises: UsageError, MismatchError and RunError as loading a CLIP, the recogniser and pictures does.
+    Raises: UsageError, MismatchError and RunError, from loading the CLIP, the recogniser and the pictures.
     """
     instruments = Instruments(
         clip=lambda: load_clip(clip, device=device, builtin=builtin),
@@ -90,23 +90,23 @@ def make_instruments(bench: SceneBench, clip: ClipConfig, *, device: torch.devic
 
 def score_files(
     bench: SceneBench,
-    files: Mapping[Take, Path],
+    files: Mapping[PlannedPicture, Path],
     instruments: Instruments,
     *,
     label: str = "scores",
     progress: Progress | None = None,
-) -> dict[Take, dict[str, float]]:
-    """The scores of every picture by its task's metrics, in batches."""
-    scored: dict[Take, dict[str, float]] = {}
+) -> dict[PlannedPicture, dict[str, float]]:
+    """The scores of every picture by the metrics of its task, computed in batches."""
+    scored: dict[PlannedPicture, dict[str, float]] = {}
     for task, metrics in bench.metrics.items():
-        takes = [take for take in files if take.scene.task == task]
-        for start in range(0, len(takes), _AT_ONCE):
-            some = takes[start : start + _AT_ONCE]
-            pixels = torch.stack([pixels_of(read_picture(files[take], smallest=SMALLEST)) for take in some])
-            shots = Shots(pixels, [take.scene for take in some], instruments)
+        pictures = [picture for picture in files if picture.scene.task == task]
+        for start in range(0, len(pictures), _AT_ONCE):
+            some = pictures[start : start + _AT_ONCE]
+            pixels = torch.stack([pixels_of(read_picture(files[picture], smallest=SMALLEST)) for picture in some])
+            shots = Shots(pixels, [picture.scene for picture in some], instruments)
             by_metric = {metric: load_picture_metric(metric)(shots) for metric in metrics}
-            for i, take in enumerate(some):
-                scored[take] = {metric: scores[i] for metric, scores in by_metric.items()}
+            for i, picture in enumerate(some):
+                scored[picture] = {metric: scores[i] for metric, scores in by_metric.items()}
             if progress is not None:
                 progress(label, len(scored), len(files))
     return scored
@@ -114,23 +114,23 @@ def score_files(
 
 def paired(
     bench: SceneBench,
-    takes: Sequence[Take],
-    files: Mapping[str, Mapping[Take, Path]],
+    pictures: Sequence[PlannedPicture],
+    files: Mapping[str, Mapping[PlannedPicture, Path]],
     scored: Mapping[str, Scores],
     folder: Path,
 ) -> dict[str, list[PictureResult]]:
-    """Each method's results, over the takes that every method drew: only those can be compared picture by picture.
+    """Each method's results on the pictures that every method drew: only those can be compared picture by picture.
 
-    A task of which nothing is left is left out.
+    A task without such pictures is left out.
     """
     results: dict[str, list[PictureResult]] = {name: [] for name in scored}
     for task, metrics in bench.metrics.items():
-        planned = [take for take in takes if take.scene.task == task]
-        common = tuple(take for take in planned if all(take in scores for scores in scored.values()))
+        planned = [picture for picture in pictures if picture.scene.task == task]
+        common = tuple(picture for picture in planned if all(picture in scores for scores in scored.values()))
         if not common:
             continue
         for name, scores in scored.items():
-            shown = tuple(files[name][take].relative_to(folder).as_posix() for take in common)
-            columns = {metric: tuple(scores[take][metric] for take in common) for metric in metrics}
+            shown = tuple(files[name][picture].relative_to(folder).as_posix() for picture in common)
+            columns = {metric: tuple(scores[picture][metric] for picture in common) for metric in metrics}
             results[name].append(PictureResult(task, common, shown, columns, len(planned)))
     return results

@@ -1,8 +1,8 @@
 """Contact sheets: methods as columns, prompts as rows, every column and row labelled.
 
-SheetRow     one row: its label, and a picture (or none, where drawing failed) by column
-sheets       as many pages as it takes for a viewer to open each
-write_sheets the pages as sheet.png, sheet-2.png, ...
+SheetRow       one row: its label, and a picture for each column (or none, if drawing failed)
+sheets         the pages, each small enough for a viewer        wrapped   a text in lines of a limited width
+write_sheets   the pages as sheet.png, sheet-2.png, ...
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 from molecli.files.atomic import write_bytes
 
 SHEET_FILE = "sheet.png"
-# Pictures are shown with their longer side between these: 64 pixels are too few to see, 1024 too many side by side.
+# Limits of a shown picture's longer side: 64 pixels are too few to see, and 1024 too many side by side.
 LEAST_SIDE, MOST_SIDE = 192, 384
 LABEL_WIDTH, GAP, FONT_SIZE, LINE_HEIGHT = 220, 8, 16, 21
-# Pillow takes a file of more than 89 million pixels for an attack; viewers give up earlier.
+# Pillow treats a file of more than 89 million pixels as an attack; viewers fail even earlier.
 MOST_PIXELS = 40_000_000
 INK, PAPER, BLANK = (30, 30, 30), (255, 255, 255), (225, 225, 225)
 _MISSING = "not drawn"
@@ -30,7 +30,7 @@ _MISSING = "not drawn"
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A row's label (the prompt), a note below it (the seed), and the pictures' files in the order of the columns."""
+    """A row's label (the prompt), a note below it (the seed), and the picture files in the order of the columns."""
 
     label: str
     note: str
@@ -38,7 +38,7 @@ class SheetRow:
 
 
 def sheets(columns: Sequence[str], rows: Sequence[SheetRow]) -> list[Image.Image]:
-    """The pages, each with the columns' names on top; equal neighbouring labels are written once."""
+    """The pages, each with the columns' names at the top; equal labels of neighbouring rows are written once."""
     side = _shown_size([_size(file) for row in rows for file in row.pictures if file is not None])
     width = LABEL_WIDTH + len(columns) * (side[0] + GAP) + GAP
     per_page = max(1, MOST_PIXELS // (width * (side[1] + GAP)) - 1)
@@ -48,7 +48,7 @@ def sheets(columns: Sequence[str], rows: Sequence[SheetRow]) -> list[Image.Image
 def write_sheets(
     folder: str | Path, columns: Sequence[str], rows: Sequence[SheetRow], *, name: str = SHEET_FILE
 ) -> list[Path]:
-    """The files written: `name` for the first page, then with -2, -3, ... behind its stem. Raises: RunError."""
+    """The written files: `name` for the first page, then with -2, -3, ... after its stem. Raises: RunError."""
     paths = []
     for number, page in enumerate(sheets(columns, rows), start=1):
         stem = Path(name).stem + (f"-{number}" if number > 1 else "")
@@ -59,7 +59,7 @@ def write_sheets(
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """`text` in at most `lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
+    """`text` in at most `lines` lines of at most `width` pixels; a longer text is cut and ends in an ellipsis."""
     found: list[str] = [""]
     for word in text.split():
         for piece in _pieces(word, font, width):
@@ -77,7 +77,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> 
 
 
 def _pieces(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """A word in pieces that fit the width: paths and trigger words can be longer than a label."""
+    """A word in pieces that fit the width: paths and trigger words can be wider than a label."""
     pieces = [""]
     for letter in word:
         if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
@@ -92,7 +92,7 @@ def _size(file: Path) -> tuple[int, int]:
 
 
 def _shown_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(width, height) of every cell: that of the largest picture, made readable."""
+    """(width, height) of every cell: the size of the largest picture, scaled to the limits."""
     width, height = (max((size[axis] for size in sizes), default=LEAST_SIDE) for axis in (0, 1))
     longer = max(width, height)
     scale = min(max(longer, LEAST_SIDE), MOST_SIDE) / longer
@@ -147,6 +147,6 @@ def _write_lines(
 
 @cache
 def _font(*, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: it has the accents and signs that Pillow's own font lacks."""
+    """DejaVu Sans from matplotlib: it has accents and signs that Pillow's own font lacks."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), FONT_SIZE)

@@ -1,4 +1,4 @@
-"""Which matrices of a diffusion base a new LoRA adapts.
+"""The matrices of a diffusion base that a new LoRA adapts.
 
 Contents: picture_targets, by_component.
 """
@@ -13,7 +13,7 @@ from molecli.errors import UsageError
 from molecli.training.adapter import ALL_LINEAR, target_matrices
 
 ATTENTION, CONV = "attention", "conv"
-# What diffusers' own DreamBooth training adapts: of the UNet, and of a CLIP text encoder.
+# The matrices of the UNet and of a CLIP text encoder that diffusers' own DreamBooth training adapts.
 _ATTENTION_NAMES = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -23,10 +23,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def picture_targets(targets: str | Sequence[str], shapes: Shapes, *, text_encoder: bool) -> list[str]:
-    """The full names of the matrices that `targets` means, in the order of `shapes`.
+    """The full names of the matrices that `targets` selects, in the order of `shapes`.
 
-    `attention`, `conv` and `all-linear` may stand among names; anything else is what `target_matrices` takes. Matrices
-    of the text encoder(s) only with `text_encoder`. Raises: UsageError for targets that name no matrix.
+    `attention`, `conv` and `all-linear` can be used besides names; everything else is read by `target_matrices`. Text
+    encoders' matrices are included only with `text_encoder`. Raises: UsageError for a target that selects no matrix.
     """
     offered = {name: shape for name, shape in shapes.items() if text_encoder or _component(name) == "unet"}
     if isinstance(targets, str) and not _PLAIN_NAMES.fullmatch(targets):
@@ -40,7 +40,7 @@ def picture_targets(targets: str | Sequence[str], shapes: Shapes, *, text_encode
 
 
 def by_component(names: Collection[str]) -> dict[str, int]:
-    """{component: how many of the matrices `names` it holds}, such as {"unet": 128, "text_encoder": 48}."""
+    """{component: its number of matrices among `names`}, such as {"unet": 128, "text_encoder": 48}."""
     return dict(Counter(_component(name) for name in names))
 
 
@@ -57,8 +57,8 @@ def _meant(target: str, offered: Shapes, shapes: Shapes) -> Collection[str]:
     except UsageError as error:
         if len(offered) == len(shapes) or not _is_known(target, shapes):
             raise
-        what = f"{target!r} is in the text encoder alone"
-        raise UsageError(error.where, what, "Write --text-encoder, so that it is adapted.") from None
+        what = f"{target!r} is only in the text encoder, which is not adapted"
+        raise UsageError(error.where, what, "Write --text-encoder to adapt it.") from None
 
 
 def _attention(offered: Shapes) -> Collection[str]:
@@ -71,7 +71,7 @@ def _attention(offered: Shapes) -> Collection[str]:
 
 def _nonempty(found: list[str], what: str) -> list[str]:
     if not found:
-        raise UsageError("adapter.targets", what, "Write all-linear, or names of its matrices.")
+        raise UsageError("adapter.targets", what, "Write all-linear, or names of matrices of the base.")
     return found
 
 

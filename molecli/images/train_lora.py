@@ -1,11 +1,11 @@
-"""`mole train-lora` on a diffusion base: DreamBooth-style, from a few pictures and an instance prompt.
+"""`mole train-lora` on a diffusion base: DreamBooth training, from a few pictures and an instance prompt.
 
     train_lora           recipe -> report: the whole command
-    check_recipe         what may be wrong with the recipe before anything is loaded
-    lora_factors         a LoRA that PEFT holds, as low-rank factors
-    concept_of           what concept.json will say of it
+    check_recipe         finds mistakes in the recipe before anything is loaded
+    lora_factors         a LoRA in a PEFT model, as low-rank factors (write_lora: as a file that diffusers reads)
+    concept_of           the concept that concept.json will describe
 
-Source: Ruiz et al., DreamBooth, arXiv 2208.12242; what is adapted by default is what diffusers' training adapts.
+Source: Ruiz et al., DreamBooth, arXiv 2208.12242. By default it adapts the same matrices as diffusers' training.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from molecli.training.shifted import Shifted
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_ADAPTER = "default"  # PEFT's own name of an adapter that was given none
+_ADAPTER = "default"  # PEFT's name for an adapter without a name of its own
 
 
 def train_lora(
@@ -59,9 +59,9 @@ def train_lora(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> dict[str, Any]:
-    """Trains the adapter of `recipe` into its output folder; returns the report, also written there.
+    """The report of the training, also written to the output folder together with the trained adapter.
 
-    `note` gets what a prompt loses. Raises: UserError.
+    `note` receives a line when words of a prompt are cut. Raises: UserError.
     """
     with warnings_as_notes(note):
         return _train(recipe, accelerator, resume, progress)
@@ -74,7 +74,7 @@ def _train(
     name = Path(config.instance_dir).expanduser().resolve().name
     instances = instance_pictures(config, name)
     for picture in (*instances, *class_pictures(recipe)):
-        read_picture(picture.target)  # a broken one shows now, and not when the base has been loaded
+        read_picture(picture.target)  # report a broken picture before the base is loaded
     backbone: Any = load_backbone(recipe.base, accelerator.device)
     if not isinstance(backbone, Diffusion):
         raise _language_model(recipe.base.id)
@@ -106,7 +106,7 @@ def _train(
                 resume=resume,
                 accelerator=accelerator,
                 progress=progress,
-                # B starts at zero, so that A has no gradient yet.
+                # B starts at zero, so A has no gradient yet.
                 gradient_check="any",
             )
         report = _report(recipe, model, targets, instances, priors, side, history)
@@ -125,10 +125,10 @@ def _train(
 
 
 def check_recipe(recipe: TrainLoraRecipe) -> PicturesConfig:
-    """The recipe's pictures. Raises: UsageError where there are none, or settings that contradict each other."""
+    """The recipe's `pictures` section. Raises: UsageError if it is missing, or if settings contradict each other."""
     config = recipe.pictures
     if config is None:
-        what = "a diffusion pipeline learns from pictures, and there are none"
+        what = "a diffusion pipeline learns from pictures, and none are given"
         raise UsageError(f"base {recipe.base.id}", what, 'Write --instance-dir DIR --instance-prompt "a photo of sks".')
     if _is_language_model(recipe.base.id):
         raise _language_model(recipe.base.id)
@@ -144,21 +144,21 @@ def _check_class(config: PicturesConfig) -> None:
     if config.class_prompt is None:
         for key in ("class_dir", "class_pictures", "prior_weight"):
             if getattr(config, key) != PicturesConfig.model_fields[key].default:
-                what = "the class has no prompt, and without one it is not learned"
+                what = "the class has no prompt, and it is not learned without one"
                 raise UsageError(f"pictures.{key}", what, 'Write --class-prompt "a photo of a dog".')
         return
     if not config.class_prompt.strip():
         raise UsageError("pictures.class_prompt", "it is empty", 'Write for example "a photo of a dog".')
     if config.class_prompt == config.instance_prompt:
-        what = "it is the instance prompt too, so that the class would hide the subject"
+        what = "it is the same as the instance prompt, so the class would hide the subject"
         raise UsageError("pictures.class_prompt", what, 'Leave the rare token out: "a photo of a dog".')
     if config.class_dir and Path(config.class_dir).resolve() == Path(config.instance_dir).resolve():
-        what = "the folder of the subject's own pictures"
-        raise UsageError("pictures.class_dir", what, "Name another one; it may be empty.")
+        what = "it is the folder of the subject's own pictures"
+        raise UsageError("pictures.class_dir", what, "Name another folder; it may be empty.")
 
 
 def concept_of(config: PicturesConfig, instances: Sequence[Picture]) -> Concept:
-    """What the LoRA adds: its prompt is the instance prompt, else the commonest of the pictures' own."""
+    """What the LoRA adds. Its prompt is the instance prompt, otherwise the most common prompt of the pictures."""
     prompts = [picture.prompt for picture in instances]
     counts = Counter(prompts)
     commonest = min(counts, key=lambda prompt: (-counts[prompt], len(prompt)))
@@ -172,7 +172,7 @@ def concept_of(config: PicturesConfig, instances: Sequence[Picture]) -> Concept:
 
 
 def lora_factors(model: PeftModel) -> dict[str, LowRank]:
-    """Matrix name -> factors of the LoRA in `model`; a convolution's B without its 1x1 kernel, [c_out, r]."""
+    """Matrix name -> factors of the LoRA in `model`; a convolution's B is [c_out, r], without its 1x1 kernel."""
     factors = {}
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
@@ -191,7 +191,7 @@ def write_lora(model: PeftModel, folder: Path, base: str) -> None:
 
 
 def _probe(loss: PictureLoss, model: PeftModel | Shifted, places: Sequence[int], seed: int) -> dict[str, float]:
-    """{"base": mean error without the adapter, "lora": with it} on the subject's pictures, under the same noise."""
+    """{"base": mean error without the adapter, "lora": with it} on the subject's pictures, with the same noise."""
     training = model.training
     model.eval()
     with_lora = loss.probe(places, seed)
@@ -229,7 +229,7 @@ def _report(
 
 
 def _is_language_model(base: str) -> bool:
-    """Whether the base is on this machine and has a language model's configuration at its top."""
+    """Whether the base is on this machine and has a language model's config.json at its top level."""
     try:
         folder = builtin_base(base) if base.startswith(BUILTIN_PREFIX) else Path(base).expanduser()
     except UsageError:
@@ -238,5 +238,5 @@ def _is_language_model(base: str) -> bool:
 
 
 def _language_model(base: str) -> UsageError:
-    what = "a language model, and pictures train a diffusion pipeline"
+    what = "it is a language model, and pictures train a diffusion pipeline"
     return UsageError(f"base {base}", what, "Name a pipeline with --base, or leave out --instance-dir.")

@@ -1,1 +1,1 @@
-"""The composition methods, one file each; a folder is a family, and says what a file defines (`catalog.methods`)."""
+"""The composition methods, one file each. Each folder is a family; its docstring says what its files define."""

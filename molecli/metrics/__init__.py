@@ -1,9 +1,9 @@
-"""Metrics: one row each, naming the file that scores it. A new metric is one file and one row.
+"""Loads the metrics in `catalog.metrics`. A new metric is one file and one row there.
 
-A metric scores every completion by itself, against all answers that are right, so that scores can be compared example
-by example (paired bootstrap). `aggregate` turns them into the task's score where that is not the mean (BLEU); such a
-metric says in `statistics` what an example adds to the sums that the task's score follows from. Metrics that take
-pictures score every picture by itself in the same way, against the scene it shows; see `metrics.image_batch`.
+A metric scores each completion separately, against all right answers, so that scores can be compared example by example
+(paired bootstrap). If the score of a task is not the mean of these scores (BLEU), `aggregate` computes it, and
+`statistics` gives the summands of each example from which it follows. Metrics of pictures score each picture in the
+same way, against its scene; see `metrics.image_batch`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Aggregate = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 
 
 def load_metric(name: str) -> Metric:
-    """The scoring function of a metric of completions. Raises: UsageError for an unknown one, or one of pictures."""
+    """The scoring function of a metric of completions. Raises: UsageError for other metrics."""
     metric: Metric = _load(_row_for(name, "texts").score)
     return metric
 
 
 def load_picture_metric(name: str) -> PictureMetric:
-    """The scoring function of a metric of pictures. Raises: UsageError for an unknown one, or one of completions."""
+    """The scoring function of a metric of pictures. Raises: UsageError for other metrics."""
     metric: PictureMetric = _load(_row_for(name, "pictures").score)
     return metric
 
@@ -39,14 +39,14 @@ def _row_for(name: str, takes: str) -> MetricRow:
     row = metric_row(name)
     if row.takes != takes:
         known = ", ".join(key for key, other in METRICS.items() if other.takes == takes)
-        raise UsageError("metrics", f"{name!r} scores {row.takes}, and here are {takes}", f"Write some of: {known}.")
+        raise UsageError("metrics", f"{name!r} scores {row.takes}, not {takes}", f"Write some of: {known}.")
     return row
 
 
 def aggregate(
     name: str, predictions: Sequence[str], answers: Sequence[Sequence[str]], scores: Sequence[float]
 ) -> float:
-    """One number for a task: the mean of `scores`, or what the metric's row says instead."""
+    """The score of a task: the mean of `scores`, or the `aggregate` of the metric."""
     target = metric_row(name).aggregate
     if target is None:
         return fmean(scores)
@@ -57,7 +57,7 @@ def aggregate(
 def load_sums(
     name: str,
 ) -> tuple[Callable[[Sequence[str], Sequence[Sequence[str]]], list[list[float]]], Callable[[Any], Any]] | None:
-    """(what each example adds to the sums, the score of sums [..., k]); None where the score is a mean."""
+    """(the summands of each example, the score of sums [..., k]); None if the score is a mean."""
     row = metric_row(name)
     return None if row.statistics is None or row.of_sums is None else (_load(row.statistics), _load(row.of_sums))
 

@@ -1,13 +1,13 @@
-"""How the word-based metrics (accuracy, set match, F1) cut a text into words."""
+"""Splits a text into words, for accuracy, set match and F1."""
 
 from __future__ import annotations
 
 import re
 
-# A number keeps its sign, point and fraction; a label keeps its underscore ("not_entailment").
+# Numbers keep their sign, point and fraction; labels keep their underscore ("not_entailment").
 _WORD = re.compile(r"-?\d+(?:[.,:/]\d+)*|\w+(?:['’-]\w+)*")
 
 
 def words(text: str) -> list[str]:
-    """The words of `text` in lower case, punctuation left out."""
+    """The words of `text` in lower case, without punctuation."""
     return _WORD.findall(text.lower())

@@ -1,4 +1,4 @@
-"""How near a picture is to its prompt and to the concepts it should show, in CLIP's space.
+"""The CLIP similarity of a picture to its prompt and to the concepts that it should show.
 
 Source: MoLE (Wu et al., ICLR 2024), Table 1; Ruiz et al., arXiv 2208.12242, section 4.2 (CLIP-T and CLIP-I).
 """

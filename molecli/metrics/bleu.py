@@ -1,6 +1,6 @@
 """BLEU through sacrebleu (Post, 2018), with its default tokenizer (13a) and smoothing (exp).
 
-score, corpus       of a sentence, and of a set        statistics, of_sums    the set's again, from sums over sentences
+score, corpus       BLEU of a sentence, and of a set     statistics, of_sums    BLEU of a set from sums over sentences
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ORDER = 4
 
 
 def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
-    """Sentence BLEU in [0, 100]: for paired comparison only, since their mean is not BLEU (see `corpus`)."""
+    """Sentence BLEU in [0, 100]. Only for paired comparison: the mean is not BLEU (see `corpus`)."""
     # effective_order: without it every sentence shorter than four words scores 0.
     metric = BLEU(effective_order=True)
     return [
@@ -27,13 +27,13 @@ def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[
 def corpus(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU in [0, 100] over all references of every example."""
     depth = max(len(accepted) for accepted in answers)
-    # sacrebleu reads None as "this example has fewer references than others".
+    # sacrebleu reads None as a missing reference.
     streams = [[a[i] if i < len(a) else None for a in answers] for i in range(depth)]
     return float(BLEU().corpus_score(list(predictions), streams).score)
 
 
 def statistics(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[float]]:
-    """What each sentence adds to the set's sums: n-grams right and written, for n = 1 to 4, and both lengths."""
+    """The summands of each sentence: matching and all n-grams for n = 1 to 4, and both lengths."""
     metric = BLEU(effective_order=True)
     rows = []
     for prediction, accepted in zip(predictions, answers, strict=True):
@@ -43,10 +43,10 @@ def statistics(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> 
 
 
 def of_sums(sums: Tensor) -> Tensor:
-    """Corpus BLEU [...] in [0, 100] of the sums [..., 10] of `statistics`, as sacrebleu makes it."""
+    """Corpus BLEU [...] in [0, 100] of the sums [..., 10] of `statistics`, as in sacrebleu."""
     right, written = sums[..., :ORDER], sums[..., ORDER : 2 * ORDER]
     length, reference = sums[..., -2], sums[..., -1]
-    # "exp": the k-th order without a match counts as one half to the power k.
+    # "exp": the k-th order without a match counts as 1 / 2^k.
     matches = torch.where(right == 0, 0.5 ** (right == 0).cumsum(dim=-1).to(sums), right)
     precision = (matches / written.clamp(min=1)).log().mean(dim=-1).exp()
     brevity = (1 - reference / length.clamp(min=1)).clamp(max=0).exp()

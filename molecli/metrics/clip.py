@@ -1,11 +1,11 @@
-"""CLIP through open_clip: pictures and texts as unit vectors of one space.
+"""CLIP with open_clip: pictures and texts as unit vectors in one space.
 
 load_clip    ClipConfig -> Clip, frozen, on a device
 Clip         images (differentiable, from pixels to vectors), texts
-source_of    what open_clip is asked for, checked without loading weights
+source_of    the model for open_clip, checked without loading weights
 
 `model` is a name that open_clip knows (with a `pretrained` tag or file), hf-hub:ID, a folder in open_clip's format, or
-builtin:NAME. Imports open_clip only where a CLIP is loaded.
+builtin:NAME. open_clip is imported only to load a CLIP.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from molecli.config import ClipConfig
 from molecli.errors import MismatchError, RunError, UsageError, suggestion
 
 BUILTIN_CLIP = "builtin:tiny-clip"
-# OpenAI's largest at 224 pixels, by which most alignment scores that are published were computed.
+# OpenAI's largest model at 224 pixels, the one of most published alignment scores.
 DEFAULT_MODEL, DEFAULT_TAG = "ViT-L-14", "openai"
 CONFIG_FILE = "open_clip_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth")
@@ -35,9 +35,9 @@ REMEDY = "Write --clip-model NAME --clip-pretrained TAG as open_clip lists them,
 
 @dataclass(frozen=True)
 class ClipSource:
-    """What open_clip is asked for: a model, and the tag or file of its weights where the model does not name them.
+    """The model for open_clip, and the tag or file of its weights if the model does not name them.
 
-    given: how the model was named, where open_clip is told otherwise.
+    given: the configured name, if it differs from the name for open_clip.
     """
 
     model: str
@@ -52,7 +52,7 @@ class ClipSource:
 
 
 class Clip:
-    """A frozen CLIP. `images` carries a gradient to the pixels where one is wanted, `texts` never."""
+    """A frozen CLIP. `images` is differentiable in the pixels, `texts` has no gradient."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, preprocess: Mapping[str, Any], name: str) -> None:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
@@ -79,26 +79,26 @@ class Clip:
         return F.normalize(self.model.encode_text(ids), dim=-1)  # type: ignore[operator]
 
     def prepared(self, pixels: Tensor) -> Tensor:
-        """[B, 3, h, w]: open_clip's own preprocessing as tensor code; it lacks only the rounding to whole colours."""
+        """[B, 3, h, w]: open_clip's preprocessing as tensor code, without the rounding to integer colours."""
         x = pixels.to(self.device, torch.float32)
         x = self._fitted(x)
         return (x - self._mean.to(x.device)) / self._std.to(x.device)
 
     def _fitted(self, x: Tensor) -> Tensor:
-        """The pictures at the model's size: squashed, or resized by one side and then cropped or padded."""
+        """The pictures in the model's size: squashed, or resized by one side and then cropped or padded."""
         height, width = x.shape[-2:]
         if self.mode == "squash":
             return self._resized(x, self.size)
         ratios = height / self.size[0], width / self.size[1]
         ratio = max(ratios) if self.mode == "longest" else min(ratios)
-        # torchvision cuts a side's fraction off where it keeps the shorter one, and rounds where it keeps the longer.
+        # torchvision truncates the other side if it fits the shorter one, and rounds if it fits the longer one.
         whole = round if self.mode == "longest" else int
         return self._centred(self._resized(x, (max(1, whole(height / ratio)), max(1, whole(width / ratio)))))
 
     def _resized(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if tuple(x.shape[-2:]) == size:
             return x
-        # With antialiasing these are Pillow's kernels; bicubic ones overshoot, which Pillow clips.
+        # With antialiasing these are Pillow's kernels; bicubic kernels overshoot, which Pillow clips.
         return F.interpolate(x, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -111,16 +111,16 @@ class Clip:
 
 
 def load_clip(config: ClipConfig, *, device: torch.device | str = "cpu", builtin: bool = False) -> Clip:
-    """The CLIP that `config` names, in float32; where it names none, the embedded one if `builtin`.
+    """The CLIP that `config` names, in float32; by default the embedded one if `builtin`.
 
-    Raises: UsageError for an unknown model, tag, folder or file, and for weights that cannot be had offline;
-    MismatchError for damaged files; RunError where the hub cannot be reached.
+    Raises: UsageError for an unknown model, tag, folder or file, and for weights that are missing offline;
+    MismatchError for damaged files; RunError if the hub cannot be reached.
     """
     source = source_of(config, builtin=builtin)
     import open_clip
 
     with warnings.catch_warnings():
-        # A mismatch of GELU is mended below; what else open_clip warns of is about its own code.
+        # The mismatch of GELU is corrected below; other warnings of open_clip are about its own code.
         warnings.simplefilter("ignore")
         try:
             model = open_clip.create_model(
@@ -138,7 +138,7 @@ def load_clip(config: ClipConfig, *, device: torch.device | str = "cpu", builtin
 
 
 def source_of(config: ClipConfig, *, builtin: bool = False) -> ClipSource:
-    """What open_clip is asked for. Raises: UsageError for a name, tag, folder or file that is not there."""
+    """The model for open_clip. Raises: UsageError for a name, tag, folder or file that does not exist."""
     model, pretrained = config.model, config.pretrained
     if model is None:
         if builtin and pretrained is None:
@@ -162,10 +162,10 @@ def _in_folder(model: str, pretrained: str | None) -> ClipSource:
         if model.startswith(BUILTIN_PREFIX):
             known = sorted(BUILTIN_PREFIX + file.parent.name for file in folder.parent.glob(f"*/{CONFIG_FILE}"))
             raise UsageError(f"CLIP {model}", "no such built-in CLIP", f"Known: {', '.join(known) or 'none'}.")
-        what = f"no {CONFIG_FILE} in it" if folder.is_dir() else "no such folder"
+        what = f"it has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
         raise UsageError(f"CLIP {model}", what, "Write a folder in open_clip's format.")
     if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
-        raise UsageError(f"CLIP {model}", "the folder holds no weights", "Put open_clip_model.safetensors there.")
+        raise UsageError(f"CLIP {model}", "the folder has no weights", "Put open_clip_model.safetensors there.")
     return ClipSource(f"{FOLDER}{folder}", given=model)
 
 
@@ -174,11 +174,11 @@ def _by_name(model: str, pretrained: str | None) -> ClipSource:
 
     names = open_clip.list_models()
     if model.replace("/", "-") not in names:
-        raise UsageError(f"CLIP {model}", "open_clip knows no such model, and no such folder is there", _near(model))
+        raise UsageError(f"CLIP {model}", "open_clip has no such model, and there is no such folder", _near(model))
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is None:
         listed = f"one of: {', '.join(tags)}" if tags else "a file"
-        raise UsageError(f"CLIP {model}", "nothing says which weights it has", f"Write --clip-pretrained, {listed}.")
+        raise UsageError(f"CLIP {model}", "its weights are not named", f"Write --clip-pretrained, {listed}.")
     if pretrained in tags:
         return ClipSource(model, pretrained)
     file = Path(pretrained).expanduser()
@@ -196,12 +196,12 @@ def _near(model: str) -> str:
 
 def _check_alone(model: str, pretrained: str | None) -> None:
     if pretrained is not None:
-        what = f"{model} names its own weights, so {pretrained!r} would be ignored"
+        what = f"{model} includes its weights, so that {pretrained!r} would be ignored"
         raise UsageError("clip.pretrained", what, "Leave it out.")
 
 
 def _quick_gelu(source: ClipSource) -> bool:
-    """Whether the weights were trained with OpenAI's approximate GELU, which a model's plain name does not say."""
+    """Whether the weights were trained with OpenAI's approximate GELU, which is not clear from the model's name."""
     from open_clip.pretrained import get_pretrained_cfg
 
     if source.pretrained is None or source.model.startswith((HUB, FOLDER)):
@@ -210,13 +210,15 @@ def _quick_gelu(source: ClipSource) -> bool:
 
 
 def _explained(source: ClipSource, error: Exception) -> Exception:
-    """The user's message for what open_clip could not load."""
+    """The error for a CLIP that open_clip could not load."""
     where, reason = f"CLIP {source.name}", " ".join(str(error).split("\n")[0].split()).rstrip(".")
     import huggingface_hub
 
     local = source.model.startswith(FOLDER) or (source.pretrained is not None and Path(source.pretrained).is_file())
     if local:
-        return MismatchError(where, f"its files do not load ({reason})", "Give a folder or a file of another CLIP.")
+        return MismatchError(
+            where, f"its files cannot be loaded ({reason})", "Give a folder or a file of another CLIP."
+        )
     if huggingface_hub.is_offline_mode():
         what = "its weights are not in the local cache, and HF_HUB_OFFLINE=1 forbids downloading them"
         return UsageError(where, what, "Unset HF_HUB_OFFLINE, or write --clip-model with the folder of a CLIP.")

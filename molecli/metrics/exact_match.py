@@ -1,6 +1,6 @@
 """Exact match under three normalisers: strict, lm-eval's options, LoRAHub's.
 
-Which one is used moves BBH by points, so each is a metric of its own name rather than an option.
+The choice changes scores on BBH by points, so that each is a separate metric and not an option.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def strict_text(text: str) -> str:
-    """`text` without white space around it."""
+    """`text` without leading and trailing white space."""
     return text.strip()
 
 
 def lm_eval_text(text: str) -> str:
     """`text` in lower case without punctuation. Source: lm-evaluation-harness, ignore_case and ignore_punctuation.
 
-    Departs: white space left at the ends by removed punctuation is stripped too.
+    Departs: white space at the ends after removing punctuation is stripped too.
     """
     return text.lower().translate(_NO_PUNCTUATION).strip()
 

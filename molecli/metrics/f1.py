@@ -9,7 +9,7 @@ from molecli.metrics._words import words
 
 
 def overlap(prediction: str, answer: str) -> float:
-    """2PR / (P + R) over words with their multiplicity; 0 where nothing is shared."""
+    """2PR / (P + R) over words with their multiplicity; 0 if no word is shared."""
     given, wanted = Counter(words(prediction)), Counter(words(answer))
     shared = (given & wanted).total()
     # 2PR / (P + R) with P = shared / given and R = shared / wanted.

@@ -1,7 +1,7 @@
-"""What a metric of pictures is given: a batch of pictures, the scene of each, and the instruments to look at them with.
+"""The input of a metric of pictures: a batch of pictures with their scenes, and the models to score them.
 
-Instruments   CLIP, recogniser and reference pictures, each read when it is first asked for
-Shots         a batch; its CLIP vectors are computed once, whichever metrics ask
+Instruments   CLIP, recogniser and reference pictures, each loaded at first use
+Shots         a batch; its CLIP vectors are computed once for all metrics
 pixels_of     a picture as a tensor
 """
 
@@ -21,12 +21,12 @@ from molecli.metrics.clip import Clip
 from molecli.metrics.recogniser import Recogniser
 from molecli.protocols import Scene
 
-# A 64-pixel picture may be scored as well as one of 1024; below, there is nothing to see.
+# Pictures from 64 to 1024 pixels can be scored; smaller ones show nothing.
 SMALLEST = 8
 
 
 class Instruments:
-    """What pictures are looked at with. `references`: LoRA -> the folder of pictures that show what it adds."""
+    """The models that score pictures. `references`: LoRA -> the folder of pictures that show what it adds."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Instruments:
 
     @torch.no_grad()
     def look(self, lora: str) -> Tensor:
-        """[d], the mean of the unit vectors of a LoRA's reference pictures: a cosine with it is the mean cosine.
+        """[d], the mean of the unit vectors of a LoRA's reference pictures; products with it are mean cosines.
 
         Raises: UsageError and MismatchError as reading pictures does.
         """
@@ -69,7 +69,7 @@ class Instruments:
 
 @dataclass(frozen=True)
 class Shots:
-    """Pictures [B, 3, H, W] in [0, 1] and the scene that each shows."""
+    """Pictures [B, 3, H, W] in [0, 1] and the scene of each."""
 
     pixels: Tensor
     scenes: Sequence[Scene]
@@ -77,7 +77,7 @@ class Shots:
 
     @cached_property
     def vectors(self) -> Tensor:
-        """[B, d], the pictures' unit vectors."""
+        """[B, d], the unit vectors of the pictures."""
         with torch.no_grad():
             return self.instruments.clip.images(self.pixels)
 

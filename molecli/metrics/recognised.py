@@ -1,6 +1,6 @@
 """The share of a scene's concepts that a recogniser finds in its picture.
 
-The recogniser is kept apart from the CLIP that guides training and scores alignment.
+The recogniser is independent of the CLIP that guides training and scores alignment.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from molecli.metrics.image_batch import Shots
 
 
 def score(shots: Shots) -> list[float]:
-    """For each picture the share of `scene.classes` above their thresholds. Raises: UsageError for an unknown class."""
+    """For each picture the fraction of `scene.classes` above their thresholds. Raises: UsageError: unknown class."""
     recogniser = shots.instruments.recogniser
     place = {name: i for i, name in enumerate(recogniser.classes)}
     for scene in shots.scenes:

@@ -1,7 +1,7 @@
-"""Which objects a picture shows: a small network kept apart from the CLIP that guides training.
+"""Recognises the objects in a picture: a small network, independent of the CLIP that guides training.
 
-One sigmoid a class (objects, and the drawing style), a threshold of its own for each, chosen on pictures that the
-training did not see. The network: convolutions in residual blocks with group norms, about a million parameters.
+Each class (objects, and the drawing style) has a sigmoid and its own threshold, chosen on pictures that were not in
+training. The network: convolutions in residual blocks with group norms, about a million parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REMEDY = "name a folder with config.json and model.safetensors, as in molecli/bu
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions around a shortcut; the first may halve the picture."""
+    """Two 3×3 convolutions with a shortcut; the first may halve the picture."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class _Block(nn.Module):
 
 
 class RecogniserNet(nn.Module):
-    """Pictures [B, 3, size, size] in [0, 1] to logits [B, classes]."""
+    """Pictures [B, 3, size, size] in [0, 1] -> logits [B, classes]."""
 
     def __init__(self, classes: int, widths: Sequence[int] = (32, 64, 96, 128)) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Recogniser:
         self.size = size
 
     def to(self, device: torch.device | str) -> Recogniser:
-        """Move the weights; returns itself."""
+        """Itself, with the weights on `device`."""
         self.net.to(device)
         self.thresholds = self.thresholds.to(device)
         return self
@@ -74,14 +74,16 @@ class Recogniser:
         """Probabilities [B, classes] for images [B, 3, H, W] in [0, 1], scaled to the network's size if needed."""
         if images.ndim != 4 or images.shape[1] != 3:
             shape = list(images.shape)
-            raise UsageError("recogniser", f"images of shape {shape}", "give images as [batch, 3, height, width]")
+            raise UsageError(
+                "recogniser", f"the images have the shape {shape}", "Give images as [batch, 3, height, width]."
+            )
         images = images.to(self.thresholds.device, torch.float32)
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         return self.net(images).sigmoid()
 
     def found(self, images: Tensor) -> Tensor:
-        """Bool [B, classes]: which classes lie above their thresholds."""
+        """Bool [B, classes]: which classes are above their thresholds."""
         return self(images) > self.thresholds
 
 
@@ -107,7 +109,7 @@ def load_recogniser(folder: Path | str) -> Recogniser:
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise UsageError(str(folder), f"no {name} here", REMEDY)
+            raise UsageError(str(folder), f"it has no {name}", REMEDY)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
         classes, thresholds, size = config["classes"], config["thresholds"], int(config["size"])
@@ -115,5 +117,5 @@ def load_recogniser(folder: Path | str) -> Recogniser:
         net.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()})
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(str(folder), f"not a recogniser ({reason})", REMEDY) from error
+        raise UsageError(str(folder), f"it is not a recogniser ({reason})", REMEDY) from error
     return Recogniser(net, classes, thresholds, size)

@@ -1,6 +1,6 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L through rouge-score, without stemming; the best answer counts.
+"""ROUGE-1, ROUGE-2 and ROUGE-L with rouge-score, without stemming; the best answer counts.
 
-rouge-score keeps only the letters a-z and digits, so it says little about languages other than English.
+rouge-score keeps only the letters a-z and digits, so that it is of little use for languages other than English.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrices whose experts are kept apart, for branches that each have experts of their own; see `branching`."""
+"""Matrices whose experts are computed separately, for branches with different experts; see `branching`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from molecli.experts import ExpertBank
 from molecli.mixture.site_state import HostedGroup, HostedSite, host_group
 from molecli.protocols import Group, Site
 
-# Of each branch in a UNet call: its experts and their weights, each a tensor [1] on the UNet's device.
+# For each branch in a UNet call: its experts and their weights, each a tensor [1] on the UNet's device.
 Branches = Sequence[Sequence[tuple[int, Tensor]]]
 
 
 class BranchedGroup:
-    """Matrices that read one input, the factors of each expert apart, so that a branch pays for its own only."""
+    """Matrices with the same input and separate factors for each expert: a branch computes only its own experts."""
 
     def __init__(self, group: Group, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
         self.parts: list[HostedGroup | None] = []
-        self.places: list[dict[int, int]] = []  # of each expert: place in the group -> place in its part
+        self.places: list[dict[int, int]] = []  # for each expert: index in the group -> index in its part
         for expert in bank.experts:
             own = [place for place, matrix in enumerate(group.matrices) if matrix in expert.factors]
             part = Group(tuple(group.matrices[place] for place in own), group.stream)
@@ -37,13 +37,13 @@ class BranchedGroup:
         self._kept: list[tuple[Branches, list[dict[int, tuple[Tensor, ...]]]]] = []
 
     def add(self, y: Tensor, x: Tensor, index: int, branches: Branches) -> Tensor:
-        """y, the output of the group's matrix `index` for x, and on each branch's rows the share of its experts."""
+        """y (the output of the group's matrix `index` for x) plus, in each branch's rows, the update of its experts."""
         if self.x is not x:
             self._mix(x, branches)
         if len(branches) == 1:
             y = self._expanded(y, 0, index)
         else:
-            # In place without gradients: the pieces are views of y.
+            # Without gradients it is done in place: the pieces are views of y.
             pieces = [self._expanded(piece, k, index) for k, piece in enumerate(y.chunk(len(branches)))]
             y = torch.cat(pieces) if torch.is_grad_enabled() else y
         self.served += 1
@@ -52,7 +52,7 @@ class BranchedGroup:
         return y
 
     def forget(self) -> None:
-        """Drop what is kept of the current input."""
+        """Drops the results for the current input."""
         self.x, self.mixed, self.served = None, [], 0
 
     def _mix(self, x: Tensor, branches: Branches) -> None:
@@ -71,7 +71,7 @@ class BranchedGroup:
             self._kept.append((branches, self.mixed))
 
     def _of_before(self, x: Tensor, branches: Branches) -> list[dict[int, tuple[Tensor, ...]]] | None:
-        """What an earlier pass made of the very same text for the same branches, if there was one."""
+        """The results of an earlier pass with the same text tensor and the same branches, if there was one."""
         if self._last is None or self._last[0]() is not x or self._last[1] != x._version:
             self._last, self._kept = (weakref.ref(x), x._version), []
         return next((mixed for known, mixed in self._kept if known is branches), None)

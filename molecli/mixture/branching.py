@@ -1,11 +1,11 @@
-"""Methods on the UNet's outputs, hosted: K branches of one denoising step in one UNet call, or in a few.
+"""Runs methods on the UNet's outputs: the K branches of a denoising step in one UNet call, or in a few.
 
     rows of the UNet     [branch 0's B rows; branch 1's B rows; ...]     each branch with its own experts' weights
 
-A hook before the UNet repeats its inputs, a hook after it combines the outputs, and inside each branch's rows only its
-own experts' ranks are computed. The pipeline is used as it is and knows nothing of it.
+A hook before the UNet repeats its inputs, and a hook after it combines the outputs. In each branch's rows only its own
+experts' ranks are computed. The pipeline itself is not changed.
 
-Contents: Branching.
+Contents: Branching, Clock, guided.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from molecli.mixture.site_state import reference
 from molecli.mixture.streams import Streams
 from molecli.protocols import Moment, OutputMethod, Reading, Site
 
-# How many steps' branches are remembered, so that a step that comes again copies nothing to the device.
+# The number of steps whose branches are cached, so that a repeated step copies nothing to the device.
 _KNOWN = 64
 
 
 @dataclass
 class _Call:
-    """A UNet call under way: its inputs as the pipeline gave them, and the weights [K, N] of the branches."""
+    """The current UNet call: its inputs from the pipeline, and the weights [K, N] of the branches."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -45,7 +45,7 @@ class _Call:
     at_once: int
 
     def inputs(self, branches: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs, with every tensor that has one entry a row repeated for so many branches."""
+        """The inputs, with every tensor that has one entry per row repeated for each branch."""
         if branches == 1:
             return self.args, self.kwargs
         return _repeated(self.args, branches, self.rows), _repeated(self.kwargs, branches, self.rows)
@@ -54,9 +54,9 @@ class _Call:
 class Branching(Mixture):
     """Experts on a pipeline, composed by a method on the UNet's outputs; a context manager like every mixture.
 
-    In the text encoder(s) the experts are summed with the method's `text_weights`, since a prompt is encoded once.
-    `branches_at_once` limits how many branches run in one UNet call (memory); None runs all in one, with equal results.
-    Raises: UsageError where the model is no pipeline; MismatchError as every mixture.
+    In the text encoders the experts are summed with the method's `text_weights`, because a prompt is encoded once.
+    `branches_at_once` limits the branches in one UNet call, to save memory; the results are the same. None: no limit.
+    Raises: UsageError if the model is not a pipeline; MismatchError like every mixture.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Branching(Mixture):
         branches_at_once: int | None = None,
     ) -> None:
         if not isinstance(model, PipelineModules):
-            what = "the mode composes the steps of a diffusion pipeline, and the base is another model"
-            raise UsageError("--mode", what, f"Use {DEFAULT}, {SUM} or another, or name a diffusion base.")
+            what = "the mode is only for diffusion pipelines, and the base is another model"
+            raise UsageError("--mode", what, f"Use {DEFAULT}, {SUM} or another mode, or name a diffusion base.")
         inside = [site for site in sites if site.entry.matrices[0].startswith("unet.")]
         others = [site for site in sites if site not in inside]
         super().__init__(model, bank, others, {site.name: _TextGate(method) for site in others}, streams=streams)
@@ -84,13 +84,13 @@ class Branching(Mixture):
         self._branches: Branches = ()
         self._known: dict[tuple[tuple[float, ...], ...], Branches] = {}
         self._call: _Call | None = None
-        self._next: _Call | None = None  # foreseen
+        self._next: _Call | None = None  # the call that `foreseen` announced
         self._further = False
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Put the hooks on."""
+        """Adds the hooks."""
         super().attach()
         try:
             for group in (group for site in self._inside for group in site.groups):
@@ -107,11 +107,11 @@ class Branching(Mixture):
             raise
 
     def detach(self) -> None:
-        """Take every hook off; the pipeline is the base again, bit for bit."""
+        """Removes all hooks; the pipeline is the base again, bit for bit."""
         super().detach()
         self._branched, self._branches, self._known, self._call = [], (), {}, None
 
-    # -- what a user asks of it --------------------------------------------------------------------------------------
+    # -- for users ---------------------------------------------------------------------------------------------------
 
     @property
     def reads_prompt(self) -> bool:
@@ -119,11 +119,11 @@ class Branching(Mixture):
         return self.method.reads_prompt
 
     def prepare(self, prompt: str) -> None:
-        """Tell the method the prompt of the pictures that come next; needed where it `reads_prompt`."""
+        """Prepares the method for pictures of this prompt; required if it `reads_prompt`."""
         self.method.prepare(prompt, self._encode)
 
     def mask(self, *names: str) -> None:
-        """Switch off exactly the named experts, and all others on: the method composes those that are left."""
+        """Switches off exactly the named experts and switches on all others, which the method then composes."""
         super().mask(*names)
         self._kept = None if self._keep is None else self._keep.cpu()
 
@@ -133,7 +133,7 @@ class Branching(Mixture):
 
     @contextmanager
     def foreseen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Hashable, ...] | None]:
-        """As of every mixture; which step it is decides by the branches that run. They are combined by `done`."""
+        """Like that of every mixture; a call also depends on the branches of its step. `done` combines them."""
         if self._off:
             yield self._state, "off"
             return
@@ -148,7 +148,7 @@ class Branching(Mixture):
         return output if self._next is None else _with_sample(output, self._combined(_sample(output), self._next))
 
     def ease(self) -> bool:
-        """From here on half as many branches run in a UNet call, for want of memory. False where it is one already."""
+        """Halves the number of branches per UNet call to save memory. False if it is one already."""
         most = min(self.branches_at_once or len(self.bank) + 1, len(self.bank) + 1)
         self.branches_at_once = max(1, most // 2)
         return self.branches_at_once < most
@@ -160,7 +160,7 @@ class Branching(Mixture):
         return self.pipeline.get_submodule("unet")
 
     def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note the call, and repeat its inputs for the branches that run first."""
+        """Notes the call, and repeats its inputs for the first branches."""
         if self._off or self._further:
             return None
         coming = self._next
@@ -169,7 +169,7 @@ class Branching(Mixture):
         return self._call.inputs(self._call.at_once)
 
     def _coming(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
-        """The call with these arguments; the clock has gone on."""
+        """The call with these arguments; advances the clock."""
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         pipe = self.pipeline.pipe
@@ -179,7 +179,7 @@ class Branching(Mixture):
         return _Call(args, dict(kwargs), len(sample), moment, weights, at_once)
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Run what branches are left, and combine all."""
+        """Runs the remaining branches and combines all."""
         if self._off or self._further or self._call is None:
             return None
         call, self._call = self._call, None
@@ -201,11 +201,11 @@ class Branching(Mixture):
         return self.method.combine(outputs, call.moment, self._kept)
 
     def _start(self, weights: Tensor) -> None:
-        """From here on the UNet's rows are those of branches with these weights [k, N]."""
+        """Sets the branches of the UNet's rows, with weights [k, N]."""
         rows = tuple(map(tuple, weights.tolist()))
         if rows not in self._known:
             if len(self._known) == _KNOWN:
-                self._known.clear()  # weights that follow the prompt
+                self._known.clear()  # the weights depend on the prompt
                 self._state = object()
             here = weights.to(reference(self._unet).device)
             self._known[rows] = [
@@ -226,7 +226,7 @@ class Branching(Mixture):
             group.forget()
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        """[P, T, d], the texts as the base alone encodes them."""
+        """[P, T, d], the texts encoded by the base without LoRAs."""
         pipe, off = self.pipeline.pipe, self._off
         self._off = True
         try:
@@ -242,7 +242,7 @@ class Branching(Mixture):
 
 
 class _TextGate(nn.Module):
-    """The method's weights [N] in the text encoder(s), as a constant gate."""
+    """A constant gate with the method's weights [N] in the text encoders."""
 
     per_sequence = True
     remembers = False
@@ -259,7 +259,7 @@ class _TextGate(nn.Module):
 
 
 def _repeated(value: Any, branches: int, rows: int) -> Any:
-    """`value`, with every tensor in it that has `rows` entries repeated: [branches * rows, ...]."""
+    """`value` with every tensor in it that has `rows` entries repeated: [branches * rows, ...]."""
     if isinstance(value, Tensor):
         return value.repeat(branches, *(1,) * (value.dim() - 1)) if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):
@@ -278,7 +278,7 @@ def _with_sample(output: Any, sample: Tensor) -> Any:
 
 
 class Clock:
-    """Which denoising step a UNet call is, read off the scheduler: its own loop need not be known."""
+    """Finds the denoising step of a UNet call from the scheduler, without knowing the pipeline's loop."""
 
     def __init__(self) -> None:
         self._times: weakref.ref[Tensor] | None = None
@@ -286,13 +286,13 @@ class Clock:
         self._index = -1
 
     def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool) -> Moment:
-        """The step at `timestep`: the next one, where it fits (a scheduler may come back to a time), else the first
-        of that time."""
+        """The step at `timestep`: the next one if it has that time (a scheduler can repeat a time), otherwise the first
+        one with it."""
         time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         times = getattr(scheduler, "timesteps", None)
         if not isinstance(times, Tensor) or times.numel() == 0:
             return Moment(0, 1, time, guided)
-        if self._times is None or self._times() is not times:  # every picture's scheduler sets its times anew
+        if self._times is None or self._times() is not times:  # the scheduler sets new times for every picture
             self._times, self._values, self._index = weakref.ref(times), [float(t) for t in times.tolist()], -1
         following = self._index + 1
         if following >= len(self._values) or self._values[following] != time:
@@ -303,5 +303,5 @@ class Clock:
 
 
 def guided(pipe: Any, rows: int) -> bool:
-    """Whether the UNet's rows are two halves. A pipeline that was never called knows of no guidance."""
+    """Whether the UNet's rows are the two halves of guidance. A pipeline that was never called has no guidance."""
     return rows % 2 == 0 and bool(getattr(pipe, "do_classifier_free_guidance", False))

@@ -1,11 +1,11 @@
-"""A composition whose weights are the same for every input: as a mixture, and as the one update that it adds.
+"""A composition whose weights are the same for every input: as a mixture, and as one update.
 
-read_gates         what its gates were in the last pass
-constant_weights   the weights of a mixture whose gates look at nothing
-mean_weights       those of one whose gates do, averaged over inputs
+read_gates         a mixture's gates in the last pass
+constant_weights   the weights of a mixture whose gates do not read the input
+mean_weights       the weights of other mixtures, averaged over inputs
 fixed_mixture      a mixture with such weights
-updates            its update of every matrix as factors, exactly
-limited            the best factors of a rank, and their errors
+updates            its exact update of every matrix, as factors
+limited            the best factors of a given rank, and their errors
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ Weights = Mapping[str, Tensor]
 
 
 def read_gates(mixture: Mixture) -> dict[str, Tensor]:
-    """{site: [inputs, N]} of the last forward pass, on the CPU. Raises: UsageError for a mixture that tells none."""
+    """{site: [inputs, N]} of the last forward pass, on the CPU. Raises: UsageError for a mixture without gates."""
     gates = mixture.gates()
     if not gates:
-        what = "the composition routes among its LoRAs inside another library, which tells no weights to average"
+        what = "the composition routes its LoRAs inside another library, and has no weights to average"
         raise UsageError("mole export", what, f"Compose them with --mode {DEFAULT} or {SUM}, and export that.")
     return {site: gate.float().cpu() for site, gate in gates.items()}
 
 
 def constant_weights(mixture: Mixture, off: Collection[str] = ()) -> Weights | None:
-    """The weights at each site with the experts `off` masked; None where some gate looks at the input."""
+    """The weights at each site with the experts `off` masked; None if a gate reads the input."""
     gates = mixture.gate_modules()
-    # A mixture that another library hosts has sites and no gates of ours.
+    # A mixture inside another library has sites, but none of our gates.
     if len(gates) < len(mixture.sites) or not all(gate.constant for gate in gates.values()):
         return None
     keep = torch.tensor([float(name not in off) for name in mixture.names]) if off else None
@@ -54,7 +54,7 @@ def constant_weights(mixture: Mixture, off: Collection[str] = ()) -> Weights | N
 
 
 def mean_weights(mixture: Mixture, observed: Mapping[str, Tensor]) -> Weights:
-    """The mean over inputs of the gates [inputs, N] at each site. Raises: RunError for a site that was never asked."""
+    """The mean over inputs of the gates [inputs, N] at each site. Raises: RunError for a site without inputs."""
     for site in mixture.sites:
         if site.name not in observed:
             what = f"no input reached the gate at {site.name}"
@@ -63,9 +63,9 @@ def mean_weights(mixture: Mixture, observed: Mapping[str, Tensor]) -> Weights:
 
 
 def fixed_mixture(mixture: Mixture, weights: Weights, *, renormalize: bool) -> Mixture:
-    """The mixture's experts at its sites with these weights, whatever the input; not attached yet.
+    """A mixture of the same experts and sites with these constant weights; it is not attached yet.
 
-    renormalize: where experts lack a matrix, the others there get their share.
+    renormalize: if experts lack a matrix, the others get their share there.
     """
     return Mixture(
         mixture.model,
@@ -78,9 +78,9 @@ def fixed_mixture(mixture: Mixture, weights: Weights, *, renormalize: bool) -> M
 
 
 def updates(mixture: Mixture, weights: Weights, *, renormalize: bool) -> dict[str, LowRank]:
-    """The update of every matrix that is not zero: the weighted experts stacked along rank, float64, scaling 1.
+    """Every nonzero update by matrix: the weighted experts stacked along rank, in float64 with scaling 1.
 
-    A mixture that is merged already has its own. Experts of weight 0 take no rank.
+    A merged mixture has its own update already. Experts with weight 0 add no rank.
     """
     if isinstance(mixture, MergedMixture):
         factors = {name: _folded(low_rank) for name, low_rank in mixture.merged().factors.items()}
@@ -97,9 +97,9 @@ def updates(mixture: Mixture, weights: Weights, *, renormalize: bool) -> dict[st
 def limited(
     factors: Mapping[str, LowRank], rank: int | None = None, *, progress: Progress | None = None
 ) -> tuple[dict[str, LowRank], dict[str, float]]:
-    """(factors of at most `rank`, ‖ΔW − ΔW'‖/‖ΔW‖ of each matrix), in the Frobenius norm; without a rank exactly.
+    """(factors of at most `rank`, ‖ΔW − ΔW'‖/‖ΔW‖ of each matrix), in the Frobenius norm; exact without a rank.
 
-    No factors are wider than the matrix itself: then the same update has a smaller rank.
+    The rank is never larger than the matrix allows: a larger one is reduced without error.
     """
     found, errors = {}, {}
     for done, (name, low_rank) in enumerate(factors.items(), start=1):
@@ -116,7 +116,7 @@ def limited(
 
 
 def _at_matrix(bank: ExpertBank, matrix: str, values: Tensor, renormalize: bool) -> Tensor:
-    """[N], the weights at one matrix of a site: 0 for the experts that do not adapt it."""
+    """[N], the weights at one matrix of a site, 0 for experts that do not adapt it."""
     present = torch.zeros(len(bank))
     present[list(bank.present(matrix))] = 1.0
     return rescale(values, present) if renormalize else values * present

@@ -1,4 +1,4 @@
-"""A language model as a host of experts: its sites, and the passes of its encoder and decoder, read by hooks.
+"""Experts on a language model: its sites, and the passes of its encoder and decoder, which hooks observe.
 
 Contents: TextLayout, TextStreams.
 """
@@ -21,7 +21,7 @@ from molecli.protocols import Granularity, Reading, Shape, Site
 
 
 class TextLayout:
-    """A language model of transformers."""
+    """The layout of a transformers language model."""
 
     kind: Kind = "texts"
 
@@ -32,11 +32,11 @@ class TextLayout:
         self.memory_width: int | None = int(width)
 
     def matrices(self) -> dict[str, Shape]:
-        """Every linear layer but the output head."""
+        """Every linear layer except the output head: name -> shape."""
         return language.adaptable_matrices(self.model)
 
     def in_order(self, matrices: Iterable[str]) -> list[str]:
-        """In the order of the model's modules, which is that of its forward pass."""
+        """The matrices in the order of the model's modules, which is that of its forward pass."""
         return as_registered(self.model, matrices)
 
     def streams(self) -> Streams:
@@ -49,7 +49,7 @@ class TextLayout:
 
 
 class TextStreams:
-    """The passes of a language model: its encoder's and its decoder's, or the one of a causal model."""
+    """The current passes of a language model: of the encoder and the decoder, or of a causal model."""
 
     def __init__(self, model: nn.Module, *, seq2seq: bool) -> None:
         self.model, self.seq2seq = model, seq2seq
@@ -57,11 +57,11 @@ class TextStreams:
         self.decoder = Pass()
 
     def of(self, site: Site) -> Pass:
-        """The pass a site belongs to; cross-attention keys run once per decoder pass, on encoder tokens."""
+        """The pass that a site belongs to; cross-attention keys are computed in the decoder's, on encoder tokens."""
         return self.encoder if site.stream == "encoder" else self.decoder
 
     def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
-        """x and u [B, T, .] with the masks of the site's tokens, and the memory where the site sits in a decoder."""
+        """x and u [B, T, .] with the masks of the site's tokens, and the memory if the site is in a decoder."""
         current = self.of(site)
         memory = site.stream == "memory"
         valid, prompt = (current.memory_valid,) * 2 if memory else (current.valid, current.prompt)
@@ -80,7 +80,7 @@ class TextStreams:
         )
 
     def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
-        """Hooks that keep the passes current; `on_pass` is called at the start of each."""
+        """Hooks that update the passes; `on_pass` is called at the start of each pass."""
 
         def watch(module: nn.Module, read: Callable[[Mapping[str, Any]], None]) -> RemovableHandle:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class TextStreams:
         self.encoder, self.decoder = Pass(), Pass()
 
         def note_cache(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            # A prompt without a cache is given one by the model; the next pass comes with it.
+            # The model creates a cache for a prompt without one; the next pass uses it.
             cache = next(
                 (found for name in CACHE_ARGUMENTS if (found := getattr(output, name, None)) is not None), None
             )
@@ -117,7 +117,7 @@ class TextStreams:
         if memory is not None and (memory_valid is None or memory_valid.dim() != 2):
             memory_valid = torch.ones(memory.shape[:2], device=memory.device)
         prompt = torch.zeros_like(valid)
-        prompt[:, 0] = 1  # the start token; the prompt proper is the memory
+        prompt[:, 0] = 1  # the start token; the actual prompt is the memory
         self.decoder = Pass(self.decoder.step + 1, past, cache, valid, prompt, memory, memory_valid)
 
     def _read_causal(self, kwargs: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ class TextStreams:
         prompt = valid
         labels = kwargs.get("labels")
         if labels is not None:
-            # Teacher forcing: the prompt ends before the first scored token, as it does in generation.
+            # Teacher forcing: the prompt ends before the first scored token, as in generation.
             prompt = valid * ((labels != -100).cumsum(1) == 0).to(valid.dtype)
         self.decoder = Pass(self.decoder.step + 1, past, cache, valid, prompt)
 

@@ -1,4 +1,4 @@
-"""What a mixture asks of any hosting model, a language model or a diffusion pipeline: one seam for both.
+"""What a mixture needs to know about its model, a language model or a diffusion pipeline.
 
 Contents: Layout, layout_of, blocks_of, host_of, adaptable_matrices.
 """
@@ -25,7 +25,7 @@ def layout_of(model: nn.Module) -> Layout:
 def blocks_of(layout: Layout) -> list[tuple[str, ...]]:
     """The adaptable matrices by block, in the order of a forward pass: an encoder's blocks before the decoder's.
 
-    A block is a site of granularity `block`, with those of its matrices that run along other tokens.
+    A block is a site of granularity `block`, together with its matrices that work on other tokens.
     """
     blocks: dict[str, list[str]] = {}
     for site in layout.sites(layout.in_order(layout.matrices()), "block", per_token=False):
@@ -42,10 +42,10 @@ def host_of(model: Any) -> nn.Module:
         return model
     if isinstance(getattr(model, "unet", None), nn.Module):
         return PipelineModules(model)
-    what = f"experts go on a model or a diffusers pipeline with a UNet, not on a {type(model).__name__}"
-    raise UsageError("attach", what, "Write a transformers model or a StableDiffusion(XL)Pipeline.")
+    what = f"LoRAs are attached to a model or a diffusers pipeline with a UNet, not to a {type(model).__name__}"
+    raise UsageError("attach", what, "Give a transformers model or a StableDiffusion(XL)Pipeline.")
 
 
 def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
-    """Adaptable matrices of any hosting model: name -> shape."""
+    """The adaptable matrices of a language model or pipeline: name -> shape."""
     return layout_of(model).matrices()

@@ -1,6 +1,6 @@
-"""Experts merged into one LoRA, hosted beside the base like any other: what fixed merges of ΔW leave to do at run time.
+"""Experts merged into one LoRA, which is attached to the base like any other. Contents: MergedMixture, merge_experts.
 
-A mixture to those who use it: its experts have names, and masking some merges the others anew.
+It can be used like every mixture: its experts have names, and masking some of them merges the others again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from molecli.mixture.mixture import Mixture
 from molecli.mixture.streams import Streams
 from molecli.protocols import Progress, Reading, Site
 
-# Weights and the places of the experts that are kept -> the merged LoRA.
+# Weights and the indices of the kept experts -> the merged LoRA.
 Merging = Callable[[Sequence[float], Sequence[int]], Merged]
 _PREFIX = "merged/"
 
 
 class _Whole(nn.Module):
-    """The gate of the one LoRA: 1."""
+    """The gate of the merged LoRA, which is 1."""
 
     per_sequence = True
     remembers = False
@@ -44,10 +44,10 @@ class _Whole(nn.Module):
 
 
 class MergedMixture(Mixture):
-    """The experts of `bank` as the one LoRA that `merge` makes of them, when they are first needed.
+    """The experts of `bank`, merged by `merge` into one LoRA when it is first needed.
 
-    With absent experts it is what `load_state_dict` gave, and merging anew is a UsageError.
-    weights [N]: the coefficients that it was made with; what a search finds is set by `reweigh`.
+    If experts are absent, it is the LoRA from `load_state_dict`, and merging again is a UsageError.
+    weights [N]: the coefficients of the merge; `reweigh` sets those that a search finds.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class MergedMixture(Mixture):
         self._known: dict[tuple[int, ...], Merged] = {}
 
     def merged(self) -> Merged:
-        """The merged LoRA of the experts that are kept."""
+        """The merged LoRA of the kept experts."""
         if self._kept not in self._known:
             self._check_there()
             self._known[self._kept] = self._merge(self.weights, self._kept)
         return self._known[self._kept]
 
     def reweigh(self, weights: Sequence[float]) -> None:
-        """Merge with these coefficients from now on."""
+        """Merges with these coefficients from now on."""
         self.weights, self._known = tuple(float(w) for w in weights), {}
         self._rehost()
 
@@ -83,7 +83,7 @@ class MergedMixture(Mixture):
         super().attach()
 
     def mask(self, *names: str) -> None:
-        """Switch off exactly the named experts: the others are merged as if these had not been there."""
+        """Switches off exactly the named experts: the others are merged as if these had not been there."""
         off = {self.bank.index(name) for name in names}
         if off:
             self._check_there()
@@ -93,18 +93,18 @@ class MergedMixture(Mixture):
             self._rehost()
 
     def gates(self) -> dict[str, Tensor]:
-        """Nothing: a merged LoRA has no weights per expert any more."""
+        """Empty: a merged LoRA has no weights per expert."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`merged/<matrix>/A` and `/B` of all experts together, and `weights`."""
+        """`merged/<matrix>/A` and `/B` of the merge of all experts, and `weights`."""
         held, self._kept = self._kept, tuple(range(len(self.bank)))
         factors, self._kept = self.merged().factors, held
         tensors = {f"{_PREFIX}{m}/{part}": t for m, f in factors.items() for part, t in (("A", f.A), ("B", f.B))}
         return {**tensors, "weights": torch.tensor(self.weights)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the merged LoRA from `tensors`. Raises: MismatchError where it is not one of these experts' matrices."""
+        """Loads the merged LoRA from `tensors`. Raises: MismatchError if it does not have these experts' matrices."""
         wanted = {f"{_PREFIX}{matrix}/{part}" for matrix in self.bank.matrices for part in "AB"} | {"weights"}
         for key in sorted(wanted ^ set(tensors)):
             what = "is missing" if key in wanted else "belongs to no matrix of these LoRAs"
@@ -119,7 +119,7 @@ class MergedMixture(Mixture):
     def _check_there(self) -> None:
         gone = [f"no {expert.name} at {expert.source}" for expert in self.bank.experts if expert.absent]
         if gone:
-            what = f"--mask and --only merge the LoRAs that are left anew, and there is {', '.join(gone)}"
+            what = f"--mask and --only merge the remaining LoRAs again, but there is {', '.join(gone)}"
             raise UsageError("LoRAs", what, "Put it back, or name all of them with --loras.")
 
     def _check_shapes(self, matrix: str, tensors: Mapping[str, Tensor]) -> None:
@@ -130,7 +130,7 @@ class MergedMixture(Mixture):
             raise MismatchError(f"{_PREFIX}{matrix}", f"its factors have shapes {shapes}, which do not fit")
 
     def _rehost(self) -> None:
-        """Put what is merged now in the place of what was."""
+        """Replaces the attached LoRA by the current merge."""
         if self._handles:
             self.detach()
             self.attach()
@@ -148,10 +148,10 @@ def merge_experts(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Merged:
-    """The experts `kept` (all by default) as one, in float32 on `device`; nothing is left at a matrix none adapts.
+    """The experts `kept` (all by default) merged in float32 on `device`. A matrix that none of them adapts gets zeros.
 
-    `base` is for methods that look at the base's own matrices.
-    Raises: MismatchError where factors cannot be merged.
+    `base` is for methods that read the base's own matrices.
+    Raises: MismatchError if factors cannot be merged.
     """
     chosen = range(len(bank)) if kept is None else kept
     factors, errors = {}, {}
@@ -188,12 +188,12 @@ def _updates(
         matrix,
         tuple(pair(expert.factors[matrix]) for expert in experts),
         tuple(float(weights[i]) for i in present),
-        # Of the names, so that the experts' order changes nothing.
+        # From the names, so that the order of the experts does not matter.
         tuple(zlib.crc32(f"{seed}/{expert.name}/{matrix}".encode()) for expert in experts),
     )
 
 
 def _nothing(bank: ExpertBank, matrix: str, device: torch.device | str) -> LowRank:
-    """A LoRA of rank 1 that adds nothing, for a matrix whose experts are all masked."""
+    """A LoRA of rank 1 with zeros, for a matrix whose experts are all masked."""
     like = bank.experts[bank.present(matrix)[0]].factors[matrix]
     return LowRank(torch.zeros(1, *like.A.shape[1:], device=device), torch.zeros(len(like.B), 1, device=device), 1.0)

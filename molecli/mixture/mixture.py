@@ -1,8 +1,8 @@
-"""The mixture: experts hosted on a frozen model by removable hooks, one stacked pass, one gate per site.
+"""The mixture: experts on a frozen model, by removable hooks, with one stacked pass and one gate per site.
 
     y = W x + (u ⊙ g[rank -> expert]) Bᵀ,   u = x Aᵀ for all experts at once
 
-Nothing of size experts x tokens x width is ever built, and no forward is patched.
+No tensor of size experts x tokens x width is computed, and no `forward` is patched. Contents: Mixture, switch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from molecli.protocols import Gate, Site
 class Mixture:
     """Experts on a model, weighted by a gate at each site; a context manager that leaves the model as it was.
 
-    Raises: MismatchError where a matrix that an expert adapts is not in the model.
+    Raises: MismatchError if a matrix that an expert adapts is not in the model.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Mixture:
         renormalize_absent: bool = False,
     ) -> None:
         self.model, self.bank = model, bank
-        self._hosted_bank = bank  # what is hosted: the experts themselves
+        self._hosted_bank = bank  # the LoRAs that are attached; a merged mixture replaces them
         self.sites = tuple(sites)
         modules = dict(model.named_modules())
         for matrix in bank.matrices:
             if matrix not in modules:
-                raise MismatchError(matrix, "the LoRAs adapt this matrix, and the base has none of that name")
+                raise MismatchError(matrix, "the LoRAs adapt this matrix, but the base has no matrix of that name")
         self._modules = modules
         self._streams = streams
         self._renormalize_absent = renormalize_absent
@@ -58,7 +58,7 @@ class Mixture:
         self._handles: list[RemovableHandle] = []
         self._keep: Tensor | None = None
         self._off = False
-        self._state = object()  # another whenever a pass computes from other memory than before
+        self._state = object()  # replaced whenever a pass will compute from other memory than before
         self._stamps: list[Stamp] = []
 
     # -- attaching ---------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Mixture:
         self.detach()
 
     def attach(self) -> None:
-        """Put the hooks on."""
+        """Adds the hooks."""
         if self._handles:
             raise RunError("mixture", "it is attached already", "Leave its context first.")
         self._state = object()
@@ -80,7 +80,7 @@ class Mixture:
             self._handles.append(self.model.register_guest(self))
         for hosted in self._hosted.values():
             hosted.owners, hosted.expanded = [], None
-            # A gate of an earlier attachment is none of this one's prompts.
+            # A gate value from an earlier attachment does not belong to the prompts of this one.
             hosted.step, hosted.value, hosted.maker, hosted.origin = -1, None, None, None
             for group in hosted.site.groups:
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
@@ -90,21 +90,21 @@ class Mixture:
             hosted.owner, hosted.ranks = torch.cat(hosted.owners), [len(owner) for owner in hosted.owners]
 
     def detach(self) -> None:
-        """Take every hook off; the model is the base again, bit for bit."""
+        """Removes all hooks; the model is the base again, bit for bit."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._groups = [], []
         for hosted in self._hosted.values():
             hosted.maker = None  # it would keep a copy of its factors
 
-    # -- what a user asks of it --------------------------------------------------------------------------------------
+    # -- for users ---------------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.bank.names
 
     def mask(self, *names: str) -> None:
-        """Switch off exactly the named experts, and all others on; the gates of these are rescaled to sum to 1."""
+        """Switches off exactly the named experts and switches on all others, whose gates are rescaled to sum to 1."""
         off = {self.bank.index(name) for name in names}
         keep = torch.tensor([0.0 if i in off else 1.0 for i in range(len(self.bank))])
         self._keep = keep.to(reference(self.model).device) if off else None
@@ -114,20 +114,20 @@ class Mixture:
             hosted.step, hosted.value = -1, None
 
     def only(self, *names: str) -> None:
-        """Keep the named experts and switch off the others."""
+        """Switches off all experts except the named ones."""
         kept = {self.bank.names[self.bank.index(name)] for name in names}
         self.mask(*(name for name in self.bank.names if name not in kept))
 
     def gates(self) -> dict[str, Tensor]:
         """{site: [batch, expert]} of the last forward pass, averaged over the tokens that are not padding."""
-        # Copies: what a replayed pass leaves is written anew by the next one.
+        # Copies, because a replayed pass overwrites the tensors of the one before.
         return {name: mean.detach().clone() for name, mean in self._means()}
 
     def stacked_gates(self) -> Tensor:
-        """[M sites, B, N], as `gates`, but with gradient: what the balance loss is built from (MoLE, Eq. 15)."""
+        """[M sites, B, N], like `gates`, but with gradient, for the balance loss (MoLE, Eq. 15)."""
         values = [mean for _, mean in self._means()]
         batch = max(value.shape[0] for value in values)
-        # Guidance doubles the UNet's rows and not a text encoder's: row i then stands for rows i and i + B.
+        # Guidance doubles the UNet's rows, but not a text encoder's: its row i then counts for rows i and i + B.
         return torch.stack([value.repeat(batch // len(value), 1) for value in values])
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -140,7 +140,7 @@ class Mixture:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the gates are, as `site/<name>/<tensor>`."""
+        """All tensors of the gates, as `site/<name>/<tensor>`."""
         return {
             f"site/{name}/{key}": tensor.detach()
             for name, hosted in self._hosted.items()
@@ -148,7 +148,7 @@ class Mixture:
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the gates from `tensors`. Raises: MismatchError for a missing, surplus or misshapen tensor."""
+        """Loads the gates from `tensors`. Raises: MismatchError for a missing or surplus tensor, or a wrong shape."""
         own = self.state_dict()
         for key in (*own, *tensors):
             if key not in tensors or key not in own:
@@ -167,13 +167,13 @@ class Mixture:
         """{site: gate}."""
         return {name: hosted.gate for name, hosted in self._hosted.items()}
 
-    # -- a guest of a pipeline's parts: see `pipeline.Guest` ---------------------------------------------------------
+    # -- as a `pipeline.Guest` ---------------------------------------------------------------------------------------
 
     @contextmanager
     def foreseen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Hashable, ...] | None]:
         sites = self._unet_sites()
         stamps = [stamp(hosted.tensors) for hosted in sites]
-        if stamps != self._stamps:  # what a gate made of its parameters is made anew
+        if stamps != self._stamps:  # gates will compute values from their parameters again
             self._stamps, self._state = stamps, object()
         observing = any(getattr(hosted.gate, "observed", None) is not None for hosted in sites)
         yield None if observing else (self._state,)
@@ -203,21 +203,21 @@ class Mixture:
         return hook
 
     def _mix(self, group: HostedGroup, x: Tensor) -> None:
-        """Project x for every matrix of the group and weight each rank by its expert's gate."""
+        """Projects x for every matrix of the group, and weights each rank by its expert's gate."""
         exact = torch.is_grad_enabled()
         if group.kept is not None and not exact and self._recalled(group.kept, group, x):
             return
         u = group.project(x)
         value = self._value(group, x, u)
-        # Without gradients the weights multiply in place, which needs no cast of them.
+        # Without gradients the weights are multiplied in place, which needs no cast.
         group.weight(x, u, self._per_rank(group, value, u.dtype if exact else value.dtype))
         if not exact and group.lasting:
             group.keep(x, value, self._keep)
 
     def _recalled(self, kept: Kept, group: HostedGroup, x: Tensor) -> bool:
-        """Whether the group stands as an earlier pass left it, since its input and its gate are the same.
+        """Whether the results of an earlier pass are used again, because the input and the gate are the same.
 
-        A pipeline gives the UNet one and the same text at every denoising step.
+        A pipeline gives the UNet the same text tensor at every denoising step.
         """
         hosted = group.site
         if not kept.holds(x, self._keep, hosted):
@@ -231,7 +231,7 @@ class Mixture:
         return True
 
     def _per_rank(self, group: HostedGroup, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """`value` ([N], [B, N] or [B, T, N]) by the ranks of the group: [R], [B, 1, R] or [B, T, R]."""
+        """`value` ([N], [B, N] or [B, T, N]) for each rank of the group: [R], [B, 1, R] or [B, T, R]."""
         apart = self._renormalize_absent and not group.complete
         if value.dim() < 3 and not apart:
             return group.site.by_rank(value, dtype)[group.place]
@@ -242,10 +242,10 @@ class Mixture:
         return torch.cat([p.index_select(-1, owner) for p, owner in zip(parts, owners, strict=True)], dim=-1).to(dtype)
 
     def _value(self, group: HostedGroup, x: Tensor, u: Tensor) -> Tensor:
-        """The gate of the group's site in this pass, computed when its first matrix is called.
+        """The gate value of the group's site in this pass, computed when its first matrix is called.
 
-        A checkpointed layer is called again for its backward pass. What it computed there it must compute once more,
-        the gate too, so that autograd finds the same tensors; what came from outside it must be taken as it was.
+        A checkpointed layer is called again for its backward pass. Everything that was computed in it, also the gate,
+        must be computed again, so that autograd finds the same tensors. Values from outside must be used as they are.
         """
         hosted = group.site
         current = self._streams.of(hosted.site)
@@ -261,7 +261,7 @@ class Mixture:
         if decoding:
             self._check_cache(hosted, current)
         if decoding and gate.per_sequence and hosted.value is not None:
-            hosted.step = current.step  # decided at prefill, then fixed
+            hosted.step = current.step  # computed at prefill, then constant
             return hosted.value
         reading = self._streams.reading(hosted.site, x, u, hosted.state)
         hosted.valid = reading.valid
@@ -271,12 +271,12 @@ class Mixture:
         return value
 
     def _check_cache(self, hosted: HostedSite, current: Pass) -> None:
-        """Nothing, where the pass goes on from the prompt that the site's gate was made for. Raises: RunError."""
+        """Raises: RunError if the pass does not continue the prompt that the site's gate was computed for."""
         what = None
         if hosted.value is None:
-            what = "the cache holds tokens from before the experts were attached or masked"
+            what = "the cache has tokens from before the experts were attached or masked"
         elif hosted.origin is not None and hosted.origin.differs(current):
-            what = "the cache is another than the last prompt's, whose gates are in force"
+            what = "the cache is not that of the last prompt, for which the gates were computed"
         if what is not None:
             raise RunError("generation", what, "Start with an empty cache.")
 
@@ -300,7 +300,7 @@ class Mixture:
 
 
 def switch(mixture: Mixture, *, mask: tuple[str, ...], only: tuple[str, ...]) -> tuple[str, ...]:
-    """Switches off the experts in `mask`, and with `only` all that it does not name; which they are.
+    """The names of the experts that it switches off: those in `mask`, and with `only` all that it does not name.
 
     Raises: UsageError for an unknown name.
     """

@@ -1,14 +1,14 @@
-"""Experts that PEFT hosts and routes, by its own code, on a language model.
+"""Experts on a language model that PEFT holds and routes with its own code.
 
-routed          the mixture for a configuration of PEFT's
+routed          the mixture for one of PEFT's configurations
+weighed_at      where its router acts
 ArrowMixture    PEFT's Arrow: a router over the experts in every layer
-XLoraMixture    PEFT's X-LoRA: a classifier that weighs them, from a first pass of the model without them
-PeftMixture     what both share: inside its context the model has PEFT's layers, afterwards it is as it was
+XLoraMixture    PEFT's X-LoRA: a classifier that weights them, after a first pass of the model without them
+PeftMixture     the shared base class: inside its context the model has PEFT's layers, afterwards it is as it was
 
-PEFT changes the model in place; whatever it may leave there is put back by `as_it_was`, which trusts none of it. The
-names that PEFT needs ("task_0"; "0", "1", ...) are its own, a user's LoRAs keep theirs.
-
-It puts adapters in one by one and walks over all that are there each time: entering the context grows with N².
+PEFT changes the model in place; `as_it_was` undoes all its changes. PEFT has its own names for adapters ("task_0"; "0",
+"1", ...); for users the LoRAs keep their names. PEFT adds adapters one by one and visits all existing ones each time:
+the time to enter the context grows with N².
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ def routed(
     *,
     streams: Streams,
 ) -> PeftMixture:
-    """The experts as PEFT routes them by `config`; `weights` [N] are for a router that learns nothing."""
+    """The experts with PEFT's routing by `config`; `weights` [N] are used by a router that learns nothing."""
     if isinstance(config, peft.XLoraConfig):
         return XLoraMixture(model, bank, sites, config, streams=streams)
     return ArrowMixture(model, bank, sites, config, weights, streams=streams)
 
 
 def weighed_at(config: peft.ArrowConfig | peft.XLoraConfig) -> Granularity:
-    """Where a router of this configuration decides: at every matrix apart, or once for all."""
+    """Where a router of this configuration acts: at each matrix separately, or once for all."""
     once = isinstance(config, peft.XLoraConfig) and not config.layerwise_scalings
     return "network" if once else "matrix"
 
 
 class PeftMixture(Mixture, ABC):
-    """Experts on a language model through PEFT; to its users a mixture like every other.
+    """Experts on a language model through PEFT; it is used like every mixture.
 
-    sites: where it weighs the experts. Raises: MismatchError as every mixture, and on entering for a model that has
-    adapters of PEFT already.
+    sites: where it weights the experts. Raises: MismatchError like every mixture, and on entering for a model that
+    already has PEFT adapters.
     """
 
     def __init__(self, model: nn.Module, bank: ExpertBank, sites: Sequence[Site], *, streams: Streams) -> None:
@@ -78,41 +78,41 @@ class PeftMixture(Mixture, ABC):
         self._inside: ExitStack | None = None
 
     def attach(self) -> None:
-        """Put PEFT's layers into the model."""
+        """Adds PEFT's layers to the model."""
         if self._inside is not None:
             raise RunError("mixture", "it is attached already", "Leave its context first.")
         if any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
-            what = "it has adapters of PEFT already, which would mix with the LoRAs"
+            what = "it already has PEFT adapters, which would mix with the LoRAs"
             raise MismatchError("base", what, "Give the model without them.")
         with ExitStack() as stack:
-            if not self._off:  # else the base alone
+            if not self._off:  # if all experts are off, the model stays the base
                 stack.enter_context(as_it_was(self.model, self.bank.matrices))
-                # Layers are created with random factors, which the experts' replace.
+                # Layers are created with random factors, which the experts' factors replace.
                 with seeded(0, reference(self.model).device), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     self._host(stack)
             self._inside = stack.pop_all()
 
     def detach(self) -> None:
-        """Take PEFT's layers out; the model is the base again, bit for bit."""
+        """Removes PEFT's layers; the model is the base again, bit for bit."""
         if self._inside is not None:
             self._inside.close()
             self._inside = None
 
     def mask(self, *names: str) -> None:
-        """Switch off exactly the named experts, and all others on."""
+        """Switches off exactly the named experts and switches on all others."""
         super().mask(*names)
         if self._inside is not None:
             self.detach()
             self.attach()
 
     def gates(self) -> dict[str, Tensor]:
-        """Nothing, where PEFT keeps no weights."""
+        """Empty, if PEFT keeps no weights."""
         return {}
 
     @abstractmethod
     def _host(self, stack: ExitStack) -> None:
-        """Put PEFT's layers in; what must be undone goes on the stack."""
+        """Adds PEFT's layers; everything that must be undone goes on the stack."""
 
     @property
     def _kept(self) -> list[int]:
@@ -121,9 +121,9 @@ class PeftMixture(Mixture, ABC):
 
 
 class ArrowMixture(PeftMixture):
-    """Experts routed by Arrow token by token, at every matrix apart; masked ones are left out as if never there.
+    """Experts routed by Arrow, for each token and at each matrix separately; masked ones are left out completely.
 
-    weights [N]: the users' coefficients of the experts. The model's key-value cache works as always.
+    weights [N]: the user's coefficients of the experts. The model's key-value cache works as usual.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class ArrowMixture(PeftMixture):
         self.config, self.weights = config, weights
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The experts' weights; all else follows from the experts."""
+        """The experts' weights; everything else is computed from the experts."""
         return {"weights": self.weights}
 
     def _host(self, stack: ExitStack) -> None:
@@ -153,8 +153,8 @@ class ArrowMixture(PeftMixture):
         for name, expert in zip(names, experts, strict=True):
             _fill(self.model, name, expert)
         router = replace(self.config, top_k=min(self.config.top_k, len(experts)))
-        # What PEFT's create_arrow_model does, except that the router goes to the experts' matrices and to no other of
-        # the same last name, where there would be nothing to route.
+        # As in PEFT's create_arrow_model, except that the router is added only to the experts' matrices, and not to
+        # others with the same last name, where there would be nothing to route.
         router.task_adapter_names, router.gks_adapter_names = names, []
         settings = _settings(self.model, experts[0].factors)
         settings.arrow_config = router
@@ -163,10 +163,10 @@ class ArrowMixture(PeftMixture):
 
 
 class XLoraMixture(PeftMixture):
-    """Experts weighed by X-LoRA's classifier token by token, for all matrices alike or (layerwise) for each.
+    """Experts weighted by X-LoRA's classifier for each token, the same for all matrices or (layerwise) for each.
 
-    classifier: PEFT's, in float32 also on a base of another type, as gates are; it is what trains. Masked experts get
-    the logit −∞, which rescales the others in proportion. The model runs twice a call, and without a key-value cache.
+    classifier: PEFT's, which is trained; like gates it is in float32 on every base. Masked experts get the logit −∞,
+    which rescales the others in proportion. The model runs twice per call, without a key-value cache.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class XLoraMixture(PeftMixture):
         stack.enter_context(uncached(self.model))
         stack.callback(self.model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
         with tempfile.TemporaryDirectory() as folder:
-            # PEFT reads adapters from folders. These hold no tensors: its renaming of keys fits Llama's names alone.
+            # PEFT reads adapters from folders. These have no tensors: its renaming of keys works only for Llama.
             self.config.adapters = {str(i): f"{folder}/{i}" for i in range(len(self.bank))}
             for i, expert in enumerate(self.bank.experts):
                 _settings(self.model, expert.factors).save_pretrained(f"{folder}/{i}")
@@ -217,20 +217,20 @@ class XLoraMixture(PeftMixture):
         for i, expert in enumerate(self.bank.experts):
             _fill(self.model, str(i), expert)
         tuner.internal_xlora_classifier = self.classifier
-        # The context in which PeftModel.forward and PeftModel.generate call the model: here the model is called itself.
+        # PeftModel.forward and PeftModel.generate call the model in this context; here the model is called directly.
         stack.enter_context(tuner._enable_peft_forward_hooks())
         self._tuner, self._valid = tuner, None
         stack.callback(self._drop)
 
     def _look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note which tokens are padding. Raises: RunError for a call with a key-value cache."""
+        """Notes which tokens are padding. Raises: RunError for a call with a key-value cache."""
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
-            what = "X-LoRA runs the model twice a call, and a key-value cache would take in every token twice"
+            what = "X-LoRA runs the model twice per call, so a key-value cache would get every token twice"
             raise RunError("generation", what, "Write use_cache=False.")
         self._valid = kwargs.get("attention_mask")
 
     def _masked(self, _: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
-        """The logits [..., N] or [..., matrices * N] with those of masked experts at −∞."""
+        """The logits [..., N] or [..., matrices * N], with −∞ for masked experts."""
         if self._keep is None:
             return None
         off = (self._keep == 0).repeat(logits.shape[-1] // len(self.bank))
@@ -242,7 +242,7 @@ class XLoraMixture(PeftMixture):
 
 @contextmanager
 def as_it_was(model: nn.Module, matrices: Sequence[str]) -> Iterator[None]:
-    """Afterwards the model's `matrices` are the modules that they were, and nothing about it has changed."""
+    """A context after which the model's `matrices` are the same modules as before and everything else is restored."""
     modules = {matrix: model.get_submodule(matrix) for matrix in matrices}
     training = [(module, module.training) for module in model.modules()]
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -260,20 +260,20 @@ def as_it_was(model: nn.Module, matrices: Sequence[str]) -> Iterator[None]:
 
 
 def _settings(model: nn.Module, factors: Any) -> peft.LoraConfig:
-    """What PEFT must be told to put an adapter of these factors on exactly their matrices."""
+    """The PEFT configuration that puts an adapter with these factors on exactly their matrices."""
     exactly = "|".join(re.escape(matrix) for matrix in factors)
     transposed = any(isinstance(model.get_submodule(matrix), Conv1D) for matrix in factors)
     return peft.LoraConfig(**{**lora_config(factors), "target_modules": exactly, "fan_in_fan_out": transposed})
 
 
 def _add(tuner: peft.LoraModel, name: str, config: peft.LoraConfig) -> None:
-    """One more adapter beside those that are there."""
+    """Adds one more adapter."""
     tuner.peft_config[name] = config
     tuner.inject_adapter(tuner.model, name)
 
 
 def _fill(model: nn.Module, adapter: str, expert: Expert) -> None:
-    """Give the adapter the expert's factors, frozen and in float32, as PEFT loads them."""
+    """Copies the expert's factors into the adapter, frozen and in float32, as when PEFT loads them."""
     for matrix, low_rank in expert.factors.items():
         layer: Any = model.get_submodule(matrix)
         for part, factor in ((layer.lora_A, low_rank.A), (layer.lora_B, low_rank.B)):
@@ -283,7 +283,7 @@ def _fill(model: nn.Module, adapter: str, expert: Expert) -> None:
 
 
 def _equal_ranks(bank: ExpertBank, index: int, weight: float) -> Expert:
-    """The expert times `weight`, of the largest rank of each matrix: rows and columns of zeros change no update."""
+    """The expert times `weight`, padded with zeros to the largest rank at each matrix, which changes no update."""
 
     def padded(matrix: str, low_rank: LowRank) -> LowRank:
         more = max(expert.factors[matrix].rank for expert in bank.experts) - low_rank.rank

@@ -1,11 +1,11 @@
-"""A diffusion pipeline as a host of experts: its sites, and the passes of its parts, read by hooks.
+"""Experts on a diffusion pipeline: its sites, and the passes of its parts, which hooks observe.
 
-PipelineLayout       what a mixture asks of a kind of base      make_pipeline_sites    which matrices share a gate
+PipelineLayout       what a mixture needs to know of a model    make_pipeline_sites    which matrices share a gate
 PipelineStreams      the current pass of each part              positions              a map as rows of positions
 
 A site never mixes axes: positions of the UNet (`spatial`), tokens of a text encoder or the keys and values of
-cross-attention made of them (`text`), and the one vector of the denoising time (`time`). Every position sees every
-other, padding included (CLIP is trained to look at it): nothing is left out of a mean.
+cross-attention computed from them (`text`), and the single vector of the denoising time (`time`). Every position sees
+every other, with padding (CLIP is trained to read it), so all positions count in a mean.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from molecli.protocols import Granularity, Group, Reading, Shape, Site, Stream
 
 
 class PipelineLayout:
-    """A diffusion pipeline."""
+    """The layout of a diffusion pipeline."""
 
     kind: Kind = "pictures"
 
@@ -42,7 +42,7 @@ class PipelineLayout:
         return pipeline_matrices(self.model)
 
     def in_order(self, matrices: Iterable[str]) -> list[str]:
-        """In the order of the pipeline's calls."""
+        """The matrices in the order of the pipeline's calls."""
         return in_call_order(as_registered(self.model, matrices))
 
     def streams(self) -> Streams:
@@ -50,7 +50,7 @@ class PipelineLayout:
         return PipelineStreams(self.model)
 
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
-        """See `make_pipeline_sites`; no site where nothing could be learned."""
+        """See `make_pipeline_sites`; without sites whose output is not used."""
         sites = make_pipeline_sites(matrices, granularity, per_token=per_token)
         idle = idle_matrices(self.model)
         return [site for site in sites if not idle.issuperset(site.matrices)]
@@ -60,7 +60,7 @@ _TIME = ("time_embedding", "add_embedding", "time_emb_proj")
 
 
 def pipeline_stream_of(matrix: str) -> Stream:
-    """The axis that `matrix` works along."""
+    """The axis along which `matrix` works."""
     part, *names = matrix.split(".")
     if part != "unet" or ("attn2" in names and names[-1] in ("to_k", "to_v")):
         return "text"
@@ -70,9 +70,9 @@ def pipeline_stream_of(matrix: str) -> Stream:
 def make_pipeline_sites(matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
     """The gate sites over `matrices` (in call order).
 
-    network: the UNet's positions, its keys and values of the text, its times, and each text encoder; block: one
-    `attentions.J` or `resnets.J` of the UNet, one layer of a text encoder; layer: self-attention, cross-attention,
-    feed-forward, projections and residual blocks apart; matrix: each alone.
+    network: one site for the UNet's positions, one for its keys and values of the text, one for its times, and one for
+    each text encoder; block: an `attentions.J` or `resnets.J` of the UNet, or a layer of a text encoder; layer:
+    self-attention, cross-attention, feed-forward, projections and residual blocks separately; matrix: each matrix.
     Raises: UsageError for a gate per position over the whole UNet, whose resolutions differ.
     """
     members: dict[str, list[Group]] = {}
@@ -80,7 +80,7 @@ def make_pipeline_sites(matrices: Sequence[str], granularity: Granularity, *, pe
         members.setdefault(_site_name(group, granularity), []).append(group)
     sites = [Site(name, tuple(groups)) for name, groups in members.items()]
     if per_token and granularity == "network" and any(site.stream == "spatial" for site in sites):
-        what = "'token' has one gate per position, and the UNet's resolutions differ within the one site of 'network'"
+        what = "'token' has one gate per position, but granularity 'network' spans the UNet's different resolutions"
         raise UsageError("gate.pool", what, "Use pool auto or mean, or granularity block, layer or matrix.")
     return sites
 
@@ -100,7 +100,7 @@ def _site_name(group: Group, granularity: Granularity) -> str:
 
 
 def _suffix(group: Group, name: str) -> str:
-    """What sets the UNet's sites along another axis apart from those at the same place that follow its positions."""
+    """The suffix of UNet sites along another axis, which would have the same name as the site of positions."""
     if not group.matrices[0].startswith("unet.") or group.stream == "spatial" or name.rpartition(".")[2] in _TIME:
         return ""
     return ".memory" if group.stream == "text" else ".time"
@@ -135,16 +135,16 @@ class PipelineStreams:
         return handles
 
     def of(self, site: Site) -> Pass:
-        """The pass of the part that the site's matrices are in, with whose name its own begins."""
+        """The pass of the part that contains the site's matrices; the site's name begins with it."""
         return self.passes[site.name.partition(".")[0]]
 
     def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
-        """x and u as [B, positions, .]; all positions count."""
+        """x and u as [B, positions, .], without masks."""
         current = self.of(site)
         if current.step == 0:
             raise outside()
         if x.dim() == 4 and x.shape[-2:] != u.shape[-2:]:
-            # A convolution with a stride: the gates belong to its output's positions, and see what lies under each.
+            # For a convolution with a stride, the gates are at its output's positions and read the input under each.
             x = F.adaptive_avg_pool2d(x, (u.shape[-2], u.shape[-1]))
         return Reading(positions(x), positions(u), None, None, shared=current.shared)
 
@@ -163,7 +163,7 @@ class PipelineStreams:
 
 
 def positions(x: Tensor) -> Tensor:
-    """[B, T, C] of a map [B, C, H, W], of tokens [B, T, C], or of one vector a row [B, C]."""
+    """[B, T, C] of a map [B, C, H, W], of tokens [B, T, C], or of one vector per row [B, C]."""
     if x.dim() == 4:
         return x.flatten(2).transpose(1, 2)
     return x.unsqueeze(1) if x.dim() == 2 else x

@@ -1,6 +1,6 @@
-"""A site and its groups at run time: stacked factors, and what one forward pass leaves there.
+"""A site and its groups at run time: stacked factors, and the results of a forward pass.
 
-Contents: HostedSite; Kept; HostedGroup, of linear layers; HostedMaps, of convolutions; host_group, which picks.
+Contents: HostedSite; Kept; HostedGroup, of linear layers; HostedMaps, of convolutions; host_group, reference.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class HostedSite:
         self.site = site
         self.gate = gate
         self.step = -1
-        self.value: Tensor | None = None  # as the gate returned it, experts masked
-        self.maker: HostedGroup | None = None  # the group whose call the value was computed in
+        self.value: Tensor | None = None  # from the gate, with experts masked
+        self.maker: HostedGroup | None = None  # the group in whose call the value was computed
         self.valid: Tensor | None = None
         self.state: tuple[Tensor, Tensor] | None = None
-        self.origin: Pass | None = None  # the prompt that value and state are from
-        self.owners: list[Tensor] = []  # of its groups' ranks, in the order of the groups
+        self.origin: Pass | None = None  # the prompt's pass, from which value and state come
+        self.owners: list[Tensor] = []  # the experts of its groups' ranks, in the order of the groups
         self.owner = torch.empty(0)  # the same as one tensor
-        self.ranks: list[int] = []  # how many of it each group has
-        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and it by rank for every group
+        self.ranks: list[int] = []  # the number of ranks of each group
+        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and that value by rank for each group
         self.tensors = (*gate.parameters(), *gate.buffers())
 
     def by_rank(self, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, in one gather, and none while it stays the same."""
+        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather; cached for the same value."""
         known = self.expanded
         if known is None or known[0] is not value or known[1][0].dtype != dtype:
             ranks = (value if value.dtype == dtype else value.to(dtype)).index_select(-1, self.owner)
@@ -51,7 +51,7 @@ class HostedSite:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a group made of an input in a pass without gradients, and what it rests on."""
+    """A group's result for an input in a pass without gradients, and what it depends on."""
 
     x: weakref.ref[Tensor]
     version: int
@@ -61,12 +61,12 @@ class Kept:
     mixed: tuple[Tensor, ...]
 
     def holds(self, x: Tensor, keep: Tensor | None, site: HostedSite) -> bool:
-        """Whether x, the mask and the gate's tensors are what they were, unchanged."""
+        """Whether x, the mask and the gate's tensors are the same and unchanged."""
         return self.x() is x and self.version == x._version and self.keep is keep and self.stamp == stamp(site.tensors)
 
 
 class HostedGroup:
-    """Matrices that read one input: their stacked factors, and the mixed projections of the current input."""
+    """Matrices with the same input: their stacked factors, and the weighted projections of the current input."""
 
     expand = staticmethod(add_expanded)  # (y, mixed, Bt) -> y + mixed Bᵀ
 
@@ -86,22 +86,22 @@ class HostedGroup:
         self.x: Tensor | None = None
         self.mixed: tuple[Tensor, ...] = ()
         self.served = 0
-        # The UNet's keys and values of the text, which is the same at every step.
+        # True for the UNet's keys and values of the text, which is the same at every step.
         self.lasting = group.stream == "text" and group.matrices[0].startswith("unet.")
         self.kept: Kept | None = None
 
     def keep(self, x: Tensor, value: Tensor, keep: Tensor | None) -> None:
-        """Keep what was made of x for passes to come, unless the gate is being calibrated on every one."""
+        """Keeps the result for x for later passes, unless the gate is being calibrated, which needs every pass."""
         self.kept = None
         if not x.is_inference() and getattr(self.site.gate, "observed", None) is None:
             self.kept = Kept(weakref.ref(x), x._version, keep, stamp(self.site.tensors), value, self.mixed)
 
     def project(self, x: Tensor) -> Tensor:
-        """u [..., R], x on every expert's A."""
+        """u [..., R], x projected by every expert's A."""
         return project(x, self.A)
 
     def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
-        """Keep u times `weights` by rank ([R], [B, 1, R] or [B, T, R]) for the matrices of the group."""
+        """Stores u times `weights` by rank ([R], [B, 1, R] or [B, T, R]) for the matrices of the group."""
         if weights.dim() == 3:
             weights = _fit_batch(weights, x)
         mixed = _weighted(u, weights).flatten(0, -2)
@@ -109,7 +109,7 @@ class HostedGroup:
         self.mixed = mixed.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (mixed,)
 
     def add(self, y: Tensor, index: int) -> Tensor:
-        """y and the experts' share of the group's matrix `index`; after the last one nothing is kept."""
+        """y plus the experts' update at the group's matrix `index`; after the last matrix the results are dropped."""
         y = self.expand(y, self.mixed[index], self.Bt[index])
         self.served += 1
         if self.served == len(self.Bt):
@@ -123,7 +123,7 @@ class HostedGroup:
 class HostedMaps(HostedGroup):
     """The same for convolutions: x [B, C, H, W], u [B, R, H', W'].
 
-    Raises: MismatchError for a convolution in groups or with a padding other than zeros, which no A can follow.
+    Raises: MismatchError for a convolution with groups or with padding other than zeros: it has no low-rank update.
     """
 
     expand = staticmethod(add_expanded_maps)
@@ -132,18 +132,18 @@ class HostedMaps(HostedGroup):
         conv = modules[group.matrices[0]]
         assert isinstance(conv, nn.Conv2d)
         if conv.groups != 1 or conv.padding_mode != "zeros":
-            kind = "in groups" if conv.groups != 1 else f"padded by {conv.padding_mode!r}"
-            what = f"the LoRAs adapt a convolution {kind}, which a low-rank update cannot follow"
-            raise MismatchError(group.matrices[0], what, "Use LoRAs that leave it out.")
+            kind = "with groups" if conv.groups != 1 else f"with {conv.padding_mode!r} padding"
+            what = f"the LoRAs adapt a convolution {kind}, for which low-rank updates are not supported"
+            raise MismatchError(group.matrices[0], what, "Use LoRAs that do not adapt it.")
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         super().__init__(group, site, bank, modules)
 
     def project(self, x: Tensor) -> Tensor:
-        """u [B, R, H', W'], x under every expert's A."""
+        """u [B, R, H', W'], x projected by every expert's A."""
         return project_maps(x, self.A, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
     def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
-        """Keep u times `weights` by rank ([R], [B, 1, R] or [B, P, R]) for the matrices of the group."""
+        """Stores u times `weights` by rank ([R], [B, 1, R] or [B, P, R]) for the matrices of the group."""
         by_position = weights.transpose(1, 2) if weights.dim() == 3 else weights.unsqueeze(-1)
         mixed = _weighted(u.flatten(2), by_position)
         self.x, self.served = x, 0
@@ -151,18 +151,18 @@ class HostedMaps(HostedGroup):
 
 
 def host_group(group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> HostedGroup:
-    """The group at run time, as its first module's kind asks."""
+    """The group at run time, of linear layers or of convolutions."""
     maps = isinstance(modules[group.matrices[0]], nn.Conv2d)
     return (HostedMaps if maps else HostedGroup)(group, site, bank, modules)
 
 
 def reference(module: nn.Module) -> Tensor:
-    """A parameter that tells the module's device and type."""
+    """A parameter that shows the module's device and dtype."""
     return next(module.parameters())
 
 
 def _weighted(u: Tensor, weights: Tensor) -> Tensor:
-    """u times weights; in place without gradients, u being nobody else's."""
+    """u times weights; in place without gradients, because u is not used elsewhere."""
     return u * weights if torch.is_grad_enabled() else u.mul_(weights)
 
 

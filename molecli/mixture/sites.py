@@ -1,9 +1,9 @@
-"""Sites: which adapted matrices share one gate, read off the module names of a transformer.
+"""Sites: which adapted matrices share one gate, by the module names of a transformer.
 
-A *stream* says along which token axis a matrix works: `encoder`, `decoder` (also all of a causal model), or `memory`,
-the keys and values of cross-attention, which sit in the decoder but run along the encoder's tokens and are computed
-once per generation. A site never mixes the decoder's axis with another, else a gate per token would not fit and a
-cached key could depend on a later token.
+A *stream* is the token axis along which a matrix works: `encoder`, `decoder` (also for all of a causal model), or
+`memory`: the keys and values of cross-attention. These are in the decoder, but work on the encoder's tokens and are
+computed once per generation. A site never mixes the decoder's axis with another one. Otherwise a gate per token would
+not fit, and a cached key could depend on a later token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from molecli.protocols import Granularity, Group, Site, Stream
 
 _CROSS = ("EncDecAttention", "encoder_attn", "cross_attn", "crossattention")
 _KEYS_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value", "to_k", "to_v")
-# Leaves that read one and the same tensor when they hang under one parent.
+# Leaf modules that read the same tensor if they have the same parent.
 _SIBLINGS = (
     ("q", "k", "v"),
     ("q_proj", "k_proj", "v_proj"),
@@ -31,7 +31,7 @@ _SIBLINGS = (
 
 
 def stream_of(matrix: str, *, seq2seq: bool) -> Stream:
-    """The token axis that `matrix` works along."""
+    """The token axis along which `matrix` works."""
     if not seq2seq:
         return "decoder"
     parts = matrix.split(".")
@@ -43,7 +43,7 @@ def stream_of(matrix: str, *, seq2seq: bool) -> Stream:
 def make_sites(matrices: Sequence[str], granularity: Granularity, *, seq2seq: bool, per_token: bool) -> list[Site]:
     """The gate sites over `matrices` (in model order).
 
-    `per_token` gates of a seq2seq network cannot span encoder and decoder: `network` then means one site per axis.
+    `per_token` gates of a seq2seq model cannot span encoder and decoder: then `network` has one site per axis.
     """
     members: dict[str, list[Group]] = {}
     stream = partial(stream_of, seq2seq=seq2seq)
@@ -65,13 +65,13 @@ def _site_name(group: Group, granularity: Granularity, seq2seq: bool, per_token:
 
 
 def groups_of(matrices: Iterable[str], stream_of: Callable[[str], Stream], *, fuse: bool) -> list[Group]:
-    """The matrices in groups that read one tensor, in the order of each one's first; alone without `fuse`."""
+    """The matrices in groups that read the same tensor, ordered by their first; one group each without `fuse`."""
     grouped: dict[tuple[str, object, Stream], list[str]] = {}
     for matrix in matrices:
         parent, _, leaf = matrix.rpartition(".")
         stream = stream_of(matrix)
         family = next((f for f in _SIBLINGS if leaf in f), None) if fuse else None
-        # In cross-attention the query reads the decoder, key and value the encoder: the stream keeps them apart.
+        # In cross-attention the query reads the decoder, key and value the encoder: the stream separates them.
         grouped.setdefault((parent, family or leaf, stream), []).append(matrix)
     return [Group(tuple(members), stream) for (_, _, stream), members in grouped.items()]
 
@@ -83,7 +83,7 @@ def block_of(matrix: str) -> str:
 
 
 def layer_of(matrix: str) -> str:
-    """The sub-layer inside the block; matrices right under the block (BART's fc1, fc2) form its feed-forward."""
+    """The sub-layer in the block; matrices directly in the block (BART's fc1, fc2) are its feed-forward sub-layer."""
     block = block_of(matrix)
     rest = matrix[len(block) + 1 :].split(".")
     if len(rest) <= 1:

@@ -1,6 +1,6 @@
-"""What the tokens of a forward pass are (padding, prompt, cached past), read from the model's own call by hooks.
+"""What the tokens of a forward pass are (padding, prompt, cached past). Hooks read it from the model's own call.
 
-Contents: Pass; Streams and Layout, what a mixture asks of any model, kept in `language_layout` and `pipeline_layout`.
+Contents: Pass; the protocols Streams and Layout, implemented in `language_layout` and `pipeline_layout`; outside.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from molecli.catalog.methods import Kind
 from molecli.errors import RunError
 from molecli.protocols import Granularity, Reading, Shape, Site
 
-# What transformers calls the key-value cache, in calls and in outputs: from 5.24 on, and before.
+# The names of the key-value cache in transformers' calls and outputs: from 5.24 on, and before.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
@@ -25,9 +25,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 class Pass:
     """One forward pass along one token axis.
 
-    step: counts passes, so that a site knows its gate is stale; past: tokens already in the key-value
-    cache, and which that is; over: the pass has ended, and what is called now is recomputed for its backward pass;
-    shared: what a first gate computed and the others of this pass need too.
+    step: the number of the pass, by which a site knows that its gate value is old; past, cache: the number of tokens in
+    the key-value cache, and that cache; over: the pass has ended, and calls now recompute it for the backward pass;
+    shared: values that one gate computed and other gates of this pass need too.
     """
 
     step: int = 0
@@ -41,7 +41,7 @@ class Pass:
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def differs(self, later: Pass) -> bool:
-        """Whether the `later` pass goes on from another cache than this one filled."""
+        """Whether the `later` pass continues with another cache than that of this pass."""
         return self.cache is not None and later.cache is not None and self.cache() is not later.cache()
 
 
@@ -49,7 +49,7 @@ class Streams(Protocol):
     """The current pass along each token axis of a model."""
 
     def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
-        """Hooks that keep the passes current; `on_pass` is called at the start of each."""
+        """Hooks that update the passes; `on_pass` is called at the start of each pass."""
         ...
 
     def of(self, site: Site) -> Pass:
@@ -57,24 +57,24 @@ class Streams(Protocol):
         ...
 
     def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
-        """What the gate of `site` sees of the entry's input x and its projections u.
+        """The input of the gate of `site`, from the entry's input x and its projections u.
 
-        Raises: RunError where the model itself was never called.
+        Raises: RunError if the model itself was not called.
         """
         ...
 
 
 def outside() -> RunError:
-    """The error for experts that are called when no pass has begun."""
+    """The error for experts that are called before a pass of the model has begun."""
     what = "the experts were called outside the model they are attached to"
     return RunError("mixture", what, "Call the model itself.")
 
 
 class Layout(Protocol):
-    """How experts sit on one kind of model.
+    """How experts are placed on one kind of model.
 
-    kind: what the base makes; seq2seq: whether it has an encoder and a decoder; memory_width: that of the encoder's
-    output, which the gates of a decoder read as the prompt, None where there is no such thing.
+    kind: texts or pictures; seq2seq: whether it has an encoder and a decoder; memory_width: the width of the encoder's
+    output, which the gates of a decoder read as the prompt; None if there is no encoder.
     """
 
     kind: Kind
@@ -90,9 +90,9 @@ class Layout(Protocol):
         ...
 
     def streams(self) -> Streams:
-        """Fresh passes for one mixture."""
+        """New passes for one mixture."""
         ...
 
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
-        """The gate sites over `matrices`, which are in order."""
+        """The gate sites over `matrices`, which are in the order of a forward pass."""
         ...

@@ -1,4 +1,4 @@
-"""What the gates of a study's compositions did: entropy over the training, and the weight of each LoRA (MoLE, Fig. 5).
+"""The gates of a study's compositions: their entropy over the training, and the weight of each LoRA (MoLE, Fig. 5).
 
 Contents: Look, read_looks, look_tables, entropy_course_png.
 """
@@ -17,15 +17,15 @@ from molecli.evaluation.gate_report import ALL
 from molecli.evaluation.tables import TextRow, TextTable
 
 LARGEST = "largest mean weight"
-_STEPS = 6  # of the course in the table
-_MOST = 24  # LoRAs whose weights the table tells
+_STEPS = 6  # training steps in the table
+_MOST = 24  # LoRAs whose weights the table shows
 
 
 @dataclass(frozen=True)
 class Look:
-    """The gates of one column, averaged over its compositions: seeds, tasks, sets of LoRAs.
+    """The gates of one column, averaged over its compositions (seeds, tasks, sets of LoRAs).
 
-    weights: by LoRA, over all sites and inputs; entropy in nats, at most `uniform`; course: step -> mean entropy.
+    weights: by LoRA, over all sites and inputs; entropy: in nats, at most `uniform`; course: step -> mean entropy.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Look:
 
     @property
     def largest(self) -> float:
-        """The weight of the LoRA that has most."""
+        """The weight of the LoRA with the largest weight."""
         return max(self.weights.values())
 
 
 def read_looks(folder: Path, names: Sequence[str]) -> list[Look]:
-    """The looks that the jobs gates/<number>/... in `folder` took, one for each method and number of LoRAs."""
+    """The gates that the jobs gates/<number>/... in `folder` recorded, for each method and number of LoRAs."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         _, number, *_, method = name.split("/")
@@ -70,11 +70,11 @@ def _look(label: str, found: Sequence[Mapping[str, Any]]) -> Look:
 
 
 def look_tables(looks: Sequence[Look]) -> list[TextTable]:
-    """Entropy over the training, and the mean weight of each LoRA in percent."""
+    """Two tables: the entropy over the training, and the mean weight of each LoRA in percent."""
     columns = tuple(look.name for look in looks)
     steps = _spread(sorted({step for look in looks for step in look.course}))
     rows = [TextRow(f"step {step}", tuple(_number(look.course.get(step)) for look in looks)) for step in steps]
-    rows.append(TextRow("on what is scored", tuple(_number(look.entropy) for look in looks)))
+    rows.append(TextRow("on the scored inputs", tuple(_number(look.entropy) for look in looks)))
     rows.append(TextRow("uniform", tuple(_number(look.uniform) for look in looks)))
     experts = list(dict.fromkeys(expert for look in looks for expert in look.weights))
     shown = experts if len(experts) <= _MOST else []
@@ -87,7 +87,7 @@ def look_tables(looks: Sequence[Look]) -> list[TextTable]:
 
 
 def entropy_course_png(looks: Sequence[Look], path: Path) -> Path:
-    """The path of a picture of the gates' entropy over the training, by column, as a share of the uniform gate's."""
+    """The path of a picture of the gates' entropy over the training, as a share of the uniform gate's entropy."""
     figure = figure_of(6.0, 3.6)
     axis = figure.subplots()
     for look in looks:
@@ -100,7 +100,7 @@ def entropy_course_png(looks: Sequence[Look], path: Path) -> Path:
 
 
 def _spread(steps: Sequence[int]) -> list[int]:
-    """The first and the last step, and some between."""
+    """At most _STEPS steps: the first, the last, and some between."""
     if len(steps) <= _STEPS:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (_STEPS - 1))] for i in range(_STEPS)]

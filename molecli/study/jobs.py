@@ -1,8 +1,8 @@
-"""The commands that a study of texts is made of, each a recipe of its own; and what every kind of study shares.
+"""The commands of a study of texts, each with its own recipe, and the parts that every kind of study shares.
 
-Job         one command           lora_jobs   the LoRAs, and the jobs that train them
-Named       one LoRA              text_jobs   all of a study on a language model
-                                  chosen_jobs those for some of the columns
+Job         one command           lora_jobs     the LoRAs, and the jobs that train them
+Named       one LoRA              text_jobs     all jobs of a study on a language model
+Variant     one setting           chosen_jobs   the jobs of some columns
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import yaml
 
 from molecli.catalog.methods import ALONE, BASE, get_method
 from molecli.errors import UsageError, suggestion
+from molecli.evaluation.scoring import OWN_LORA
 from molecli.suites import load_suite, select_tasks
 
 if TYPE_CHECKING:
@@ -25,15 +26,14 @@ if TYPE_CHECKING:
 
 STEPS = "study-steps"
 PHASES = ("loras", "candidates", "trials", "compositions", "scores", "gates")
-OWN = "own LoRA"  # the column of each LoRA on its own task
-LOOKED_AT = 64  # examples of a task that the gates are looked at on
+LOOKED_AT = 64  # examples of each task for inspect-gates
 
 
 @dataclass(frozen=True)
 class Job:
-    """One `mole` command: its place below the study's folder, its recipe, and the columns it is for, () for all.
+    """One `mole` command: its path below the study's folder, its recipe, and the columns that need it (() for all).
 
-    shared: other columns are scored by it too, where the study has such.
+    shared: it can score several columns at once.
     """
 
     phase: str
@@ -44,22 +44,22 @@ class Job:
 
     @property
     def command(self) -> str:
-        """What it is called."""
+        """The name of the command."""
         return str(self.tree["command"])
 
     @property
     def arguments(self) -> list[str]:
-        """What else is written behind the recipe: inspect-gates saves nothing without --output."""
+        """Flags after the recipe: inspect-gates saves nothing without --output."""
         return ["--output", self.output] if self.phase == "gates" else []
 
     @property
     def output(self) -> str:
-        """The folder that it makes."""
+        """The folder that it writes."""
         return str(self.tree["output"])
 
     @property
     def reads(self) -> list[str]:
-        """The folders of LoRAs and compositions that it is made of, which other jobs may make."""
+        """The folders of LoRAs and compositions that it reads. Other jobs may write them."""
         made = self.tree.get("compositions", [self.tree["composition"]] if "composition" in self.tree else [])
         return [*(lora["source"] for lora in self.tree.get("loras", ())), *made]
 
@@ -69,14 +69,14 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Of all but the place, so that a folder of LoRAs can be taken along to another study."""
+        """A hash of the recipe without its output, so that a folder of LoRAs can be moved to another study."""
         what = yaml.safe_dump({key: value for key, value in self.tree.items() if key != "output"})
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Named:
-    """A LoRA of the study: its name, its folder, and the tasks that it is for."""
+    """A LoRA of the study: its name, its folder, and its tasks."""
 
     name: str
     source: str
@@ -85,7 +85,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its settings: label says which were chosen for some tasks only, `tasks`; else both are empty."""
+    """A method with its settings. If they were chosen only for `tasks`, `label` names them; else both are empty."""
 
     method: StudyMethod
     label: str = ""
@@ -94,27 +94,27 @@ class Variant:
 
 # method -> the LoRAs that it composes
 Cast = Mapping[str, Sequence[Named]]
-# (number of LoRAs, method) -> that method as it was chosen; where it was for each task by itself, all that were
+# (number of LoRAs, method) -> that method with its chosen settings; several if they were chosen for each task
 Settled = Mapping[tuple[int | None, str], Sequence[Variant]]
 
 
 def text_jobs(recipe: StudyRecipe, settled: Settled) -> list[Job]:
-    """The study's commands in order, but for the choice of settings; `settled`: methods as these were chosen.
+    """The study's commands in order, without those that choose settings. `settled`: methods with chosen settings.
 
-    Raises: UserError for tasks that are not there.
+    Raises: UserError for tasks that do not exist.
     """
     for group, tasks in recipe.groups.items():
         known = tasks_of(recipe.test.data)
         for task in tasks:
             if task not in known:
-                raise UsageError(f"groups.{group}", f"no task of the test is {task!r}", suggestion(task, known))
+                raise UsageError(f"groups.{group}", f"the test has no task {task!r}", suggestion(task, known))
     loras, cast, training = lora_jobs(recipe)
     made = _compositions(recipe, loras, cast, settled)
     return [*training, *made, *_scores(recipe, loras, settled), *gate_jobs(recipe, made)]
 
 
 def chosen_jobs(jobs: Sequence[Job], columns: Collection[str]) -> list[Job]:
-    """The jobs for these columns alone and those for all; every job where none is named."""
+    """The jobs that only these columns need and those that all columns need; every job if no column is named."""
     return [job for job in jobs if not columns or set(job.columns) <= set(columns)]
 
 
@@ -122,7 +122,7 @@ def chosen_jobs(jobs: Sequence[Job], columns: Collection[str]) -> list[Job]:
 
 
 def lora_jobs(recipe: StudyRecipe) -> tuple[list[Named], Cast, list[Job]]:
-    """(the LoRAs, those of every method, the jobs that train them)."""
+    """(the study's LoRAs, the LoRAs of each method, the jobs that train them)."""
     shared, jobs = _trained(recipe, recipe.experts, "loras", ())
     cast: dict[str, Sequence[Named]] = {}
     for name, method in recipe.methods.items():
@@ -137,8 +137,8 @@ def lora_jobs(recipe: StudyRecipe) -> tuple[list[Named], Cast, list[Job]]:
 def _trained(
     recipe: StudyRecipe, experts: ExpertsConfig, folder: str, columns: tuple[str, ...]
 ) -> tuple[list[Named], list[Job]]:
-    """The LoRAs, first one of every task, then the second of every task, and so on; and the jobs that train them, for
-    these columns."""
+    """The LoRAs and the jobs that train them for these columns; first one LoRA of each task, then the second of each,
+    and so on."""
     if experts.loras:
         return _needed(recipe, [Named(lora.name, lora.source, (lora.name,)) for lora in experts.loras]), []
     named, trees = [], {}
@@ -158,9 +158,9 @@ def _trained(
 
 
 def _lessons(experts: ExpertsConfig, data_dir: str | None) -> Iterable[tuple[str, tuple[str, ...], dict[str, Any]]]:
-    """(name, its tasks, what it learns from) of every LoRA to train."""
+    """(name, tasks, the recipe's section of training data) of every LoRA to train."""
     for name, pictures in experts.pictures.items():
-        # An absolute folder stays what it is.
+        # An absolute folder is kept as it is.
         folder = str(Path(data_dir or "", pictures.instance_dir))
         yield name, (name,), {"pictures": {**plain(pictures), "instance_dir": folder}}
     if experts.pictures:
@@ -174,10 +174,10 @@ def _lessons(experts: ExpertsConfig, data_dir: str | None) -> Iterable[tuple[str
 
 
 def _needed(recipe: StudyRecipe, loras: list[Named]) -> list[Named]:
-    """No more than are composed at once. Raises: UsageError where there are fewer."""
+    """The LoRAs that are needed: as many as the largest composition has. Raises: UsageError if there are fewer."""
     most = max(recipe.numbers, default=len(loras))
     if most > len(loras):
-        what = f"{most} LoRAs are to be composed, and there are {len(loras)}"
+        what = f"{most} LoRAs should be composed, but there are only {len(loras)}"
         raise UsageError("numbers", what, "Raise experts.copies, or write smaller numbers.")
     return loras[:most]
 
@@ -201,9 +201,9 @@ def _compositions(recipe: StudyRecipe, loras: Sequence[Named], cast: Cast, settl
                 jobs.append(Job("compositions", place, tree, (name,)))
     if recipe.own:
         for lora in _first(loras):
-            place = f"compositions/own/{lora.name}/{OWN}"
+            place = f"compositions/own/{lora.name}/{OWN_LORA}"
             tree = {"mode": ALONE, "only": [lora.name], **_shared(recipe, [lora], place, recipe.seed)}
-            jobs.append(Job("compositions", place, {"command": "compose", **tree}, (OWN,)))
+            jobs.append(Job("compositions", place, {"command": "compose", **tree}, (OWN_LORA,)))
     return jobs
 
 
@@ -215,7 +215,7 @@ def composed(
     place: str,
     seed: int | None,
 ) -> dict[str, Any]:
-    """The recipe of one composition; `more`: what it learns from, or how it is drawn."""
+    """The recipe of one composition; `more`: its training data, or how pictures are drawn."""
     keys = ("preset", "gate", "method", "train", "objective")
     given = {key: value for key in keys if (value := getattr(method, key))}
     row = get_method(method.mode)
@@ -249,7 +249,7 @@ def _scores(recipe: StudyRecipe, loras: Sequence[Named], settled: Settled) -> li
                 some = {"tasks": list(variant.tasks)} if variant.tasks else None
                 jobs.append(scored(recipe, place, [composition], (name,), some))
             else:
-                # One that wraps the base in classes of its own is slow, too: the others do not wait for it.
+                # A method that wraps the base in its own classes is slow; the others do not wait for it.
                 alone = name if get_method(variant.method.mode).builds else ""
                 by_task.setdefault((number, seed, alone, task), {})[name] = composition
     for (number, seed, alone, task), made in by_task.items():  # one load of the base for all methods of a task
@@ -261,8 +261,10 @@ def _scores(recipe: StudyRecipe, loras: Sequence[Named], settled: Settled) -> li
     if recipe.own:
         for lora in _first(loras):
             there = [task for task in tasks_of(recipe.test.data) if task in lora.tasks]
-            composition = inside(recipe, f"compositions/own/{lora.name}/{OWN}")
-            jobs += [scored(recipe, f"scores/own/{task}", [composition], (OWN,), {"tasks": [task]}) for task in there]
+            composition = inside(recipe, f"compositions/own/{lora.name}/{OWN_LORA}")
+            jobs += [
+                scored(recipe, f"scores/own/{task}", [composition], (OWN_LORA,), {"tasks": [task]}) for task in there
+            ]
     return jobs
 
 
@@ -275,7 +277,7 @@ def scored(
     *,
     modes: Sequence[str] = (),
 ) -> Job:
-    """An evaluation as the study's `test` says, for these columns, on other `data` where some is given."""
+    """An evaluation for these columns with the study's `test` section, in which `data` replaces keys if it is given."""
     test = plain(recipe.test)
     test["baselines"], test["bootstrap"] = False, 0
     if data:
@@ -295,7 +297,7 @@ def scored(
 
 
 def gate_jobs(recipe: StudyRecipe, compositions: Sequence[Job]) -> list[Job]:
-    """A look at the gates of every composition that has some, where the study asks for it."""
+    """A job that inspects the gates, for every composition with gates, if the study asks for it."""
     wanted = [job for job in compositions if recipe.gates and get_method(job.tree["mode"]).family == "gates"]
     places = [job.name.replace("compositions", "gates", 1) for job in wanted]
     return [Job("gates", place, _look(recipe, job), job.columns) for place, job in zip(places, wanted, strict=True)]
@@ -318,34 +320,34 @@ def _look(recipe: StudyRecipe, job: Job) -> dict[str, Any]:
     }
 
 
-# -- what all are made of ----------------------------------------------------------------------------------------------
+# -- parts of all jobs -------------------------------------------------------------------------------------------------
 
 
 def _variants(recipe: StudyRecipe, settled: Settled) -> list[tuple[int | None, str, Variant]]:
-    """(number of LoRAs, column, its method as it is to be composed) of all; as written where nothing was chosen."""
+    """(number of LoRAs, column, its method with the chosen settings) of all columns; as written if none were chosen."""
     written = recipe.methods
     return [(n, name, one) for n, name in recipe.columns for one in settled.get((n, name), [Variant(written[name])])]
 
 
 def _runs(recipe: StudyRecipe, method: StudyMethod) -> list[tuple[int | None, str | None]]:
-    """(seed, task) of every composition by the method: one where nothing is learned, and no LoRA left out."""
+    """(seed, task) of every composition by the method; only one if nothing is learned and no LoRA is left out."""
     tasks = tasks_of(recipe.test.data) if recipe.per_task and (recipe.leave_out or not method.fixed) else [None]
     return list(product([None] if method.fixed else method.seeds or recipe.seeds, tasks))
 
 
 def placed(phase: str, number: int | None, seed: int | None, *names: str | None) -> str:
-    """Where a job is: phase, number of LoRAs, seed, and what else tells it from others."""
+    """The path of a job: phase, number of LoRAs, seed, and further names that make it unique."""
     parts = [phase, number_folder(number), "fixed" if seed is None else f"seed-{seed}", *names]
     return "/".join(part for part in parts if part)
 
 
 def number_folder(number: int | None) -> str:
-    """The part of a path that tells how many LoRAs were composed."""
+    """The part of a path that says how many LoRAs were composed."""
     return "all" if number is None else f"{number}-loras"
 
 
 def column_label(number: int | None, name: str) -> str:
-    """What a column is called where its number of LoRAs is told too."""
+    """The name of a column together with its number of LoRAs."""
     return name if number is None else f"{name}, {number} LoRA{'s' * (number != 1)}"
 
 
@@ -358,22 +360,22 @@ def _first(loras: Sequence[Named]) -> list[Named]:
 
 
 def tasks_of(data: Any) -> list[str]:
-    """The tasks that a section of data names, or all that are there."""
+    """The tasks that a `data` section names, or all tasks of its suite."""
     return select_tasks(load_suite(data.suite, files=data.files), data.tasks, data.data_dir)
 
 
 def inside(recipe: StudyRecipe, place: str) -> str:
-    """The path of a place in the study's folder."""
+    """The full path of a job's folder in the study's folder."""
     return str(Path(recipe.output) / STEPS / place)
 
 
 def common(recipe: StudyRecipe, place: str, seed: int | None) -> dict[str, Any]:
-    """What every job has."""
+    """The keys that every job's recipe has."""
     own = recipe.seed if seed is None else seed
     return {"output": inside(recipe, place), "seed": own, "device": recipe.device}
 
 
 def plain(section: Any) -> dict[str, Any]:
-    """What was written of a section, as YAML holds it: defaults stay those of the command."""
+    """The keys of a section that were written, as YAML stores them; the command fills in its defaults."""
     found: dict[str, Any] = section.model_dump(mode="json", exclude_unset=True)
     return found

@@ -1,7 +1,7 @@
-"""What a study found: every method's scores side by side, who wins, the curve over the number of LoRAs and whether a
-method grows along it, what the gates did, and beside the scores the published figures.
+"""The report of a study: every method's scores side by side, which one wins, the curve over the number of LoRAs and the
+gain along it, the gates, and the published figures for comparison.
 
-Contents: StudyReport, study_report.
+Contents: StudyReport, study_report, curve_of, lines_of, draw_curve, beside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from molecli.evaluation.compare import CompareReport, chosen_metrics, judged, line_up
 from molecli.evaluation.saved_results import Run, joined, read_run
-from molecli.evaluation.tables import AVERAGE, Row, ScoreTable, Table, TextRow, TextTable, draw, to_markdown
+from molecli.evaluation.scoring import AVERAGE
+from molecli.evaluation.tables import ScoreRow, ScoreTable, Table, TextRow, TextTable, draw, to_markdown
 from molecli.files.atomic import write_text, write_with
 from molecli.study.gates import LARGEST, Look, entropy_course_png, look_tables, read_looks
 from molecli.study.scaling import Growth, growth_table, growths
@@ -25,20 +26,20 @@ from molecli.study.tuning import Choice, choice_table, chosen_on
 if TYPE_CHECKING:
     from molecli.config import StudyRecipe
 
-# (number of LoRAs as a folder, what belongs together there)
+# (folder of a number of LoRAs, name of runs that belong together)
 Column = tuple[str, str]
-EVERY = "all"  # the only number of a study that names none
-SHARED = ("base", "own")  # scored once, beside every number
+EVERY = "all"  # the only number of a study that names no numbers
+SHARED = ("base", "own")  # scored once and shown with every number
 
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A comparison for each number of LoRAs, what the recipe says of it, and what failed: a command's name -> why.
+    """A comparison for each number of LoRAs, with the texts and the published figures of the recipe.
 
-    partial: what was scored on some of the tasks only, and so is not compared -> on how many.
-    missing: a column that was not run, or not whole -> how many of its evaluations are not there.
-    recipe: what was written of it, flags included, so that the figures can be made again.
-    growth: of every method, from one number of LoRAs to the next.
+    failed: a command's name -> why it failed.
+    partial: evaluations of some tasks only (not compared) -> how many. missing: incomplete columns -> what is missing.
+    recipe: the keys that were written, with flags, so that the figures can be computed again.
+    growth: each method's gain from one number of LoRAs to the next.
     """
 
     title: str
@@ -56,7 +57,7 @@ class StudyReport:
     growth: Sequence[Growth] = ()
 
     def document(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """The report as JSON stores it."""
         return {
             "title": self.title,
             "base": self.base,
@@ -86,7 +87,7 @@ class StudyReport:
             parts.append(("Gates", list(look_tables(self.looks)), [f"Over {_compositions(self.looks)} each."]))
         if self.published:
             lines = [
-                f"published: not measured here, but {self.source or 'of another work'}",
+                f"published: not measured here, but taken from {self.source or 'another work'}",
                 f"here: this study, on {self.base}",
             ]
             curve = self.curve() if len(self.comparisons) > 1 else None
@@ -101,11 +102,11 @@ class StudyReport:
         return curve_of({number: _averages(report) for number, report in self.comparisons.items()})
 
     def _by_number(self) -> tuple[list[Table], list[str]]:
-        """(the curve and the steps along it, what these mean)."""
+        """(the curve and the table of gains, the lines that explain them)."""
         if not self.growth:
             return [self.curve()], []
         first = next(iter(self.comparisons.values()))
-        what = "a method's average at the larger number less that at the smaller, over the same test examples"
+        what = "a method's average at the larger number minus that at the smaller, over the same test examples"
         lines = [f"more LoRAs less fewer: {what}", *([first.star] if first.samples else [])]
         return [self.curve(), growth_table(self.growth)], lines
 
@@ -117,7 +118,7 @@ class StudyReport:
             sys.stdout.write("".join(["\n", *(f"{line}\n" for line in lines)] if lines else []))
 
     def markdown(self) -> str:
-        """The whole report."""
+        """The whole report as markdown."""
         blocks = [f"# {self.title}"] if self.title else []
         for heading, tables, lines in self.sections():
             blocks += [f"## {heading}"] if heading else []
@@ -126,7 +127,7 @@ class StudyReport:
         return "\n\n".join(blocks) + "\n"
 
     def write(self, folder: Path) -> None:
-        """study.md and study.json; study.png with several numbers, entropy.png where gates were looked at."""
+        """Writes study.md and study.json; study.png with several numbers, entropy.png if gates were inspected."""
         write_text(folder / "study.md", self.markdown())
         text = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False)
         write_text(folder / "study.json", text + "\n")
@@ -145,10 +146,10 @@ def study_report(
     failed: Mapping[str, str] | None = None,
     missing: Mapping[str, str] | None = None,
 ) -> StudyReport:
-    """The report on the evaluations `scored` in `folder`: scores/<number>/..., scores/base or scores/own/<task>; on the
-    gates that were `looked` at there; on the settings that were chosen; on what failed, and on what is missing.
+    """The report on the evaluations `scored` in `folder` (scores/<number>/..., scores/base, scores/own/<task>), on the
+    gates of the jobs `looked`, on the chosen settings, and on what failed or is missing.
 
-    Raises: UsageError, MismatchError where they cannot be compared.
+    Raises: UsageError, MismatchError if the evaluations cannot be compared.
     """
     groups: dict[Column, list[Run]] = {}
     for name in scored:
@@ -178,9 +179,9 @@ def study_report(
 
 
 def _whole(runs: Mapping[Column, Run]) -> tuple[dict[Column, Run], dict[str, str]]:
-    """(the runs that have every task, what the others lack): a mean over some of the tasks is not beside one over all.
+    """(the runs with every task, what the others lack): a mean over some tasks is not compared with one over all.
 
-    Each LoRA on its own task is a column of those tasks that have one.
+    The column of each LoRA on its own task has only the tasks with a LoRA.
     """
     has = {key: len(run.content["results"]) for key, run in runs.items()}
     most = max((count for (number, _), count in has.items() if number != "own"), default=0)
@@ -193,21 +194,21 @@ def _whole(runs: Mapping[Column, Run]) -> tuple[dict[Column, Run], dict[str, str
 
 
 def _group(recipe: StudyRecipe, number: str, rest: Sequence[str]) -> str:
-    """What runs over a task each have in common that belong together: the seed, each LoRA on its own task, or the seed
-    and the method that scenes are drawn by."""
+    """The common name of the runs (of one task each) that belong together: the seed, "own", or for pictures the seed
+    and the method."""
     if number == "own":
         return number
     if recipe.draws:
         return "/".join(rest[:2])
-    # Learned on each task, the last part is the task; of what nothing was learned, the method comes second, and perhaps
-    # a setting after it, whose run is over the tasks that have it.
+    # If the method learns on each task, the last part is the task. If it learns nothing, the second part is the method,
+    # and a third part can be a setting; its run has the tasks for which the setting was chosen.
     by_task = recipe.leave_out or (recipe.per_task and rest[:1] != ["fixed"])
     return "/".join(rest[:-1] if by_task else rest[:2])
 
 
 def _read(recipe: StudyRecipe, path: Path, rest: Sequence[str]) -> Run:
-    """The run in a folder. A run of pictures calls its one method after the mode or a folder: here it has the column's
-    name, so that runs over other scenes can be joined to it."""
+    """The run in a folder. A run of pictures names its method after the mode or a folder. Here the method gets the
+    column's name, so that runs over other scenes can be joined to it."""
     if not recipe.draws:
         return read_run(str(path))
     column = rest[1]
@@ -217,10 +218,10 @@ def _read(recipe: StudyRecipe, path: Path, rest: Sequence[str]) -> Run:
 
 
 def _compared(recipe: StudyRecipe, base: Sequence[Run], own: Sequence[Run], runs: Sequence[Run]) -> CompareReport:
-    """All methods on all tasks; where some tasks have no LoRA, also those that have one, beside these LoRAs; and on
-    each of the recipe's groups of tasks; margins are those of the recipe's subject, where it has one.
+    """The comparison of all methods on all tasks and on each of the recipe's groups of tasks. If some tasks have no
+    LoRA, also on the tasks that have one, together with these LoRAs. The margins are those of the recipe's subject.
 
-    A contest for each metric that the recipe names, of pictures for every one; else by the main metric of each task.
+    There is a contest for each metric of the recipe, for pictures for every metric; otherwise one by main metrics.
     """
     tasks = list(runs[0].content["results"])
     covered = [task for task in tasks if all(task in run.content["results"] for run in own)]
@@ -252,14 +253,14 @@ def _averages(report: CompareReport) -> dict[str, float]:
 
 
 def curve_of(averages: Mapping[str, Mapping[str, float]]) -> ScoreTable:
-    """A row for each number of LoRAs, of {"8-loras": {method: its average}}."""
+    """A table with a row for each number of LoRAs, from {"8-loras": {method: its average}}."""
     methods = list(dict.fromkeys(name for by in averages.values() for name in by))
-    rows = [Row(n.removesuffix("-loras"), tuple(by.get(m) for m in methods)) for n, by in averages.items()]
+    rows = [ScoreRow(n.removesuffix("-loras"), tuple(by.get(m) for m in methods)) for n, by in averages.items()]
     return ScoreTable("LoRAs", tuple(methods), tuple(rows))
 
 
 def lines_of(curve: ScoreTable) -> dict[str, list[tuple[int, float]]]:
-    """{method: (row, score) where it has one}, without those that have none, from the best on by each one's last."""
+    """{method: its points (row, score)}, sorted by the last score, best first; methods without scores are left out."""
     lines = {
         name: [(x, score) for x, row in enumerate(curve.rows) if (score := row.scores[i]) is not None]
         for i, name in enumerate(curve.columns)
@@ -269,13 +270,13 @@ def lines_of(curve: ScoreTable) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_curve(curve: ScoreTable, path: Path) -> None:
-    """A line for each method over the numbers of LoRAs, as PNG."""
+    """Draws a line for each method over the numbers of LoRAs, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for i, (name, points) in enumerate(lines_of(curve).items()):
-        marker = "osD"[i // 10 % 3]  # colours come again after ten
+        marker = "osD"[i // 10 % 3]  # colours repeat after ten lines
         axes.plot(*zip(*points, strict=True), marker=marker, label=name)
     axes.set_xticks(range(len(curve.rows)), [row.label for row in curve.rows])
     axes.set_xlabel("LoRAs composed")
@@ -294,10 +295,10 @@ def beside(
     curve: ScoreTable | None,
     looks: Sequence[Look],
 ) -> TextTable:
-    """The published rows and columns, before each column what was measured here, where it was.
+    """The published rows and columns. Before each column come the values that were measured here, if there are any.
 
-    `curve`: the averages by the number of LoRAs, where there are several numbers. An average over other tasks than the
-    published one is not shown.
+    `curve`: the averages by the number of LoRAs, if there are several numbers. A measured average over other tasks than
+    the published one is not shown.
     """
     here: Figures = {(LARGEST, look.name): 100 * look.largest for look in looks}
     here |= _by_row(next(iter(comparisons.values()))) if curve is None else _by_number(curve)
@@ -319,8 +320,8 @@ def _average(row: str) -> bool:
 
 
 def _alike(published: Mapping[str, Mapping[str, float]], here: Figures, column: str, tasks: Sequence[str]) -> bool:
-    """Whether the column's averages are over the same here and there: every row that was published was measured, and of
-    the `tasks` measured none is beyond them. Where averages alone were published nobody can tell."""
+    """Whether the column's averages here and there are over the same tasks: every published row was measured, and all
+    measured `tasks` were published. True if only averages were published, because then it cannot be checked."""
     rows = [row for row in published if not _average(row) and row != LARGEST]
     known = all(any(row == task or row.startswith(f"{task} ") for row in rows) for task in tasks)
     return not rows or (known and all((row, column) in here for row in rows))
@@ -328,7 +329,7 @@ def _alike(published: Mapping[str, Mapping[str, float]], here: Figures, column: 
 
 def _by_row(report: CompareReport) -> Figures:
     first = report.contests[0][0]
-    # An average over some of the tasks alone is another number.
+    # An average over only some of the tasks cannot be compared.
     whole = [contest for contest, _ in report.contests if set(contest.metrics) == set(first.metrics)]
     found: Figures = {}
     for contest, _ in report.contests:
@@ -356,7 +357,7 @@ def _by_number(curve: ScoreTable) -> Figures:
 
 
 def _text(value: float | None, digits: int | None = None) -> str:
-    """The value with so many digits; without a number of them as it was written."""
+    """The value with `digits` decimals, or without `digits` as it was written."""
     if value is None:
         return "–"
     return str(value) if digits is None else f"{value:.{digits}f}"

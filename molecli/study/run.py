@@ -1,11 +1,11 @@
-"""`mole study`: LoRAs trained on tasks, composed by every method, scored side by side, as `mole` commands in order.
+"""`mole study`: trains LoRAs on tasks, composes them by every method and compares the scores, as `mole` commands.
 
-    jobs_of      recipe -> the commands, in phases that need one another: LoRAs, candidates and their trials where
-                 settings are to be chosen, compositions, scores, gates
-    run_study    recipe -> StudyReport: runs those that are not done yet, some side by side, and tells the scores
+    jobs_of      recipe -> the commands, in phases: LoRAs, candidates and their trials if settings are to be chosen,
+                 compositions, scores, gates
+    run_study    recipe -> StudyReport: runs the commands that are not done yet, several at a time
 
-Every job is a recipe of its own in study-steps/, with its log, that anybody can run again by hand. A job waits for
-those only that make what it reads: a slow column or seed does not hold up the others.
+Every job has its own recipe and log in study-steps/, and can be run again by hand. A job waits only for the jobs whose
+output it reads, so a slow column or seed does not delay the others.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from molecli.config.unread import check_keys, composing
 from molecli.errors import RunError, UsageError, suggestion
+from molecli.evaluation.scoring import OWN_LORA
 from molecli.protocols import Note, Progress
-from molecli.study.jobs import OWN, PHASES, STEPS, Job, chosen_jobs, column_label, number_folder, text_jobs
+from molecli.study.jobs import PHASES, STEPS, Job, chosen_jobs, column_label, number_folder, text_jobs
 from molecli.study.report import SHARED, StudyReport, study_report
 from molecli.study.scene_jobs import scene_jobs
 from molecli.study.scheduler import Work, prepare
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def jobs_of(recipe: StudyRecipe, choices: Sequence[Choice] = (), grid: Grid | None = None) -> list[Job]:
-    """The study's commands in order; methods to be tuned are composed as `choices` say, where these are known, which
-    are chosen from `grid`, else from what the recipe lists.
+    """The study's commands in order. Tuned methods have the settings in `choices`, if these are known already. They are
+    chosen from `grid`, otherwise from the values that the recipe lists.
 
-    Raises: UserError for tasks that are not there, and for a setting that a method does not read.
+    Raises: UserError for tasks that do not exist, and for a setting that a method does not read.
     """
     for name, method in recipe.methods.items():
         check_keys(method.settings, composing([method.mode]), f"methods.{name}.method")
@@ -49,11 +50,11 @@ def run_study(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> StudyReport:
-    """Runs the jobs, `at_once` side by side over the GPUs there are; the report of what was scored is also written.
+    """The report on all scores, also written to files, after running the jobs, `at_once` at a time over the GPUs.
 
-    columns: only the jobs that these need, those of several columns once all are named; the report has what else was
-    done before. A job that fails is told by `note` and in the report, and what needs it is left out.
-    Raises: UsageError for a column that there is not, RunError where nothing was scored.
+    columns: run only the jobs that these columns need. A job for several columns runs once all of them are named. The
+    report includes everything that was done before. `note` receives a line when a job fails; the report lists it too,
+    and jobs that need it are skipped. Raises: UsageError for an unknown column, RunError if nothing was scored.
     """
     check_columns(recipe, columns)
     prepare()
@@ -75,10 +76,10 @@ def run_study(
 
 
 def missing(recipe: StudyRecipe, jobs: Sequence[Job], over: Collection[str]) -> dict[str, str]:
-    """Of every column, at its number of LoRAs, how many of its evaluations are not among those that are `over`, because
-    only other columns were to be run."""
+    """{column with its number of LoRAs: how many of its evaluations are not in `over`}, because only other columns were
+    run."""
     left = {}
-    for number, name in [*recipe.columns, (None, OWN)]:
+    for number, name in [*recipe.columns, (None, OWN_LORA)]:
         places = (number_folder(number), *SHARED)
         asked = [job for job in jobs if job.phase == "scores" and name in job.columns]
         done = [job.name in over for job in asked if job.name.split("/")[1] in places]
@@ -89,8 +90,8 @@ def missing(recipe: StudyRecipe, jobs: Sequence[Job], over: Collection[str]) -> 
 
 
 def check_columns(recipe: StudyRecipe, columns: Sequence[str]) -> None:
-    """Nothing. Raises: UsageError for a name that is no column of the study."""
-    there = [*recipe.methods, *([OWN] if recipe.own and not recipe.draws else [])]
+    """Raises: UsageError for a name that is not a column of the study."""
+    there = [*recipe.methods, *([OWN_LORA] if recipe.own and not recipe.draws else [])]
     for name in columns:
         if name not in there:
             raise UsageError("--column", f"the study has no column {name!r}", suggestion(name, there))
@@ -100,8 +101,8 @@ def check_columns(recipe: StudyRecipe, columns: Sequence[str]) -> None:
 
 
 def _all_lanes(recipe: StudyRecipe, work: Work, columns: Sequence[str]) -> Grid:
-    """Does what each column needs, all of them at the same time, and what several are scored in once these are there;
-    all that was tried, by columns that are not to be run too."""
+    """Runs the jobs of all columns at the same time, and the jobs that score several columns once these are ready.
+    Returns all settings that were tried, also those of columns that are not run now."""
     lanes = _lanes(recipe)
     running = {key: lane for key, lane in lanes.items() if not columns or key[1] in columns}
     shared = [job for job in chosen_jobs(jobs_of(recipe), columns) if job.shared]
@@ -118,13 +119,13 @@ def _all_lanes(recipe: StudyRecipe, work: Work, columns: Sequence[str]) -> Grid:
             work.do(shared, PHASES)
             grids = [ends[key].result() if key in ends else _tried(lane, work)[0] for key, lane in lanes.items()]
         except BaseException:
-            work.close()  # or the others would go on
+            work.close()  # otherwise the other columns would go on
             raise
     return {key: method for grid in grids for key, method in grid.items()}
 
 
 def _lanes(recipe: StudyRecipe) -> dict[tuple[int | None, str], StudyRecipe]:
-    """(number of LoRAs, column) -> the study of that column alone."""
+    """(number of LoRAs, column) -> the study of only that column."""
     alone = {"own": False, "subject": ""}
     found = {
         (number, name): recipe.model_copy(
@@ -133,7 +134,7 @@ def _lanes(recipe: StudyRecipe) -> dict[tuple[int | None, str], StudyRecipe]:
         for number, name in recipe.columns
     }
     if recipe.own and not recipe.draws:
-        found[None, OWN] = recipe.model_copy(update={"methods": {}})
+        found[None, OWN_LORA] = recipe.model_copy(update={"methods": {}})
     return found
 
 
@@ -142,7 +143,7 @@ def _own_jobs(lane: StudyRecipe, choices: Sequence[Choice] = (), grid: Grid | No
 
 
 def _lane(key: tuple[int | None, str], lane: StudyRecipe, work: Work) -> Grid:
-    """Does what one column needs, from its LoRAs to its scores; all that was tried for it."""
+    """Runs the jobs of one column, from its LoRAs to its scores. Returns the settings that were tried for it."""
 
     def try_out(grid: Grid) -> None:
         jobs = _own_jobs(lane, grid=grid)
@@ -159,7 +160,7 @@ def _lane(key: tuple[int | None, str], lane: StudyRecipe, work: Work) -> Grid:
 def _tried(
     lane: StudyRecipe, work: Work, try_out: Callable[[Grid], object] = lambda grid: None
 ) -> tuple[Grid, list[Choice]]:
-    """(all that was tried for a column, what was chosen): what the recipe lists, and what lies beyond its edges."""
+    """(the settings tried for a column, the choices): the values in the recipe, then values beyond their range."""
     grid, choices = listed(lane), list[Choice]()
     for left in range(lane.wider, -1, -1):
         try_out(grid)

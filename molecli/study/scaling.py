@@ -1,10 +1,10 @@
-"""Whether a method grows or declines from one number of LoRAs to the next, and whether that can be told.
+"""Whether a method gets better or worse from one number of LoRAs to the next, and whether that is significant.
 
-Growth    one method, from one number to the next larger    growth_table    all of them, for the report
-growths   the comparisons of a study -> all of them
+Growth    one method, from one number to the next larger    growth_table    a table of them, for the report
+growths   the comparisons of a study -> all Growths
 
-The two numbers are lined up as if they were two methods, so each example is paired with itself, in whatever order the
-evaluations had them, and each number counts with the mean of its repetitions.
+The two numbers are compared as if they were two methods. So each example is paired with itself, whatever the order in
+the evaluations, and each number counts with the mean of its repetitions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from molecli.evaluation.tables import TextRow, TextTable
 
 @dataclass(frozen=True)
 class Growth:
-    """A method's average at a `number` of LoRAs ("24-loras") less that at the next smaller, the second of the margin,
-    in points."""
+    """A method's average at a `number` of LoRAs ("24-loras") minus that at the next smaller number (the margin's
+    `second`), in points."""
 
     method: str
     number: str
@@ -33,23 +33,23 @@ class Growth:
         return " → ".join(str(_count(number)) for number in (self.margin.second, self.number))
 
     def document(self) -> dict[str, Any]:
-        """What JSON holds of it: method, from, to, difference, low, high, significant."""
+        """The growth as JSON stores it: method, from, to, difference, low, high, significant."""
         margin = asdict(self.margin)
         return {"method": self.method, "from": margin.pop("second"), "to": self.number, **margin}
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Growth:
-        """What `document` made."""
+        """The growth that `document` returned."""
         found = {key: document[key] for key in ("difference", "low", "high", "significant")}
         return cls(document["method"], document["to"], Margin(document["from"], **found))
 
 
 def growths(comparisons: Mapping[str, CompareReport]) -> list[Growth]:
-    """Of every method, from each number of LoRAs ("8-loras") to the next larger, where both have it: by the first
-    contest, resampled as that was.
+    """Each method's growth from each number of LoRAs ("8-loras") to the next larger, if both have the method. It uses
+    the first contest, with the same resampling.
 
-    Left out is what has the same runs at both, as the base has, and two averages that are not over the same tasks.
-    Raises: MismatchError where the two were not scored on the same examples.
+    Left out are methods with the same runs at both numbers, such as the base, and averages over different tasks.
+    Raises: MismatchError if the two were not scored on the same examples.
     """
     if len(comparisons) < 2:
         return []
@@ -66,9 +66,9 @@ def _growth(method: str, fewer: str, more: str, comparisons: Mapping[str, Compar
     if shared or here != there or not all(runs.values()):
         return None
     named = [replace(run, methods={n: run.methods[method]}) for n, some in runs.items() for run in some]
-    told = comparisons[more]
-    verdicts = judged(line_up(named, here), samples=told.samples, seed=told.seed, subject=more)
-    (margin,) = list(verdicts.values())[-1].margins  # of the average; of the task where there is one
+    report = comparisons[more]
+    verdicts = judged(line_up(named, here), samples=report.samples, seed=report.seed, subject=more)
+    (margin,) = list(verdicts.values())[-1].margins  # of the average, or of the only task
     return Growth(method, more, margin)
 
 

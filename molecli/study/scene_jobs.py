@@ -1,8 +1,8 @@
-"""The commands that a study of pictures is made of: scenes name LoRAs, and every method composes those of a scene.
+"""The commands of a study of pictures: scenes name LoRAs, and every method composes the LoRAs of a scene.
 
-Fixed methods draw all scenes in one evaluation. A learned one makes a composition for each set of LoRAs that scenes of
-the recipe name, as the paper trains gates anew for each; where the suite has scenes of its own, one of all LoRAs.
-Contents: scene_jobs.
+A fixed method draws all scenes in one evaluation. A learned method makes a composition for each set of LoRAs that the
+recipe's scenes name, because the paper trains new gates for each set. If the suite has its own scenes, it makes one
+composition of all LoRAs. Contents: scene_jobs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from molecli.study.jobs import Job, Named, common, composed, gate_jobs, inside, 
 if TYPE_CHECKING:
     from molecli.config.study import StudyMethod, StudyRecipe
 
-# A task of the recipe's scenes, or None for all that the suite has -> the sets of LoRAs that its scenes name.
+# A task of the recipe's scenes, or None for all scenes of the suite -> the sets of LoRAs that its scenes name.
 Sets = Mapping[str | None, Sequence[tuple[str, ...]]]
 
 
 def scene_jobs(recipe: StudyRecipe) -> list[Job]:
-    """The study's commands in order. Raises: UsageError for a scene of a LoRA that there is not."""
+    """The study's commands in order. Raises: UsageError for a scene with a LoRA that the study does not have."""
     loras, cast, training = lora_jobs(recipe)
     sets = _sets(recipe, [lora.name for lora in loras])
     needed = {name for some in sets.values() for chosen in some for name in chosen}
@@ -32,7 +32,7 @@ def scene_jobs(recipe: StudyRecipe) -> list[Job]:
     scores: list[Job] = []
     for name, method in recipe.methods.items():
         if method.mode == ALONE:
-            raise UsageError(f"methods.{name}", f"{ALONE} is one LoRA alone", "Scenes of one LoRA show it alone.")
+            raise UsageError(f"methods.{name}", f"{ALONE} is one LoRA alone", "Write a scene with one LoRA instead.")
         if method.fixed:
             scores.append(_drawn(recipe, name, method, cast[name]))
             continue
@@ -48,7 +48,7 @@ def _sets(recipe: StudyRecipe, names: Sequence[str]) -> Sets:
     for scene in recipe.test.data.scenes:
         for lora in scene.loras:
             if lora not in names:
-                what = f"the scene {' + '.join(scene.loras)} needs the LoRA {lora!r}, which is not there"
+                what = f"the scene {' + '.join(scene.loras)} needs the LoRA {lora!r}, which the study does not have"
                 raise UsageError("test.data.scenes", what, suggestion(lora, names))
         task = scene.task or " + ".join(scene.loras)
         if scene.loras not in found.setdefault(task, []):
@@ -59,19 +59,19 @@ def _sets(recipe: StudyRecipe, names: Sequence[str]) -> Sets:
 def _learned(
     recipe: StudyRecipe, name: str, method: StudyMethod, loras: Sequence[Named], sets: Sets, seed: int
 ) -> dict[tuple[str, ...], Job]:
-    """A composition by the method for each set of LoRAs."""
+    """The job of the method's composition for each set of LoRAs."""
     jobs = {}
     for chosen in dict.fromkeys(some for sets_of_task in sets.values() for some in sets_of_task):
         place = placed("compositions", None, seed, "+".join(chosen), name)
         members = [lora for wanted in chosen for lora in loras if lora.name == wanted]
-        # Pictures are scored apart, and the sheet of each composition would show what the scores' sheet does.
+        # No preview: the pictures are scored separately, and the sheet of the scores shows them.
         drawn = {**_pictured(recipe, chosen), "preview": []}
         jobs[chosen] = Job("compositions", place, composed(recipe, method, members, drawn, place, seed), (name,))
     return jobs
 
 
 def _drawn(recipe: StudyRecipe, name: str, method: StudyMethod, loras: Sequence[Named]) -> Job:
-    """All scenes by a method that learns nothing."""
+    """The job in which a method that learns nothing draws all scenes."""
     tree = {
         "loras": [{"name": lora.name, "source": lora.source} for lora in loras],
         "modes": [method.mode],
@@ -84,7 +84,7 @@ def _drawn(recipe: StudyRecipe, name: str, method: StudyMethod, loras: Sequence[
 def _by_compositions(
     recipe: StudyRecipe, name: str, own: Mapping[tuple[str, ...], Job], sets: Sets, seed: int
 ) -> list[Job]:
-    """The scenes of each task, every one by the composition of its LoRAs."""
+    """A job for each task, in which every scene is drawn by the composition of its LoRAs."""
     jobs = []
     for number, (task, chosen) in enumerate(sets.items(), start=1):
         paths = [inside(recipe, own[some].name) for some in chosen]
@@ -105,7 +105,7 @@ def _scored(recipe: StudyRecipe, place: str, column: str, what: Mapping[str, Any
 
 
 def _pictured(recipe: StudyRecipe, names: Sequence[str]) -> dict[str, Any]:
-    """How pictures are denoised, and what is said of the LoRAs `names`."""
+    """The sections `image` and `concepts` of a recipe; concepts are those of the LoRAs `names`."""
     concepts = {name: plain(concept) for name, concept in recipe.concepts.items() if name in names}
     image = plain(recipe.image)
     return {**({"image": image} if image else {}), **({"concepts": concepts} if concepts else {})}

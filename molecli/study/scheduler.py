@@ -1,10 +1,10 @@
-"""Runs a study's commands: so many side by side, each once, whichever of its columns ask for it.
+"""Runs a study's commands, several at a time. Each runs once, even if several columns need it.
 
-Work      jobs in, failures and progress told; a job waits for those alone that make what it reads
-called    one job, as a process of its own
+Work      runs jobs and reports failures and progress; a job waits only for the jobs whose output it reads
+called    runs one job in its own process
 
-A job is done once <name>.done holds the digest of its recipe, so that a study that was killed, or whose recipe grew,
-goes on.
+A job is done when <name>.done holds the digest of its recipe. So a study that was killed, or whose recipe has grown,
+can be continued.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from molecli.study.jobs import Job
 
 
 class Work:
-    """Jobs of a study in `folder`, `at_once` side by side over the GPUs there are. failed: the name of a job -> why.
+    """Runs a study's jobs in `folder`, `at_once` at a time over the GPUs. failed: the name of a job -> why it failed.
 
-    Many threads may call it; those that wait for a job when it is closed end with an error. What is the same but for
-    its place is made once: learned again on a GPU, it would not come out alike.
+    Many threads can use it; threads that wait for a job when it is closed end with an error. Jobs that differ only in
+    their output run once: trained again on a GPU, the result would differ slightly.
     """
 
     def __init__(self, folder: Path, at_once: int, progress: Progress | None, note: Note) -> None:
@@ -45,19 +45,19 @@ class Work:
         for slot in range(at_once):
             self._slots.put(slot)
         self._threads = max(1, (os.cpu_count() or 1) // at_once)
-        self._made: dict[str, tuple[Job, Future[str]]] = {}  # digest -> who makes it
+        self._made: dict[str, tuple[Job, Future[str]]] = {}  # digest -> the job that runs
         self._planned: dict[Hashable, frozenset[tuple[str, str]]] = {}  # (phase, name)
         self._over: set[tuple[str, str]] = set()
         self._lock = Lock()
         self._closed = Event()
 
     def plan(self, whose: Hashable, jobs: Sequence[Job]) -> None:
-        """What is to be done for a column, in place of what was planned for it; progress is told phase by phase."""
+        """Sets the jobs that are planned for a column. Progress counts the planned jobs of each phase."""
         with self._lock:
             self._planned[whose] = frozenset((job.phase, job.name) for job in jobs)
 
     def do(self, jobs: Sequence[Job], phases: Sequence[str]) -> None:
-        """Those of these phases that are not done yet, each as soon as what it reads is made, if it ever is."""
+        """Runs the jobs of these phases that are not done, each as soon as the jobs that it depends on are over."""
         waiting = [job for phase in phases for job in jobs if job.phase == phase]
         ahead = {job.output for job in waiting}
         running: list[tuple[Job, Job, Future[str]]] = []
@@ -71,24 +71,24 @@ class Work:
             running = [one for one in running if one[2] not in over]
 
     def is_done(self, job: Job) -> bool:
-        """Whether its mark and what it makes are there."""
+        """Whether the job's mark and its output exist."""
         mark = mark_of(self.folder, job)
         place = self.folder / job.name
         made = place / RESULTS_FILE if job.phase in ("trials", "scores") else place
         return mark.is_file() and mark.read_text().strip() == job.digest and made.exists()
 
     def done(self, jobs: Sequence[Job], phase: str) -> list[str]:
-        """The names of those of a phase that are done."""
+        """The names of the jobs of a phase that are done."""
         return [job.name for job in jobs if job.phase == phase and self.is_done(job)]
 
     def close(self) -> None:
-        """Begins nothing more; what runs ends."""
-        # Each that is left ends itself: a future that is cancelled before a thread takes it up ends no `wait` for it.
+        """Starts no more jobs, and waits for those that run."""
+        # Waiting jobs end themselves: cancelling a future before a thread takes it would leave `wait` hanging.
         self._closed.set()
         self._pool.shutdown()
 
     def _start(self, job: Job) -> tuple[Job, Future[str]]:
-        """(the job that makes the same, its failure or "" to come)."""
+        """(the job that makes the same output, a future with its failure or "")."""
         with self._lock:
             if self.is_done(job):
                 future: Future[str] = Future()
@@ -114,14 +114,14 @@ class Work:
             self._slots.put(slot)
 
     def _end(self, job: Job, maker: Job, failure: str) -> None:
-        """What another job made is this one's too, if it was made; and that it is over is said."""
+        """Copies the output if an equal job made it, and reports that the job is over."""
         with self._lock:
             if not failure and maker.name != job.name and not self.is_done(job):
                 copy(self.folder, maker, job)
-            self._tell(job, failure)
+            self._report(job, failure)
 
-    def _tell(self, job: Job, failure: str) -> None:
-        """Says that a job is over, once; by who holds the lock."""
+    def _report(self, job: Job, failure: str) -> None:
+        """Reports once that a job is over. The caller holds the lock."""
         if failure and job.name not in self.failed:
             self.failed[job.name] = failure
             self.note(f"{job.name}: {failure}")
@@ -133,13 +133,13 @@ class Work:
 
 
 def _gpu(number: int) -> str:
-    """What CUDA calls that one of the GPUs that this command may use: a user may have left it some of them."""
+    """CUDA's name of the GPU with this number among those that CUDA_VISIBLE_DEVICES allows."""
     left = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return left[number] if left else str(number)
 
 
 def called(job: Job, folder: Path, environment: dict[str, str]) -> str:
-    """What went wrong, "" if nothing did; recipe, log and the mark of being done lie beside the job's folder."""
+    """What went wrong, or "". The recipe, the log and the done mark are written beside the job's folder."""
     record = folder / f"{job.name}.yaml"
     write_text(record, job.text)
     log = folder / f"{job.name}.log"
@@ -152,26 +152,26 @@ def called(job: Job, folder: Path, environment: dict[str, str]) -> str:
 
 
 def copy(folder: Path, maker: Job, job: Job) -> None:
-    """What `maker` made becomes what `job` did, too."""
+    """Copies the output of `maker` to `job`, and marks `job` as done."""
     shutil.copytree(folder / maker.name, folder / job.name, dirs_exist_ok=True)
     write_text(folder / f"{job.name}.yaml", job.text)
     write_text(mark_of(folder, job), job.digest + "\n")
 
 
 def mark_of(folder: Path, job: Job) -> Path:
-    """The file that says with which recipe the job was done."""
+    """The file that records the digest of the recipe with which the job was done."""
     return folder / f"{job.name}.done"
 
 
 _IMPORTED = ("molecli.commands.compose", "molecli.text.compose", "molecli.text.evaluate", "molecli.text.train_lora")
-# Starting a process polls all others too, and a status can be read but once.
+# Starting a process polls all other processes, and an exit status can be read only once.
 _polling = Lock()
 
 
 def prepare() -> None:
-    """Starts the process that others are forked from; to be called in the main thread, before `run_mole` in others.
+    """Starts the process from which the others are forked. Call it in the main thread, before `run_mole` in others.
 
-    An interrupt is for the commands, and must not end it while it imports.
+    An interrupt is meant for the commands, and must not end this process while it imports.
     """
     if _context().get_start_method() == "forkserver":
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -182,9 +182,9 @@ def prepare() -> None:
 
 
 def run_mole(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-    """The exit code of `mole` with these arguments; negative where a signal ended it. What it says goes to `log`.
+    """The exit code of `mole` with these arguments, negative if a signal ended it. Its output goes to `log`.
 
-    Many threads may call it at once. Where processes cannot be forked so, each imports for itself.
+    Many threads can call it at once. On systems without a fork server each process imports everything itself.
     """
     process = _context().Process(target=_mole, args=(tuple(arguments), str(log), dict(environment)))
     with _polling:
@@ -205,7 +205,7 @@ def _context() -> Any:
 
 
 def _mole(arguments: tuple[str, ...], log: str, environment: dict[str, str]) -> None:
-    """The command, in the new process."""
+    """Runs the command in the new process."""
     with open(log, "wb") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -1,13 +1,13 @@
 """Settings that a study chooses on held-out examples, before anything is scored on the test set.
 
-For each combination of what a method's `tune` lists, a composition is made and scored on examples that `fit.holdout`
-keeps out of training; the best average is what the study composes. So a fixed method is compared at a scale that suits
-it, and a learned one at its learning rate, without a look at the test set. Where a study fits each task by itself, the
-settings of a fixed method are chosen for each by itself too, on the examples that learned ones learn from.
+For each combination of the values in a method's `tune`, a composition is made and scored on examples that `fit.holdout`
+keeps out of training. The study uses the settings with the best average. So a fixed method is compared at a scale that
+suits it, and a learned one at its learning rate, without using the test set. If a study fits each task separately, the
+settings of a fixed method are also chosen for each task, on the examples that learned methods are trained on.
 
-    Grid         what is to be tried   listed       what the recipe lists    widened   more, beyond choices at an edge
-    trial_jobs   the commands          chosen       what was found best -> Choice
-    settled      the methods with it   choice_table all that was tried, for the report   chosen_on what it was tried on
+    Grid         values to try           listed         those in the recipe     widened     more, beyond an edge
+    trial_jobs   the commands            chosen         the best -> Choice      settled     methods with them
+    choice_table for the report          chosen_on      the examples used, in words
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from molecli.study.jobs import (
 if TYPE_CHECKING:
     from molecli.config.study import StudyMethod, StudyRecipe
 
-# (number of LoRAs, method) -> that method, its `tune` with every value that is to be tried there
+# (number of LoRAs, method) -> that method; its `tune` has every value to try at that number
 Grid = Mapping[tuple[int | None, str], "StudyMethod"]
 TRIED_ON = 32  # held-out examples of each task, at most
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One method at one number of LoRAs: the settings chosen, and the held-out average in percent of each tried.
+    """One method at one number of LoRAs: the chosen settings, and the held-out average in percent of all tried ones.
 
-    task: the one they were chosen for and tried on, where each has its own.
+    task: the task that they were chosen for, if each task has its own.
     """
 
     number: int | None
@@ -60,7 +60,7 @@ class Choice:
 
     @property
     def edge(self) -> str:
-        """`least tried` or `most tried`, where one number was chosen and another might be better still; else empty."""
+        """`least tried` or `most tried`, if the chosen value is at that end of the tried values; else empty."""
         values = list(self.settings.values())
         if len(values) != 1 or not isinstance(values[0], (int, float)) or len(self.tried) < 2:
             return ""
@@ -69,9 +69,9 @@ class Choice:
 
     @property
     def beyond(self) -> float | None:
-        """The value beyond the edge, as far from it as its neighbour is, in proportion.
+        """The next value beyond the edge, at the same ratio as the edge to its neighbour.
 
-        None for a choice inside or no better than that neighbour, for whole numbers and around zero.
+        None if the choice is not at an edge or no better than its neighbour, and for integers and values <= 0.
         """
         (value,) = self.settings.values() if self.edge else (None,)
         if not isinstance(value, float) or self._values()[0] <= 0:
@@ -89,12 +89,12 @@ def _value(label: str) -> float:
 
 
 def listed(recipe: StudyRecipe) -> Grid:
-    """What the recipe lists, the same at every number of LoRAs."""
+    """The values in the recipe, the same at every number of LoRAs."""
     return {(number, name): recipe.methods[name] for number, name in recipe.columns if recipe.methods[name].tune}
 
 
 def trial_jobs(recipe: StudyRecipe, grid: Grid) -> list[Job]:
-    """A composition and its score for every combination; none where no method is tuned."""
+    """The jobs of a composition and its score for every combination; none if no method is tuned."""
     jobs = []
     _, cast, _ = lora_jobs(recipe) if grid else ([], {}, [])
     for (number, name), method in grid.items():
@@ -110,7 +110,7 @@ def trial_jobs(recipe: StudyRecipe, grid: Grid) -> list[Job]:
 
 
 def chosen(recipe: StudyRecipe, grid: Grid, folder: Path, done: Collection[str]) -> list[Choice]:
-    """The best of every tuned method, of the trials `done` in `folder`; the first named where several are equal."""
+    """The best settings of every tuned method among the trials `done` in `folder`; among equal ones the first."""
     choices = []
     for (number, name), method in grid.items():
         places = [(settings, _trial_place(recipe, number, name, settings)) for settings in method.combinations()]
@@ -126,10 +126,10 @@ def chosen(recipe: StudyRecipe, grid: Grid, folder: Path, done: Collection[str])
 
 
 def widened(grid: Grid, choices: Sequence[Choice]) -> Grid | None:
-    """The grid with one more value to try beyond every choice at an edge, at its number of LoRAs; None where all lie
-    inside.
+    """The grid with one more value beyond every choice at an edge, at its number of LoRAs; None if no choice is at an
+    edge.
 
-    What was chosen for a task by itself stays: a handful of examples does not tell where its best lies.
+    Choices for single tasks are not widened: a few examples do not show where the best value is.
     """
     wider = dict(grid)
     for one in choices:
@@ -142,7 +142,7 @@ def widened(grid: Grid, choices: Sequence[Choice]) -> Grid | None:
 
 
 def settled(recipe: StudyRecipe, choices: Sequence[Choice]) -> Settled:
-    """The tuned methods as they were chosen."""
+    """The tuned methods with their chosen settings."""
     found: dict[tuple[int | None, str], list[Variant]] = {}
     for number, name, same in _columns(choices):
         method = recipe.methods[name]
@@ -155,23 +155,23 @@ def settled(recipe: StudyRecipe, choices: Sequence[Choice]) -> Settled:
 
 
 def choice_table(choices: Sequence[Choice]) -> TextTable:
-    """What was chosen, and the held-out average of everything tried."""
+    """The table of the chosen settings, with the held-out averages of all tried ones."""
     rows = []
     for number, name, same in _columns(choices):
         label = column_label(number, name)
         averages = {settings: fmean(one.tried[settings] for one in same) for settings in same[0].tried}
         tried = "; ".join(f"{settings}: {average:.1f}" for settings, average in averages.items())
-        rows.append(TextRow(label, (_told(same), tried)))
+        rows.append(TextRow(label, (_chosen_text(same), tried)))
     return TextTable("method", ("chosen", f"average on {chosen_on(choices)} (%)"), tuple(rows))
 
 
 def chosen_on(choices: Sequence[Choice]) -> str:
-    """What settings were chosen by, in words: examples that no method learned from, or those of each task itself."""
+    """In words, the examples by which settings were chosen."""
     return "held-out examples" if choices[0].task is None else "each task's training examples"
 
 
-def _told(same: Sequence[Choice]) -> str:
-    """The settings chosen for one column: for all tasks, with the edge they lie at; or for how many tasks each."""
+def _chosen_text(same: Sequence[Choice]) -> str:
+    """The settings chosen for one column: for all tasks, with their edge; or each with its number of tasks."""
     if same[0].task is None:
         return f"{_label(same[0].settings)} ({same[0].edge})" if same[0].edge else _label(same[0].settings)
     counts = Counter(_label(one.settings) for one in same)
@@ -185,7 +185,7 @@ def _columns(choices: Sequence[Choice]) -> Iterator[tuple[int | None, str, list[
 
 
 def _label(settings: Mapping[str, Any]) -> str:
-    """`scale=0.5, density=0.2`: a folder's name, so without slashes."""
+    """`scale=0.5, density=0.2`. It is used as a folder's name, so it has no slashes."""
     return ", ".join(f"{key.partition('.')[2]}={value}" for key, value in settings.items()).replace("/", "|")
 
 
@@ -194,8 +194,8 @@ def _trial_place(recipe: StudyRecipe, number: int | None, name: str, settings: M
 
 
 def _held_out(recipe: StudyRecipe, place: str, composition: str, columns: tuple[str, ...]) -> Job:
-    """An evaluation on what `fit` keeps out of training; on all of it where each task is fitted by itself, for what is
-    chosen so learns nothing else."""
+    """An evaluation on the examples that `fit` keeps out of training. If each task is fitted separately, it uses all
+    examples, because only methods that learn nothing are tuned then."""
     fit = {key: value for key, value in plain(recipe.fit).items() if key != "part"}
     limit = min(TRIED_ON, recipe.fit.limit or TRIED_ON)
     data = {**fit, "split": recipe.fit.split, "holdout": recipe.fit.holdout, "limit": limit}

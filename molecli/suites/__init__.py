@@ -1,4 +1,4 @@
-"""Suites, by the rows of `catalog.suites`: examples for language models, scenes for diffusion bases.
+"""Loads the suites in `catalog.suites`: examples for language models, scenes for diffusion bases.
 
 Contents: load_suite, load_scene_suite, select_tasks, selected.
 """
@@ -20,9 +20,9 @@ Files = Mapping[str, str] | Sequence[str]
 def load_suite(name: str, *, files: Files | None = None) -> Suite:
     """The suite called `name`, or several joined by `+`.
 
-    `files` (task -> path, or paths whose stems name the tasks) is for a suite of one's own files.
+    `files` (task -> path, or paths whose stems name the tasks) is for a suite that reads the user's own files.
 
-    Raises: UsageError for an unknown suite, or for files given to a suite that has its own.
+    Raises: UsageError for an unknown suite, or for files given to a suite with its own files.
     """
     if "+" in name:
         return UnionSuite([load_suite(part) for part in name.split("+")])
@@ -35,9 +35,9 @@ def load_suite(name: str, *, files: Files | None = None) -> Suite:
 def load_scene_suite(
     name: str, *, files: Files | None = None, scenes: Sequence[Any] = (), split: Split = "test"
 ) -> SceneSuite:
-    """The suite of scenes called `name`. Its row says which it takes of `files`, `scenes` (of a recipe) and `split`.
+    """The suite of scenes called `name`. Its row names the keywords that it accepts: `files`, `scenes`, `split`.
 
-    Raises: UsageError for an unknown suite or one for language models, and for what the suite does not take.
+    Raises: UsageError for an unknown suite or one for language models, and for keywords that it does not accept.
     """
     if "+" in name and all(part in SUITES for part in name.split("+")):
         suite_row(name.partition("+")[0], "scenes")
@@ -47,7 +47,7 @@ def load_scene_suite(
         remedy = f"Write suite: {takers('scenes', row.holds)}."
         raise UsageError("data.scenes", f"the suite {name!r} has its own scenes", remedy)
     if split != "test" and "split" not in row.given:
-        raise UsageError("data.split", f"the suite {name!r} has the split test alone", "Leave it out.")
+        raise UsageError("data.split", f"the suite {name!r} has only the split test", "Leave it out.")
     suite: SceneSuite = row.load(files=files, scenes=scenes, split=split)
     return suite
 
@@ -59,46 +59,46 @@ def _check_files(row: SuiteRow, files: Files | None) -> None:
 
 
 def select_tasks(suite: Suite, wanted: Sequence[str] | None, data_dir: str | None) -> list[str]:
-    """The tasks named in `wanted`, in that order, or all that the suite has there.
+    """The tasks in `wanted`, in that order, or all available tasks.
 
-    Raises: UsageError for a task that the suite lacks, whose file is missing, or where there is none at all.
+    Raises: UsageError for a task that the suite lacks or whose file is missing, and if there is no task at all.
     """
     there, known = suite.tasks(data_dir), suite.known(data_dir)
     missing = [task for task in dict.fromkeys(wanted or ()) if task in known and task not in there]
     if missing:
         raise _not_there(suite, missing, data_dir)
     if not there and known:
-        what = f"no task of the suite {suite.name!r} is there, and these files are missing"
+        what = f"there is no task of the suite {suite.name!r}; these files are missing"
         raise UsageError(str(data_dir), f"{what}: {_files(suite, known, str(data_dir))}", "Check --data-dir.")
     return selected(suite.name, there, wanted, data_dir)
 
 
 def _not_there(suite: Suite, tasks: Sequence[str], data_dir: str | None) -> UsageError:
-    """The error for tasks without examples at hand: it names the file of each."""
+    """The error for tasks whose examples are missing: it names the file of each."""
     if data_dir is None:
         what = f"the task {tasks[0]!r} is not on the hub"
         return UsageError(f"suite {suite.name}", what, "Give its files: --data-dir.")
     if len(tasks) == 1:
         source = suite.source(tasks[0], "test", data_dir)
         file = "" if source is None else source.place
-        return UsageError(file, f"no such file, and the task {tasks[0]!r} is read from it", "Check --data-dir.")
-    what = f"these files are missing, which the tasks {', '.join(map(repr, tasks))} are read from"
+        return UsageError(file, f"no such file, and the task {tasks[0]!r} needs it", "Check --data-dir.")
+    what = f"these files of the tasks {', '.join(map(repr, tasks))} are missing"
     return UsageError(data_dir, f"{what}: {_files(suite, tasks, data_dir)}", "Check --data-dir.")
 
 
 def _files(suite: Suite, tasks: Sequence[str], data_dir: str) -> str:
-    """The file of each task, as it would be called inside `data_dir`."""
+    """The expected file of each task, relative to `data_dir`."""
     sources = (suite.source(task, "test", data_dir) for task in tasks)
     return ", ".join(str(Path(source.place).relative_to(data_dir)) for source in sources if source is not None)
 
 
 def selected(suite: str, known: Sequence[str], wanted: Sequence[str] | None, data_dir: str | None) -> list[str]:
-    """Those of the tasks `known` that are `wanted`, in that order and once; all where none is named.
+    """The `wanted` tasks among `known`, in that order and without repeats; all if none is named.
 
     Raises: UsageError as `select_tasks` does.
     """
     if not known:
-        raise UsageError(str(data_dir), f"no task of the suite {suite!r} is there", "Check --data-dir.")
+        raise UsageError(str(data_dir), f"there is no task of the suite {suite!r}", "Check --data-dir.")
     for task in wanted or ():
         if task not in known:
             raise UsageError(f"suite {suite}", f"no task is called {task!r}", suggestion(task, known))

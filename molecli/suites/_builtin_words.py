@@ -1,8 +1,8 @@
-"""The word list of the embedded default: 88 concepts in four languages, and nothing else.
+"""The vocabulary of the embedded text base: 88 concepts in four languages.
 
-One row is one concept: English, French, German, Spanish; nouns and verbs add their English plural form. The language
-is word for word: no articles, no gender, no agreement between words, lower case throughout. A spelling stands for one
-concept in one language only (tested), so every operation on words has one right answer.
+Each row is one concept: English, French, German, Spanish; for nouns and verbs the English plural follows the English
+word. Translation is word by word, in lower case, without articles, gender or agreement. Each spelling belongs to one
+concept in one language (tested), so that every operation on words has one right answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows from the Hugging Face hub, or from a public address, where no --data-dir is given.
+"""Rows from the Hugging Face hub or a web address, for use without --data-dir.
 
 Contents: HubSet, hub_rows, web_json, not_online, offline.
 """
@@ -25,10 +25,10 @@ _TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class HubSet:
-    """A task's public copy: dataset, config, and which of its splits are read as train and test.
+    """The public copy of a task: dataset, config, and its splits for train and test.
 
-    stream: row by row, where the whole is large; train_rows: only so many of the first are train;
-    parquet: the hub's own conversion of a dataset that is kept as a script, which `datasets` does not run.
+    stream: read row by row, for large datasets; train_rows: number of first rows to use as train; parquet: use the
+    hub's conversion of a dataset that is a script, which `datasets` does not run.
     """
 
     dataset: str
@@ -40,7 +40,7 @@ class HubSet:
     parquet: bool = False
 
     def source(self, split: Split) -> Source:
-        """What `rows` asks for."""
+        """The dataset that `rows` requests."""
         name = f"{self.dataset}/{self.config}" if self.config else self.dataset
         return Source(f"{name}, {self._split(split)}", online=True)
 
@@ -72,8 +72,8 @@ def hub_rows(
 ) -> list[Row]:
     """The rows of one split of a hub dataset; class numbers in the field `labels` become their names.
 
-    stream, parquet: as in `HubSet`. at_most: no more than the first so many; streamed, nothing beyond them is fetched.
-    Raises: RunError where the hub cannot be reached or lacks the data.
+    stream, parquet: as in `HubSet`. at_most: number of first rows to read; with `stream` no others are fetched.
+    Raises: RunError if the hub cannot be reached or lacks the data.
     """
     import datasets
 
@@ -100,9 +100,9 @@ def hub_rows(
 
 
 def web_json(address: str) -> Any:
-    """The JSON document at `address`. Raises: RunError where it cannot be had."""
+    """The JSON document at `address`. Raises: RunError if it cannot be loaded."""
     if offline():
-        raise RunError(address, "could not be loaded (offline by choice)", _remedy())
+        raise RunError(address, "could not be loaded (offline mode)", _remedy())
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
             return json.load(answer)
@@ -111,13 +111,13 @@ def web_json(address: str) -> Any:
 
 
 def not_online(suite: str, task: str) -> UsageError:
-    """The error for a task that has no public copy this package knows of."""
+    """The error for a task without a known public copy."""
     return UsageError(f"suite {suite}", f"the task {task!r} is not on the hub", "Give its files with --data-dir.")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, the hub's client announces no retries, and draws bars on a terminal only."""
+    """Hides the retries of the hub's client, and its progress bars outside a terminal."""
     import datasets
 
     logger = logging.getLogger("huggingface_hub")

@@ -1,4 +1,4 @@
-"""JSONL files, line by line; a line that cannot be used is named with its file and number.
+"""JSONL files, line by line; errors name the file and the line.
 
 Contents: Row, read_rows, rows_of, task_files, in_order, half_of.
 """
@@ -19,13 +19,13 @@ from molecli.protocols import Split
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object and where it stands, for messages."""
+    """One JSON object, with its place for messages."""
 
     where: str
     fields: dict[str, Any]
 
     def text(self, *names: str) -> str:
-        """The first of the fields `names` that is there. Raises: UsageError where none is, or it is not text."""
+        """The first existing field of `names`. Raises: UsageError if there is none, or it is not text."""
         for name in names:
             if name in self.fields:
                 value = self.fields[name]
@@ -35,14 +35,14 @@ class Row:
         raise UsageError(self.where, f"the field {names[0]!r} is missing", "Every line needs it.")
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """The list of texts in field `name`, () where it is not there. Raises: UsageError where it is another thing."""
+        """The list of texts in field `name`, () without the field. Raises: UsageError if it is something else."""
         value = self.fields.get(name, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise UsageError(self.where, f"the field {name!r} is not a list of texts", 'Write ["...", "..."].')
         return tuple(value)
 
     def inside(self, name: str) -> Row:
-        """The object in field `name`, as a row. Raises: UsageError where it is missing or another thing."""
+        """The object in field `name`, as a row. Raises: UsageError if it is missing or something else."""
         if name not in self.fields:
             raise UsageError(self.where, f"the field {name!r} is missing", "Every line needs it.")
         if not isinstance(self.fields[name], dict):
@@ -51,9 +51,9 @@ class Row:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The objects of a JSONL file, or of stdin where `path` is "-"; blank lines are skipped.
+    """The objects in a JSONL file, or on stdin if `path` is "-"; blank lines are skipped.
 
-    Raises: UsageError where the file is missing, unreadable or empty, or a line is not a JSON object.
+    Raises: UsageError if the file is missing, unreadable or empty, or a line is not a JSON object.
     """
     if str(path) == "-":
         return _parsed("stdin", sys.stdin)
@@ -71,7 +71,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def rows_of(where: str, objects: Iterable[dict[str, Any]]) -> list[Row]:
-    """Rows of objects that did not come from a file; `where` names their source."""
+    """Rows of objects that are not from a file; `where` names their source."""
     return [Row(f"{where}, row {number}", fields) for number, fields in enumerate(objects, start=1)]
 
 
@@ -86,14 +86,14 @@ def _row(where: str, line: str) -> Row:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UsageError(where, f"not JSON ({error.msg}, column {error.colno})", "Mend that line.") from None
+        raise UsageError(where, f"not JSON ({error.msg}, column {error.colno})", "Correct that line.") from None
     if not isinstance(fields, dict):
         raise UsageError(where, "not a JSON object", 'Write {"input": ..., "target": ...}.')
     return Row(where, fields)
 
 
 def task_files(folder: str | Path, pattern: str = "*.jsonl") -> dict[str, Path]:
-    """Stem -> file for the JSONL files right in `folder`. Raises: UsageError where the folder is missing."""
+    """Stem -> file for the JSONL files directly in `folder`. Raises: UsageError if there is no such folder."""
     path = Path(folder)
     if not path.is_dir():
         raise UsageError(str(folder), "no such folder", "Check --data-dir.")
@@ -101,11 +101,11 @@ def task_files(folder: str | Path, pattern: str = "*.jsonl") -> dict[str, Path]:
 
 
 def in_order(names: Sequence[str], present: Iterable[str]) -> list[str]:
-    """Those of `names` that are in `present`, in the order of `names`."""
+    """The `names` that are in `present`, in the order of `names`."""
     found = set(present)
     return [name for name in names if name in found]
 
 
 def half_of(text: str, seed: int = 0) -> Split:
-    """The side of the split that a text falls on where one file serves both; the same on every machine."""
+    """The split of a text if one file is divided into both splits; the same on every machine."""
     return "train" if sha256(f"{seed}/{text}".encode()).digest()[0] % 2 == 0 else "test"

@@ -1,4 +1,4 @@
-"""What suites share whose tasks are tables: of files in a folder, or of a set on the hub."""
+"""The base class of suites whose tasks are tables: files in a folder, or datasets on the hub."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from molecli.suites._rows import Row, half_of, in_order, read_rows, task_files
 
 
 class TabledSuite(ABC):
-    """The tasks of `hubs` from `data_dir` or the hub; a suite adds what a row asks and what it gives."""
+    """The tasks of `hubs` from `data_dir` or the hub; a suite adds how rows become questions and examples."""
 
     hubs: ClassVar[Mapping[str, HubSet]]
 
     @abstractmethod
     def question(self, task: str, row: Row) -> str:
-        """What a lone file is divided by into train and test. Raises: UsageError for a row that cannot be read."""
+        """The text by which a single file is divided into train and test. Raises: UsageError for an unreadable row."""
 
     @abstractmethod
     def example(self, task: str, row: Row) -> Example:
-        """The row as an example. Raises: UsageError for a row that cannot be read."""
+        """The row as an example. Raises: UsageError for an unreadable row."""
 
     def tasks(self, data_dir: str | None = None) -> list[str]:
         """The tasks whose files are in `data_dir`; all on the hub."""
@@ -34,13 +34,13 @@ class TabledSuite(ABC):
         return list(self.hubs)
 
     def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
-        """The split's file or the lone one; else the hub's table."""
+        """The file of the split, or the single file; else the table on the hub."""
         if data_dir is None:
             return self.hubs[task].source(split)
         return Source(str(local_file(task, split, data_dir)))
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
-        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
+        """The examples of one task. Raises: UsageError for bad files, RunError if the hub is not reached."""
         if data_dir is None:
             rows = self.hubs[task].rows(split)
         else:
@@ -52,7 +52,7 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 def local_tasks(names: Sequence[str], data_dir: str) -> list[str]:
-    """Those of the tasks `names` that have a file in `data_dir`. Raises: UsageError where the folder is missing."""
+    """The tasks in `names` with a file in `data_dir`. Raises: UsageError if there is no such folder."""
     found = set(task_files(data_dir))
     for split in SPLITS:
         if Path(data_dir, split).is_dir():
@@ -61,15 +61,15 @@ def local_tasks(names: Sequence[str], data_dir: str) -> list[str]:
 
 
 def local_file(task: str, split: Split, data_dir: str) -> Path:
-    """The file that holds a split of a task: the split's own, or the lone one where that is there instead."""
+    """The file of a split of a task: that of the split, or a single file for both."""
     of_split = [Path(data_dir, name, f"{task}.jsonl") for name in (split, *SPLITS)]
     lone = Path(data_dir, f"{task}.jsonl")
-    # With a file for one split alone, the other is missing: the lone file may repeat its rows.
+    # If there is a file for one split only, the other is missing: a single file could repeat its rows.
     return of_split[0] if any(path.is_file() for path in of_split) or not lone.is_file() else lone
 
 
 def local_rows(task: str, split: Split, data_dir: str, asked: Callable[[Row], str]) -> list[Row]:
-    """The rows of one split; `asked` is what a lone file is halved by. Raises: UsageError as `read_rows` does."""
+    """The rows of one split; a single file is halved by the text `asked`. Raises: UsageError as `read_rows` does."""
     path = local_file(task, split, data_dir)
     rows = read_rows(path)
     if path != Path(data_dir, f"{task}.jsonl"):

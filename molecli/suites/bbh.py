@@ -5,6 +5,7 @@ Split: the first five rows of a task are `train` (LoRAHub learns from five examp
 
 from __future__ import annotations
 
+from molecli.catalog.suites import SUITES
 from molecli.protocols import Example, Source, Split
 from molecli.suites._hub import HubSet
 from molecli.suites._rows import in_order, read_rows, task_files
@@ -44,7 +45,7 @@ _ROOM = {"word_sorting": 128, "dyck_languages": 32}
 
 
 def prompt(question: str) -> str:
-    """The zero-shot prompt, in FLAN's question form that LoRAHub's experiments use."""
+    """The zero-shot prompt in FLAN's form, as in LoRAHub's experiments."""
     return f"Q: {question}\nA:"
 
 
@@ -63,19 +64,19 @@ class BbhSuite:
         return TASKS
 
     def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
-        """The one file or hub table that has both splits."""
+        """The file or hub table with both splits."""
         return HubSet(HUB, task).source("test") if data_dir is None else Source(f"{data_dir}/{task}.jsonl")
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
-        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
+        """The examples of one task. Raises: UsageError for bad files, RunError if the hub is not reached."""
         rows = HubSet(HUB, task).rows("test") if data_dir is None else read_rows(f"{data_dir}/{task}.jsonl")
         part = rows[:TRAIN_ROWS] if split == "train" else rows[TRAIN_ROWS:]
         return [Example(task, prompt(row.text("input")), row.text("target")) for row in part]
 
     def metrics(self, task: str) -> tuple[str, ...]:
-        """Exact match; LoRAHub's scoring and lm-eval's beside it, since published numbers use each."""
-        return ("exact_match", "exact_match_lorahub", "exact_match_lm_eval")
+        """Exact match; also as in LoRAHub and lm-eval, because published scores use all of them."""
+        return SUITES[self.name].metrics
 
     def max_new_tokens(self, task: str) -> int:
-        """Room for an option or a number; more where the answer is a list."""
+        """Room for an option or a number; more for lists."""
         return _ROOM.get(task, 16)

@@ -1,6 +1,6 @@
 """The `builtin` suite: generated tasks on short sentences of real words, for the embedded base and its LoRAs.
 
-A prompt names one skill, or two of which the right-hand one acts first, then gives a sentence of three to five words:
+A prompt names one skill, or two (the right one acts first), and a sentence of three to five words:
 
     french: old fox runs              vieux renard court      translate word by word
     reverse: old fox runs             runs fox old            last word first
@@ -10,10 +10,10 @@ A prompt names one skill, or two of which the right-hand one acts first, then gi
     reverse french: old fox runs      court renard vieux      two skills at once: a joint task
 
 The embedded base knows other operations (copying, rotating, swapping, German, Spanish, reading French and plurals) but
-none of these skills; each built-in LoRA adds one of them and carries its name. A joint task needs two LoRAs.
+none of these skills. Each built-in LoRA adds one of them and has its name. A joint task needs two LoRAs.
 
-Sentences are drawn by seed. Which split a sentence belongs to is a property of the sentence, so no test sentence occurs
-in training data of any task, nor in what the base and the LoRAs were trained on (`tools/text_builtin.py`).
+Sentences are drawn by seed. The split of a sentence follows from its words, so that no test sentence is in the training
+data of any task, or of the base and the LoRAs (`tools/text_builtin.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 
+from molecli.catalog.suites import SUITES
 from molecli.protocols import Example, Split
 from molecli.suites._builtin_words import ADJECTIVES, NOUNS, VERBS, rows
 
@@ -38,17 +39,17 @@ FRENCH, GERMAN, SPANISH = (
 OPPOSITE = {one[0]: _ADJECTIVES[i ^ 1][0] for i, one in enumerate(_ADJECTIVES)}
 
 _ROLES = {"n": [row[0] for row in _NOUNS], "v": [row[0] for row in _VERBS], "a": [row[0] for row in _ADJECTIVES]}
-# Every pattern holds an adjective, so `opposite` always changes something, and three words at least, so order matters.
+# Each pattern has an adjective, so that `opposite` changes something, and at least three words, so that order matters.
 _PATTERNS = ("anv", "anvn", "nvan", "aanv", "anvan")
 _TEST_SHARE = 8  # one sentence in eight
 
 
 def translated(dictionary: dict[str, str]) -> Operation:
-    """The word-by-word map of a dictionary; words outside it stay."""
+    """The word-by-word translation of a dictionary; other words stay."""
     return lambda words: tuple(dictionary.get(word, word) for word in words)
 
 
-# In the order of the built-in LoRAs, which carry these names: `--loras a,b,c` are the first three.
+# In the order of the built-in LoRAs, which have these names: `--loras a,b,c` are the first three.
 SKILLS: dict[str, Operation] = {
     "french": translated(FRENCH),
     "reverse": lambda words: words[::-1],
@@ -62,7 +63,7 @@ TRAIN_ROWS, TEST_ROWS = 512, 64
 
 def sentence(rng: random.Random) -> Words:
     """One sentence of three to five different words, of either split."""
-    # Only random() is promised to give the same sequence on every Python version.
+    # Only random() gives the same sequence in every Python version.
     words: list[str] = []
     for role in _PATTERNS[int(rng.random() * len(_PATTERNS))]:
         choices = [word for word in _ROLES[role] if word not in words]
@@ -71,12 +72,12 @@ def sentence(rng: random.Random) -> Words:
 
 
 def split_of(words: Words) -> Split:
-    """The split that a sentence belongs to, in whatever task it is used."""
+    """The split of a sentence, in all tasks."""
     return "test" if sha256(" ".join(words).encode()).digest()[0] % _TEST_SHARE == 0 else "train"
 
 
 def skills_of(task: str) -> tuple[str, ...]:
-    """The skills, and so the built-in LoRAs, that a task needs."""
+    """The skills (and built-in LoRAs) that a task needs."""
     return tuple(task.split())
 
 
@@ -106,19 +107,19 @@ class BuiltinSuite:
     version = "1"
 
     def tasks(self, data_dir: str | None = None) -> list[str]:
-        """Each skill by itself, then the joint tasks."""
+        """The single skills, then the joint tasks."""
         return [*SKILLS, *JOINT_TASKS]
 
     def tasks_for(self, loras: Sequence[str]) -> list[str]:
-        """The tasks whose skills are all among `loras`; every task where none is."""
+        """The tasks whose skills are all in `loras`; all tasks if there is none."""
         return [task for task in self.tasks() if set(skills_of(task)) <= set(loras)] or self.tasks()
 
     def known(self, data_dir: str | None = None) -> list[str]:
-        """All of them: they are generated."""
+        """All tasks: they are generated."""
         return self.tasks()
 
     def source(self, task: str, split: Split, data_dir: str | None = None) -> None:
-        """Nothing is read."""
+        """None: nothing is read."""
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
         """The examples of one task. Raises: KeyError for a task that `tasks` does not list."""
@@ -128,7 +129,7 @@ class BuiltinSuite:
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """Metric names, the main one first."""
-        return ("exact_match",)
+        return SUITES[self.name].metrics
 
     def max_new_tokens(self, task: str) -> int:
         """Room for ten words and the end of the sentence."""

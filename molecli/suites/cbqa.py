@@ -1,12 +1,12 @@
 """Closed-book questions: ARC (challenge and easy), Natural Questions (open) and TriviaQA; exact match of any answer.
 
-Split: ARC its own `train` and `test`; Natural Questions and TriviaQA `train` and, as test, `validation`, since the
-answers of their tests are not public. Of TriviaQA (rc.nocontext) `train` is the first 30,000 rows, as in FLAN. A lone
-local file is halved by its question.
+Split: `train` and `test` of ARC; `train` and, as test, `validation` of Natural Questions and TriviaQA, because the
+answers of their tests are not public. For TriviaQA (rc.nocontext) `train` is the first 30,000 rows, as in FLAN. A
+single local file is halved by its question.
 
-ARC's options stand in the prompt, lettered A, B, ... in their order. The answer that is trained on is the option's
-text, as in FLAN; "(B) text" is right too, and so are "B" and "(B)", unless another option reads so. A question of the
-other two stands alone. Every answer that the set lists is right, TriviaQA's aliases as written and as normalised there.
+The prompt lists ARC's options with the letters A, B, ... in their order. Training uses the text of the option, as in
+FLAN; "(B) text", "B" and "(B)" are also right, unless another option reads so. The other two have no options. All
+answers listed in the dataset are right, including TriviaQA's aliases and their normalised forms.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from molecli.catalog.suites import SUITES
 from molecli.errors import UsageError
 from molecli.protocols import Example
 from molecli.suites._hub import HubSet
 from molecli.suites._rows import Row
 from molecli.suites._table_suite import TabledSuite
 
-METRICS = ("exact_match", "exact_match_lm_eval", "exact_match_lorahub")
-
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, the answer to learn, all that are right, and the options to choose from."""
+    """The question, the answer to learn, all right answers, and the options."""
 
     text: str
     target: str
@@ -36,18 +35,20 @@ class Question:
 
 
 def _choice(row: Row) -> Question:
-    """ARC's fields. Raises: UsageError where the key is not among the labels."""
+    """ARC's fields. Raises: UsageError if the key is not among the labels."""
     choices = row.inside("choices")
     options, labels = choices.texts("text"), choices.texts("label")
     key = row.text("answerKey")
     if key not in labels or len(options) != len(labels):
-        raise UsageError(row.where, f"the answer {key!r} is none of the options {', '.join(labels)}", "Mend that line.")
+        raise UsageError(
+            row.where, f"the answer {key!r} is not among the options {', '.join(labels)}", "Correct that line."
+        )
     right = labels.index(key)
     return Question(row.text("question"), options[right], spellings(options, right), options)
 
 
 def _open(row: Row) -> Question:
-    """Natural Questions' fields: no question mark there."""
+    """Natural Questions' fields; its questions have no question mark."""
     answers = _one_or_more(row, "answer")
     return Question(f"{row.text('question').strip().rstrip('?')}?", answers[0], answers)
 
@@ -63,7 +64,7 @@ def _trivia(row: Row) -> Question:
 
 @dataclass(frozen=True)
 class QuestionTask:
-    """One row of the table: how its fields are read, its public copy, and room for its longest answer."""
+    """One task: how its fields are read, its public copy, and room for its longest answer."""
 
     read: Callable[[Row], Question]
     hub: HubSet
@@ -83,7 +84,7 @@ TASKS: dict[str, QuestionTask] = {
 
 
 def prompt(question: str, options: Sequence[str] = ()) -> str:
-    """The question, with the options under it where there are some."""
+    """The question, followed by the options if there are any."""
     if not options:
         return f"Answer the question.\nQuestion: {question}\nAnswer:"
     listed = "\n".join(f"({letter}) {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False))
@@ -91,14 +92,14 @@ def prompt(question: str, options: Sequence[str] = ()) -> str:
 
 
 def spellings(options: Sequence[str], right: int) -> tuple[str, ...]:
-    """How the right option may be answered: its text first, then with its letter, which no other option may read as."""
+    """The accepted answers for the right option: its text, then with its letter, unless another option reads so."""
     letter, text = string.ascii_uppercase[right], options[right]
     others = {option.strip(string.punctuation + " ").upper() for i, option in enumerate(options) if i != right}
     return (text, *((letter, f"({letter})") if letter not in others else ()), f"({letter}) {text}")
 
 
 class CbqaSuite(TabledSuite):
-    """The questions from `data_dir` or the hub, with the sets' own fields; {"input", "target"} lines are read too."""
+    """The questions from `data_dir` or the hub, with the original fields; {"input", "target"} lines are read too."""
 
     name = "cbqa"
     version = "1"
@@ -110,12 +111,12 @@ class CbqaSuite(TabledSuite):
         return _question(task, row).text
 
     def example(self, task: str, row: Row) -> Example:
-        """The question with its options, and every right answer."""
+        """The question with its options, and all right answers."""
         return _example(task, _question(task, row))
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """Exact match under each normaliser."""
-        return METRICS
+        return SUITES[self.name].metrics
 
     def max_new_tokens(self, task: str) -> int:
         """Room for the task's longest answer."""

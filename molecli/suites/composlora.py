@@ -1,9 +1,9 @@
 """The `composlora` suite: the testbed of Multi-LoRA Composition (Zhong et al., arXiv 2402.16843), 480 sets of LoRAs.
 
-A set holds one character and at most one LoRA of each other kind; tasks are a style and a size: "anime 2" to "anime 5",
-"reality 2" to "reality 5". `data_dir` holds anime_lora_info.json and reality_lora_info.json as the authors publish
-them; LoRAs carry the ids in there ("character_1"). The prompt is the style's opening and all triggers of the set, the
-character's first, as the authors' code joins them.
+A set has one character and at most one LoRA of each other kind. Tasks are a style and a size: "anime 2" to "anime 5",
+"reality 2" to "reality 5". `data_dir` has the authors' anime_lora_info.json and reality_lora_info.json; the LoRAs must
+have the ids in these files ("character_1"). The prompt is the opening of the style and all triggers of the set, that of
+the character first, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+from molecli.catalog.suites import SUITES
 from molecli.errors import MismatchError, UsageError
 from molecli.protocols import Element, Scene
 
@@ -38,22 +39,22 @@ class Entry:
 
 
 class ComposLoraSuite:
-    """The sets of both styles; a base draws one of them, so name its tasks."""
+    """The sets of both styles. A base usually draws only one style, so name its tasks."""
 
     name = "composlora"
     version = "1"
 
     def tasks(self, concepts: Mapping[str, Any], data_dir: str | None) -> list[str]:
-        """Style and size for every file that is there. Raises: UsageError without a folder, or with none of them."""
+        """The styles and sizes of all existing files. Raises: UsageError without a folder or file."""
         if data_dir is None:
-            what = "its lists of LoRAs are read from a folder, and none is named"
+            what = "it reads its lists of LoRAs from a folder, and none is given"
             raise UsageError("suite composlora", what, "Write --data-dir DIR with the testbed's *_lora_info.json.")
         if not Path(data_dir).is_dir():
             raise UsageError(str(data_dir), "no such folder", "Check --data-dir.")
         found = [style for style in OPENINGS if _file(style, data_dir).is_file()]
         if not found:
             names = " or ".join(_file(style, data_dir).name for style in OPENINGS)
-            raise UsageError(str(data_dir), f"no {names} in it", "Give --data-dir the testbed's folder.")
+            raise UsageError(str(data_dir), f"it has no {names}", "Give --data-dir the folder of the testbed.")
         return [f"{style} {size}" for style in found for size in SIZES]
 
     def scenes(self, task: str, concepts: Mapping[str, Any], data_dir: str | None) -> list[Scene]:
@@ -64,15 +65,15 @@ class ComposLoraSuite:
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """The text alignment: the testbed has no pictures of what its LoRAs add."""
-        return ("text_alignment",)
+        return SUITES[self.name].metrics
 
     def pictures(self, lora: str, data_dir: str | None) -> str | None:
-        """None: there are none."""
+        """None: the testbed has no pictures."""
         return None
 
 
 def sets(entries: Mapping[str, list[Entry]], size: int) -> list[tuple[Entry, ...]]:
-    """Every set of `size` LoRAs of as many kinds, one of them the character, in the order of the authors' code."""
+    """All sets of `size` LoRAs of different kinds, one of them a character, in the order of the authors' code."""
     others = [kind for kind in entries if kind != CHARACTER]
     kinds = [(CHARACTER, *chosen) for chosen in combinations(others, size - 1)]
     return [chosen for some in kinds for chosen in product(*(entries[kind] for kind in some))]
@@ -87,10 +88,10 @@ def read_entries(file: Path) -> dict[str, list[Entry]]:
             for kind, rows in tree.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"not a list of LoRAs as the testbed has it ({type(error).__name__}: {error})"
+        what = f"it is not a list of LoRAs in the testbed's format ({type(error).__name__}: {error})"
         raise MismatchError(str(file), what, "Download it again.") from None
     if not found.get(CHARACTER):
-        raise MismatchError(str(file), "no character in it, and every set has one", "Download it again.")
+        raise MismatchError(str(file), "it has no character, and every set needs one", "Download it again.")
     return found
 
 

@@ -1,11 +1,11 @@
-"""The `dreambooth` suite: DreamBooth's subjects, alone or composed as a recipe lists them (Ruiz et al., CVPR 2023).
+"""The `dreambooth` suite: DreamBooth's subjects, alone or in the compositions of a recipe (Ruiz et al., CVPR 2023).
 
-    subjects    every subject that there is a LoRA for, in DreamBooth's 25 prompts for its kind
-    A + B + C   one composition of the recipe's `eval.data.scenes`, in five prompts (a row of MoLE's Table 1)
+    subjects    each subject that has a LoRA, in DreamBooth's 25 prompts for its kind
+    A + B + C   one composition in the recipe's `eval.data.scenes`, in five prompts (a row of MoLE's Table 1)
 
-`data_dir` holds a folder of pictures for each subject and prompts_and_classes.txt, as google/dreambooth has them; LoRAs
-carry the subjects' names. A prompt calls a subject by its LoRA's trigger ("sks dog").
-Departs: MoLE used five prompts for each composition and does not print them; these are DreamBooth's first five places.
+`data_dir` has a folder of pictures for each subject and prompts_and_classes.txt, as in google/dreambooth. LoRAs must
+have the names of the subjects. Prompts name a subject by the trigger of its LoRA ("sks dog").
+Departs: MoLE used five prompts for each composition, which are not published; these are DreamBooth's first five places.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from molecli.catalog.suites import SUITES
 from molecli.errors import MismatchError, UsageError, suggestion
 from molecli.files.concepts import Concept
 from molecli.protocols import Scene
@@ -29,8 +30,8 @@ _TEMPLATE = re.compile(r"'([^']*\{0\} \{1\}[^']*)'\.format")
 _CALL = "{0} {1}"
 
 
-class Composition(Protocol):
-    """One entry of a recipe's scenes; `config.SceneConfig` is one."""
+class GivenScene(Protocol):
+    """One entry of a recipe's scenes, such as a `config.SceneConfig`."""
 
     @property
     def loras(self) -> tuple[str, ...]: ...
@@ -42,7 +43,7 @@ class Composition(Protocol):
 
 @dataclass(frozen=True)
 class Listing:
-    """What prompts_and_classes.txt holds: subject -> class, and the templates of things and of animals."""
+    """The content of prompts_and_classes.txt: subject -> class, and the templates of things and of animals."""
 
     classes: Mapping[str, str]
     things: tuple[str, ...]
@@ -50,7 +51,7 @@ class Listing:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """What follows the subject in the first templates that suit every subject: "in the jungle"."""
+        """The texts after the subject in the first templates for all subjects: "in the jungle"."""
         start = f"a {_CALL} "
         shared = [text for text in self.things if text in self.animals and text.startswith(start)]
         return tuple(text.removeprefix(start) for text in shared[:PLACES])
@@ -62,24 +63,24 @@ class DreamboothSuite:
     name = "dreambooth"
     version = "1"
 
-    def __init__(self, scenes: Sequence[Composition] = ()) -> None:
+    def __init__(self, scenes: Sequence[GivenScene] = ()) -> None:
         self.compositions = tuple(scenes)
 
     def tasks(self, concepts: Mapping[str, Concept | None], data_dir: str | None) -> list[str]:
-        """The compositions of the recipe by task, else the subjects alone. Raises: UsageError where there is none."""
+        """The compositions in the recipe by task, else the single subjects. Raises: UsageError if there is none."""
         listing = read_listing(data_dir)
         if self.compositions:
             return list(dict.fromkeys(map(_task, self.compositions)))
         if not any(name in listing.classes for name in concepts):
             given = ", ".join(concepts) or "none"
-            what = f"no LoRA has the name of a subject, and those given are: {given}"
+            what = f"no LoRA has the name of a subject; the given LoRAs are: {given}"
             raise UsageError(
-                "suite dreambooth", what, "Write --loras dog6=PATH,... as the pictures' folders are called."
+                "suite dreambooth", what, "Write --loras dog6=PATH,... as the folders of pictures are named."
             )
         return [SUBJECTS]
 
     def scenes(self, task: str, concepts: Mapping[str, Concept | None], data_dir: str | None) -> list[Scene]:
-        """The scenes of one task. Raises: UsageError for a LoRA of which nothing says how prompts call it."""
+        """The scenes of one task. Raises: UsageError for a LoRA without known trigger words."""
         listing = read_listing(data_dir)
         if self.compositions:
             chosen = [composition for composition in self.compositions if _task(composition) == task]
@@ -93,21 +94,23 @@ class DreamboothSuite:
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """Both alignments."""
-        return ("text_alignment", "image_alignment")
+        return SUITES[self.name].metrics
 
     def pictures(self, lora: str, data_dir: str | None) -> str | None:
-        """The subject's folder. Raises: UsageError where a subject's folder is missing."""
+        """The folder of the subject. Raises: UsageError if it is missing."""
         folder = Path(_given(data_dir), lora)
         if lora in read_listing(data_dir).classes and not folder.is_dir():
-            raise UsageError(str(folder), f"no such folder, and {lora!r} is a subject", "Put its pictures there.")
+            raise UsageError(
+                str(folder), f"there is no such folder, and {lora!r} is a subject", "Put its pictures there."
+            )
         return str(folder) if folder.is_dir() else None
 
 
 def read_listing(data_dir: str | None) -> Listing:
-    """The subjects and prompts in `data_dir`. Raises: UsageError where it is none; MismatchError for a damaged file."""
+    """The subjects and prompts in `data_dir`. Raises: UsageError without them; MismatchError for a damaged file."""
     file = Path(_given(data_dir), PROMPTS_FILE)
     if not file.is_file():
-        what = f"no {PROMPTS_FILE} in it" if file.parent.is_dir() else "no such folder"
+        what = f"it has no {PROMPTS_FILE}" if file.parent.is_dir() else "no such folder"
         raise UsageError(str(file.parent), what, "Give --data-dir a copy of google/dreambooth's dataset folder.")
     head, _, rest = file.read_text("utf-8", errors="replace").partition("Object Prompts")
     things, _, animals = rest.partition("Live Subject Prompts")
@@ -115,19 +118,19 @@ def read_listing(data_dir: str | None) -> Listing:
     classes = {name.strip(): kind.strip() for name, kind in rows if name.strip() != "subject_name"}
     listing = Listing(classes, tuple(_TEMPLATE.findall(things)), tuple(_TEMPLATE.findall(animals)))
     if not (listing.classes and listing.places):
-        raise MismatchError(str(file), "no subjects or no prompts in it", "Download it again.")
+        raise MismatchError(str(file), "it has no subjects or no prompts", "Download it again.")
     return listing
 
 
 def _given(data_dir: str | None) -> str:
     if data_dir is None:
-        what = "its pictures and prompts are read from a folder, and none is named"
+        what = "it reads its pictures and prompts from a folder, and none is given"
         raise UsageError("suite dreambooth", what, "Write --data-dir DIR with a copy of google/dreambooth.")
     return data_dir
 
 
 def _composed(
-    task: str, composition: Composition, concepts: Mapping[str, Concept | None], listing: Listing
+    task: str, composition: GivenScene, concepts: Mapping[str, Concept | None], listing: Listing
 ) -> list[Scene]:
     loras, label = composition.loras, " + ".join(composition.loras)
     for name in loras:
@@ -148,10 +151,10 @@ def _scene(task: str, name: str, prompt: str, loras: tuple[str, ...], concepts: 
 def _called(name: str, concepts: Mapping[str, Concept | None]) -> str:
     concept = concepts.get(name)
     if concept is None:
-        what = "nothing says by which words prompts call this LoRA"
+        what = "the trigger words of this LoRA are not known"
         raise UsageError(f"concepts.{name}", what, 'Write concepts: {NAME: {prompt: "a photo of sks dog"}}.')
     return concept.trigger
 
 
-def _task(composition: Composition) -> str:
+def _task(composition: GivenScene) -> str:
     return composition.task or " + ".join(composition.loras)

@@ -1,11 +1,11 @@
 """The `emoji` suite: compositions of the embedded LoRAs in scenes of the embedded image base.
 
     concepts            each LoRA alone, in two scenes
-    2 LoRAs ... 5 LoRAs  ten scenes of so many different LoRAs: "a violin, an octopus and a teapot on sand by the sea"
+    2 LoRAs ... 5 LoRAs  ten scenes of that many different LoRAs: "a violin, an octopus and a teapot on sand by the sea"
 
-Scenes are made of the LoRAs that are given; a task that needs more of them is left out. Every LoRA occurs equally
-often in a task, up to one. A style is no object: it changes how the scene's objects are drawn. The split `train` has
-other scenes of the same tasks, to choose settings on.
+Scenes use the given LoRAs; tasks that need more LoRAs are left out. In a task, all LoRAs occur equally often (up to one
+scene). A style is not an object: it changes how the objects of the scene are drawn. The split `train`
+has other scenes of the same tasks, for choosing settings.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from molecli.catalog.suites import SUITES
 from molecli.errors import UsageError
 from molecli.files.concepts import Concept
 from molecli.protocols import Element, Scene, Split
@@ -35,16 +36,16 @@ class EmojiSuite:
         self.split = split
 
     def tasks(self, concepts: Mapping[str, Concept | None], data_dir: str | None = None) -> list[str]:
-        """The tasks that the LoRAs suffice for. Raises: UsageError where none of them is an embedded one."""
+        """The tasks for which there are enough LoRAs. Raises: UsageError if none of them is an embedded LoRA."""
         names = known(concepts)
         if not names:
             given = ", ".join(concepts) or "none"
             remedy = f"Write --loras with some of: {', '.join(_all())}."
-            raise UsageError("suite emoji", f"it is made of embedded LoRAs, and those given are: {given}", remedy)
+            raise UsageError("suite emoji", f"it is for the embedded LoRAs, and the given ones are: {given}", remedy)
         return [CONCEPTS, *(task for task, size in _SIZE.items() if size <= len(names))]
 
     def scenes(self, task: str, concepts: Mapping[str, Concept | None], data_dir: str | None = None) -> list[Scene]:
-        """The scenes of one task; they follow from the task, the split and the set of LoRAs alone."""
+        """The scenes of one task; they depend only on the task, the split and the set of LoRAs."""
         names = known(concepts)
         part = "" if self.split == "test" else f"/{self.split}"
         rng = random.Random(f"mole emoji 1{part}/{task}/{','.join(names)}")
@@ -54,15 +55,15 @@ class EmojiSuite:
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """Metric names, the main one first."""
-        return ("recognised", "text_alignment", "image_alignment")
+        return SUITES[self.name].metrics
 
     def pictures(self, lora: str, data_dir: str | None = None) -> str | None:
-        """The folder in the package that the LoRA was trained on."""
+        """The folder in the package with the training pictures of the LoRA."""
         return str(EMOJI / lora) if lora in _all() else None
 
 
 def known(loras: Mapping[str, Concept | None] | Sequence[str]) -> tuple[str, ...]:
-    """Those of `loras` that the suite knows, in its own order."""
+    """The `loras` that the suite knows, in the order of the suite."""
     return tuple(name for name in _all() if name in loras)
 
 
@@ -72,7 +73,7 @@ def _all() -> tuple[str, ...]:
 
 
 def _dealt(names: Sequence[str], size: int, rng: random.Random) -> list[tuple[str, ...]]:
-    """SCENES sets of `size` names: each time those that were dealt least often, ties broken by chance."""
+    """SCENES sets of `size` names: each time those used least often so far, ties broken at random."""
     dealt: Counter[str] = Counter()
     sets = []
     for _ in range(SCENES):
@@ -87,7 +88,7 @@ def _scene(task: str, number: int, loras: tuple[str, ...], rng: random.Random) -
     words = read_words()
     objects = [name for name in loras if name != words.style]
     styled = words.style if words.style in loras else ""
-    # A style alone has nothing to show: an object of the base wears it.
+    # A style alone shows nothing: it is drawn on an object of the base.
     shown = objects or [_shuffled(words.objects, rng)[0]]
     phrase = _shuffled(words.phrases, rng)[0]
     elements = [Element("style", f"{name} style") if name == words.style else Element("object", name) for name in loras]
@@ -102,5 +103,5 @@ def _scene(task: str, number: int, loras: tuple[str, ...], rng: random.Random) -
 
 
 def _shuffled(items: Sequence[str], rng: random.Random) -> list[str]:
-    # Only random() is promised to give the same sequence on every Python version.
+    # Only random() gives the same sequence in every Python version.
     return [item for _, item in sorted((rng.random(), item) for item in items)]

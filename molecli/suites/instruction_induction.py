@@ -1,11 +1,11 @@
 """Instruction induction (Honovich et al., 2022): 22 small text tasks.
 
-Several tasks share their input words (letters_list, first_word_letter, the translations), so every prompt opens with an
-instruction, in our own words: without one nobody could tell them apart. Answers are what the files accept: every
-possible translation, every common concept; the members of a set in any order (`set_match`).
+Several tasks share their inputs (letters_list, first_word_letter, the translations). To distinguish them, every prompt
+begins with an instruction, in our own words. All answers in the files are right: every possible translation, every
+common concept; the members of a set in any order (`set_match`).
 Metrics follow the paper, section 4: exact set for the two set tasks, F1 for the two free ones, else exact match.
-Departs: there synonyms and all others are scored after lower-casing and removing punctuation; that is
-`exact_match_lm_eval` here, and plain `exact_match` comes first.
+Departs: the paper scores after lower-casing and removing punctuation; that is `exact_match_lm_eval` here, and plain
+`exact_match` comes first.
 """
 
 from __future__ import annotations
@@ -15,25 +15,22 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 
+from molecli.catalog.suites import SUITES
 from molecli.protocols import Example, Source, Split
 from molecli.suites._hub import web_json
 from molecli.suites._rows import Row, in_order, read_rows, rows_of, task_files
 
-_EXACT = ("exact_match", "exact_match_lm_eval", "exact_match_lorahub")
-_LABEL = ("exact_match", "accuracy", *_EXACT[1:])
-_SET = ("set_match", "exact_match")
-_FREE = ("f1", "exact_match", "rougeL")
-
-# The authors' repository at a fixed commit; `induce` is the train side, `execute` the held-out one.
+# The authors' repository at a fixed commit; `induce` is for training, `execute` is held out.
 WEB = "https://raw.githubusercontent.com/orhonovich/instruction-induction/f470bba158ac0f6afc382354cb224416b0c06049"
 
 
 @dataclass(frozen=True)
 class InductionTask:
-    """One row of the table. `max_new_tokens` leaves room for the longest answer, letter by letter if need be."""
+    """One task. `scored_as`: its kind in `metrics_of` of the suite's row. `max_new_tokens` leaves room for the longest
+    answer, letter by letter if necessary."""
 
     instruction: str
-    metrics: tuple[str, ...] = _EXACT
+    scored_as: str = ""
     max_new_tokens: int = 16
 
 
@@ -43,28 +40,28 @@ TASKS: dict[str, InductionTask] = {
     "cause_and_effect": InductionTask(
         "One sentence is the cause of the other. Write the sentence that is the cause.", max_new_tokens=48
     ),
-    "common_concept": InductionTask("Write what these things have in common.", _FREE),
+    "common_concept": InductionTask("Write what these things have in common.", "free"),
     "diff": InductionTask("Subtract the second number from the first."),
     "first_word_letter": InductionTask("Write the first letter of the word.", max_new_tokens=4),
-    "informal_to_formal": InductionTask("Rewrite the sentence in formal language.", _FREE, 32),
+    "informal_to_formal": InductionTask("Rewrite the sentence in formal language.", "free", 32),
     "larger_animal": InductionTask("Write the larger of the two animals."),
     "letters_list": InductionTask("Spell the word: write its letters with spaces between them.", max_new_tokens=40),
     "negation": InductionTask("Rewrite the sentence so that it says the opposite, using not.", max_new_tokens=64),
     "num_to_verbal": InductionTask("Write the number in English words.", max_new_tokens=32),
     "orthography_starts_with": InductionTask(
-        "Write all words of the sentence that start with the letter in brackets.", _SET, 24
+        "Write all words of the sentence that start with the letter in brackets.", "set", 24
     ),
     "second_word_letter": InductionTask("Write the second letter of the word.", max_new_tokens=4),
     "sentence_similarity": InductionTask(
         "How similar in meaning are the two sentences? Answer 0 - definitely not, 1 - probably not, 2 - possibly, "
         "3 - probably, 4 - almost perfectly or 5 - perfectly.",
-        _LABEL,
+        "label",
     ),
-    "sentiment": InductionTask("Is the opinion of the film positive or negative?", _LABEL, max_new_tokens=8),
+    "sentiment": InductionTask("Is the opinion of the film positive or negative?", "label", max_new_tokens=8),
     "singular_to_plural": InductionTask("Write the plural of the noun."),
     "sum": InductionTask("Add the two numbers."),
     "synonyms": InductionTask("Write a word that means the same."),
-    "taxonomy_animal": InductionTask("Write only the animals of the list.", _SET, 40),
+    "taxonomy_animal": InductionTask("Write only the animals of the list.", "set", 40),
     "translation_en-de": InductionTask("Translate the English word into German.", max_new_tokens=24),
     "translation_en-es": InductionTask("Translate the English word into Spanish.", max_new_tokens=24),
     "translation_en-fr": InductionTask("Translate the English word into French.", max_new_tokens=24),
@@ -95,14 +92,15 @@ class InstructionInductionSuite:
         return Source(_address(task, split), online=True) if data_dir is None else Source(_file(task, split, data_dir))
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
-        """The examples of one task. Raises: UsageError for bad files, RunError where the web is out of reach."""
+        """The examples of one task. Raises: UsageError for bad files, RunError if the web is not reached."""
         rows = _web_rows(task, split) if data_dir is None else read_rows(_file(task, split, data_dir))
         read = _READERS.get(task, _plain)
         return [read(task, row) for row in rows]
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """The task's metrics, the main one first."""
-        return TASKS[task].metrics
+        row = SUITES[self.name]
+        return row.metrics_of.get(TASKS[task].scored_as, row.metrics)
 
     def max_new_tokens(self, task: str) -> int:
         """Room for the task's longest answer."""
@@ -110,7 +108,7 @@ class InstructionInductionSuite:
 
 
 def _plain(task: str, row: Row) -> Example:
-    # "informal" and "formal" are the names in the authors' own files; so is a blank after some sentences.
+    # The authors' files use the names "informal" and "formal", and have a blank after some sentences.
     text, target = row.text("input", "informal").strip(), row.text("output", "formal").strip()
     others = tuple(other.strip() for other in row.texts("possible_translations"))
     return Example(task, prompt(task, text), target, tuple(dict.fromkeys((target, *others))) if others else ())
@@ -118,7 +116,7 @@ def _plain(task: str, row: Row) -> Example:
 
 def _cause(task: str, row: Row) -> Example:
     cause, effect = row.text("cause"), row.text("effect")
-    # Either order, decided by the pair itself: were the cause always first, copying would be enough.
+    # In either order, decided by the pair itself: if the cause were always first, copying would be enough.
     swap = sha256(f"{cause}/{effect}".encode()).digest()[0] % 2
     first, second = (effect, cause) if swap else (cause, effect)
     return Example(task, prompt(task, f"Sentence 1: {first} Sentence 2: {second}"), cause)

@@ -1,13 +1,14 @@
-"""Natural language inference: nine data sets and the three rounds of ANLI under one prompt; the answer is the label.
+"""Natural language inference: nine datasets and the three rounds of ANLI with one prompt; the answer is the label.
 
-Split: where `data_dir` has both files, train = <task>_train.jsonl and test = <task>_dev.jsonl. A task with a dev file
-alone is halved by a hash of the premise, so that one premise's hypotheses never stand on both sides.
+Split: if `data_dir` has both files, train = <task>_train.jsonl and test = <task>_dev.jsonl. A task with only a dev file
+is halved by a hash of the premise, so that all hypotheses of a premise are in the same half.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from molecli.catalog.suites import SUITES
 from molecli.protocols import Example, Source, Split
 from molecli.suites._hub import HubSet, not_online
 from molecli.suites._rows import Row, half_of, in_order, read_rows, task_files
@@ -21,7 +22,7 @@ _GLUE, _ANLI = "nyu-mll/glue", "facebook/anli"
 
 @dataclass(frozen=True)
 class NliTask:
-    """One row of the table: its labels, its public copy and what that calls the two texts, and how the prompt does."""
+    """One task: its labels, its public copy with the names of its two text fields, and their names in the prompt."""
 
     labels: tuple[str, ...]
     hub: HubSet | None = None
@@ -61,7 +62,7 @@ def prompt(task: str, premise: str, hypothesis: str) -> str:
 
 
 class NliSuite:
-    """The NLI data sets from `data_dir` (premise, hypothesis, label) or the hub."""
+    """The NLI datasets from `data_dir` (premise, hypothesis, label) or the hub."""
 
     name = "nli"
     version = "1"
@@ -76,18 +77,18 @@ class NliSuite:
         return in_order(list(TASKS), (stem.removesuffix("_dev") for stem in task_files(data_dir, "*_dev.jsonl")))
 
     def known(self, data_dir: str | None = None) -> list[str]:
-        """All of the table."""
+        """All tasks of the table."""
         return list(TASKS)
 
     def source(self, task: str, split: Split, data_dir: str | None = None) -> Source:
-        """The split's file, or the dev file that serves both; else the hub's table."""
+        """The file of the split, or the dev file for both; else the table on the hub."""
         if data_dir is None:
             return _hub(task).source(split)
         part = "train" if split == "train" and f"{task}_train" in task_files(data_dir) else "dev"
         return Source(f"{data_dir}/{task}_{part}.jsonl")
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
-        """The examples of one task. Raises: UsageError for bad files, RunError where the hub is out of reach."""
+        """The examples of one task. Raises: UsageError for bad files, RunError if the hub is not reached."""
         if data_dir is None:
             rows = _hub(task).rows(split, labels="label")
             return [_example(task, row, TASKS[task].texts) for row in rows]
@@ -97,8 +98,8 @@ class NliSuite:
         return [_example(task, row, _OURS) for row in rows]
 
     def metrics(self, task: str) -> tuple[str, ...]:
-        """Exact match of the label under each normaliser; accuracy forgives what follows it."""
-        return ("exact_match", "accuracy", "exact_match_lorahub", "exact_match_lm_eval")
+        """Exact match of the label under each normaliser; accuracy ignores text after it."""
+        return SUITES[self.name].metrics
 
     def max_new_tokens(self, task: str) -> int:
         """Room for the longest label."""
@@ -106,7 +107,7 @@ class NliSuite:
 
 
 def _hub(task: str) -> HubSet:
-    """The public copy of a task. Raises: UsageError where there is none."""
+    """The public copy of a task. Raises: UsageError if there is none."""
     found = TASKS[task].hub
     if found is None:
         raise not_online(NliSuite.name, task)

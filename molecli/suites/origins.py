@@ -1,6 +1,6 @@
-"""Where examples would come from, before any is read: files that are there, files that are not, public places.
+"""The sources of examples, before any is read: existing files, missing files, public datasets.
 
-Sources         what a DataConfig asks for, task by task        find_sources    DataConfig -> Sources
+Sources         the sources of a DataConfig, by task        find_sources    DataConfig -> Sources
 source_lines    the same as lines of a plan
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sources:
-    """Task -> place: `files` are there, `missing` are not, `online` would be fetched; `made` are generated tasks."""
+    """Task -> place: `files` exist, `missing` do not, `online` would be fetched; `made` lists generated tasks."""
 
     files: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -29,17 +29,17 @@ class Sources:
     made: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The sources as JSON."""
         return asdict(self)
 
 
 def find_sources(data: DataConfig, suite: Suite | None = None) -> Sources:
-    """Where the examples of `data` are: of its tasks, or without any of every task that the suite has.
+    """The sources of `data`: of its tasks, or if it names none of all tasks of the suite.
 
-    Reads no example and asks no public place. Raises: UsageError for a folder that is missing.
+    Reads no example and requests nothing. Raises: UsageError for a missing folder.
     """
     suite = suite or load_suite(data.suite, files=data.files)
-    # Online a suite lists what can be had there; in a folder, what a file may be missing for.
+    # Online a suite lists the available tasks; in a folder also tasks whose file may be missing.
     known = suite.tasks(None) if data.data_dir is None else suite.known(data.data_dir)
     suite.tasks(data.data_dir)
     files, missing, online, made = {}, {}, {}, []
@@ -59,7 +59,7 @@ def find_sources(data: DataConfig, suite: Suite | None = None) -> Sources:
 
 
 def source_lines(sources: Sources) -> list[str]:
-    """One line of what is there, one for each file that is not, and what would be fetched."""
+    """One line for existing files, one for each missing file, and one for datasets that would be fetched."""
     lines = []
     if sources.missing and sources.files:
         count = len(sources.files) + len(sources.missing)

@@ -1,15 +1,16 @@
-"""The `pictures` suite: scenes of one's own, a JSONL file a task.
+"""The `pictures` suite: your own scenes, one JSONL file per task.
 
     {"prompt": "sks dog and zwx cat on the beach", "loras": ["dog", "cat"]}
 
-Optional: `name`, which tells scenes apart (their number when missing), and `classes`, which the embedded recogniser
-should find.
+Optional: `name`, unique among the scenes (by default their number), and `classes` that the embedded recogniser should
+find.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from molecli.catalog.suites import SUITES
 from molecli.errors import UsageError
 from molecli.files.concepts import Concept
 from molecli.protocols import Element, Scene
@@ -20,7 +21,7 @@ FIELDS = ("prompt", "loras", "name", "classes")
 
 
 class PicturesSuite:
-    """The given files, each a task called after its stem."""
+    """The given files; each is a task named by its stem."""
 
     name = "pictures"
     version = "1"
@@ -30,7 +31,7 @@ class PicturesSuite:
         self._read: dict[str, list[Row]] = {}  # stdin can be read only once
 
     def tasks(self, concepts: Mapping[str, Concept | None], data_dir: str | None = None) -> list[str]:
-        """The files' task names. Raises: UsageError where no file was given."""
+        """The tasks of the files. Raises: UsageError if no file was given."""
         if not self.files:
             what = "no file of scenes was given"
             remedy = 'Write --files FILE.jsonl with lines {"prompt": ..., "loras": [...]}.'
@@ -38,20 +39,20 @@ class PicturesSuite:
         return list(self.files)
 
     def scenes(self, task: str, concepts: Mapping[str, Concept | None], data_dir: str | None = None) -> list[Scene]:
-        """The scenes of one file. Raises: UsageError naming the file and line that cannot be used."""
+        """The scenes of one file. Raises: UsageError that names the unusable file and line."""
         path = self.files[task]
         if path not in self._read:
             self._read[path] = read_rows(path)
         return [_scene(task, number, row, concepts) for number, row in enumerate(self._read[path])]
 
     def metrics(self, task: str) -> tuple[str, ...]:
-        """Both alignments; before them what is recognised, where every scene says what that should be."""
+        """Both alignments, and first `recognised` if all scenes have classes."""
         rows = self._read.get(self.files[task], [])
         named = bool(rows) and all(row.fields.get("classes") for row in rows)
-        return (*(("recognised",) if named else ()), "text_alignment", "image_alignment")
+        return SUITES[self.name].metrics_of["named"] if named else SUITES[self.name].metrics
 
     def pictures(self, lora: str, data_dir: str | None = None) -> str | None:
-        """None: a LoRA's own concept says where its pictures are."""
+        """None: the concept of a LoRA names its pictures."""
         return None
 
 
@@ -61,7 +62,7 @@ def _scene(task: str, number: int, row: Row, concepts: Mapping[str, Concept | No
             raise UsageError(row.where, f"unknown field {field!r}", f"There are: {', '.join(FIELDS)}.")
     loras = row.texts("loras")
     if not row.text("prompt").strip():
-        raise UsageError(row.where, "the prompt is empty", "Write what is to be drawn.")
+        raise UsageError(row.where, "the prompt is empty", "Write what to draw.")
     if len(set(loras)) < len(loras):
         raise UsageError(row.where, "a LoRA is named twice", "Name each one once.")
     name = row.text("name") if "name" in row.fields else f"{number:03d}"
@@ -69,7 +70,7 @@ def _scene(task: str, number: int, row: Row, concepts: Mapping[str, Concept | No
 
 
 def elements_of(loras: Sequence[str], concepts: Mapping[str, Concept | None]) -> tuple[Element, ...]:
-    """What a judge is told of each LoRA: the kind and the words of its concept, else its name alone."""
+    """The elements for a judge, one per LoRA: kind and trigger of its concept, else only its name."""
     found = [(name, concepts.get(name)) for name in loras]
     return tuple(
         Element("object", name) if concept is None else Element(concept.kind, name, (concept.trigger,))

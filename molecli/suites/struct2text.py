@@ -1,10 +1,10 @@
-"""Structure to text: CommonGen, DART, E2E NLG and WebNLG, put into words; ROUGE-1, -2 and -L against all references.
+"""Structured data to text: CommonGen, DART, E2E NLG and WebNLG; ROUGE-1, -2 and -L against all references.
 
-Split: GEM's `train`, and as test its `validation`: the references of CommonGen's test are not public, and FLAN scores
-all four there. A row of `train` has one text. For the test, rows of one input become one example with all their texts.
-A lone local file is halved by its input.
+Split: GEM's `train`, and as test its `validation`: the references of CommonGen's test are not public, and FLAN also
+uses `validation`. A row of `train` has one text. For the test, rows with the same input become one example with all
+their texts. A single local file is halved by its input.
 
-The input is written out as FLAN does (flan/tasks.py):
+The input is formatted as in FLAN (flan/tasks.py):
 
     common_gen   concepts joined by ", "                       field, look, stand
     dart         a triple's parts joined by " ", triples       Mars Hill College JOINED 1973; Mars Hill College LOCATION
@@ -13,7 +13,7 @@ The input is written out as FLAN does (flan/tasks.py):
     web_nlg      a triple's " | " as ", ", triples by "; ",    Aarhus Airport, cityServed, Aarhus
                  underscores as spaces
 
-The prompt around it is FLAN's in form (an instruction, the data, what is wanted), in our own words.
+The prompt has the form of FLAN's (an instruction, the data, what to write), in our own words.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from molecli.catalog.suites import SUITES
 from molecli.errors import UsageError
 from molecli.protocols import Example, Split
 from molecli.suites._hub import HubSet
@@ -38,7 +39,7 @@ def _concepts(row: Row) -> str:
 
 
 def _triples(row: Row) -> str:
-    """DART's triples. Raises: UsageError where they are not lists of texts."""
+    """DART's triples. Raises: UsageError if they are not lists of texts."""
     triples = row.fields["tripleset"]
     for triple in triples if isinstance(triples, list) else (None,):
         if not isinstance(triple, list) or not all(isinstance(part, str) for part in triple):
@@ -58,7 +59,7 @@ def _statements(row: Row) -> str:
 
 @dataclass(frozen=True)
 class StructTask:
-    """One row of the table: the field that holds the data and how it is written out, and the prompt's words."""
+    """One task: the field with the data, how it is formatted, and the words of the prompt."""
 
     field: str
     write: Callable[[Row], str]
@@ -98,7 +99,7 @@ def prompt(task: str, data: str) -> str:
 
 
 class Struct2TextSuite(TabledSuite):
-    """The tasks from `data_dir` or the hub, with GEM's fields; a line {"input", "target"} of plain text is read too."""
+    """The tasks from `data_dir` or the hub, with GEM's fields; {"input", "target"} lines of plain text are read too."""
 
     name = "struct2text"
     version = "1"
@@ -106,7 +107,7 @@ class Struct2TextSuite(TabledSuite):
     hubs: ClassVar[Mapping[str, HubSet]] = {task: row.hub for task, row in TASKS.items()}
 
     def question(self, task: str, row: Row) -> str:
-        """The data, written out."""
+        """The formatted data."""
         return data_of(task, row)
 
     def example(self, task: str, row: Row) -> Example:
@@ -114,13 +115,13 @@ class Struct2TextSuite(TabledSuite):
         return _example(task, row)
 
     def load(self, task: str, split: Split, data_dir: str | None = None) -> list[Example]:
-        """The examples of one task; to score, one for the same data with all their descriptions."""
+        """The examples of one task; in the test one per input, with all its descriptions."""
         examples = super().load(task, split, data_dir)
         return examples if split == "train" else merged(examples)
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """ROUGE-1, ROUGE-2 and ROUGE-L."""
-        return ("rouge1", "rouge2", "rougeL")
+        return SUITES[self.name].metrics
 
     def max_new_tokens(self, task: str) -> int:
         """Room for the longest description."""
@@ -128,7 +129,7 @@ class Struct2TextSuite(TabledSuite):
 
 
 def data_of(task: str, row: Row) -> str:
-    """The data of a row, written out. Raises: UsageError where they are missing or empty."""
+    """The formatted data of a row. Raises: UsageError if they are missing or empty."""
     field = TASKS[task].field
     if isinstance(row.fields.get("input"), str):
         text = row.text("input")
@@ -147,7 +148,7 @@ def _example(task: str, row: Row) -> Example:
 
 
 def merged(examples: Iterable[Example]) -> list[Example]:
-    """The examples with those of one prompt made one, at the place of the first, right by the texts of all."""
+    """The examples with equal prompts merged at the place of the first, with all their texts as references."""
     found: dict[str, Example] = {}
     for example in examples:
         first = found.get(example.prompt, example)

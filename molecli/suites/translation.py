@@ -1,8 +1,8 @@
 """Translation: WMT'14 English-French, WMT'16 English-German and English-Romanian, each in both directions; BLEU.
 
-Split: WMT's own `test` (newstest2014, newstest2016), and of its `train` the first 30,000 pairs, as FLAN takes them.
-A lone local file is halved by its English side, so that both directions divide the pairs alike.
-The prompt is FLAN's in form (what to translate from and to, the sentence), in our own words.
+Split: WMT's `test` (newstest2014, newstest2016), and the first 30,000 pairs of its `train`, as in FLAN.
+A single local file is halved by its English side, so that both directions have the same split.
+The prompt has the form of FLAN's (source and target language, the sentence), in our own words.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from molecli.catalog.suites import SUITES
 from molecli.errors import UsageError
 from molecli.protocols import Example
 from molecli.suites._hub import HubSet
@@ -23,13 +24,13 @@ MAX_NEW_TOKENS = 256
 
 
 def _wmt(year: int, pair: str) -> HubSet:
-    # Up to 40 million pairs lie beside a test set of a few thousand: only what is read is fetched.
+    # Up to 40 million pairs come with a test set of a few thousand: only rows that are read are fetched.
     return HubSet(f"wmt/wmt{year}", pair, stream=True, train_rows=TRAIN_ROWS)
 
 
 @dataclass(frozen=True)
 class TranslationTask:
-    """One row of the table: the languages' codes, from and to, and the public copy of both directions."""
+    """One task: the codes of the source and target language, and the public copy of both directions."""
 
     source: str
     target: str
@@ -55,7 +56,7 @@ def prompt(task: str, text: str) -> str:
 class TranslationSuite(TabledSuite):
     """The pairs from `data_dir` or the hub; a line is {"translation": {"en": ..., "fr": ...}}, or that object itself.
 
-    A line {"input", "target"} is read too, and `references` adds further right translations.
+    {"input", "target"} lines are read too; `references` adds further right translations.
     """
 
     name = "translation"
@@ -64,7 +65,7 @@ class TranslationSuite(TabledSuite):
     hubs: ClassVar[Mapping[str, HubSet]] = {task: row.hub for task, row in TASKS.items()}
 
     def question(self, task: str, row: Row) -> str:
-        """The English side, so that both directions divide alike."""
+        """The English side, so that both directions have the same split."""
         return _english(task, row)
 
     def example(self, task: str, row: Row) -> Example:
@@ -73,10 +74,10 @@ class TranslationSuite(TabledSuite):
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """BLEU of the whole set."""
-        return ("bleu",)
+        return SUITES[self.name].metrics
 
     def max_new_tokens(self, task: str) -> int:
-        """Room for the longest sentence of the test sets, letters with accents counted."""
+        """Room for the longest sentence of the test sets, accented letters included."""
         return MAX_NEW_TOKENS
 
 
@@ -87,7 +88,7 @@ def _example(task: str, row: Row) -> Example:
 
 
 def _texts(task: str, row: Row) -> tuple[str, str]:
-    """(the sentence, its translation) of a line in any of its forms."""
+    """(the sentence, its translation) of a line in any supported form."""
     if "input" in row.fields:
         text, target = row.text("input"), row.text("target", "output")
     else:

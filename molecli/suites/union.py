@@ -1,4 +1,4 @@
-"""Several suites as one, `a+b`: a mixture of all their tasks; each reads from the folder of its own name."""
+"""Several suites as one, `a+b`: all their tasks together; each suite reads from the folder with its name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from molecli.protocols import Example, Source, Split, Suite
 
 
 class UnionSuite:
-    """The tasks of `suites`, under their own names; `data_dir` holds one folder per suite, named after it.
+    """The tasks of `suites` under their own names; `data_dir` has one folder per suite, with its name.
 
-    Which suite a task is of shows when `tasks` or `load` is asked; `metrics` and `max_new_tokens` come after.
-    Raises: UsageError where two suites have a task of one name.
+    `tasks` or `load` must be called before `metrics` and `max_new_tokens`, to find the suite of a task.
+    Raises: UsageError if two suites have a task with the same name.
     """
 
     def __init__(self, suites: Sequence[Suite]) -> None:
@@ -27,25 +27,25 @@ class UnionSuite:
         return list(self._owner)
 
     def known(self, data_dir: str | None) -> list[str]:
-        """Every task of every suite."""
+        """All tasks of all suites."""
         return list(self._owners({suite: suite.known(_folder(data_dir, suite)) for suite in self.suites}))
 
     def source(self, task: str, split: Split, data_dir: str | None) -> Source | None:
-        """What the task's own suite would read."""
+        """The source in the suite of the task."""
         owners = self._owners({suite: suite.known(_folder(data_dir, suite)) for suite in self.suites})
         return owners[task].source(task, split, _folder(data_dir, owners[task]))
 
     def load(self, task: str, split: Split, data_dir: str | None) -> list[Example]:
-        """The examples of one task, from its own suite."""
+        """The examples of one task, from its suite."""
         suite = self._of(task, data_dir)
         return suite.load(task, split, _folder(data_dir, suite))
 
     def metrics(self, task: str) -> tuple[str, ...]:
-        """The metrics of the task's own suite."""
+        """The metrics in the suite of the task."""
         return self._owner[task].metrics(task)
 
     def max_new_tokens(self, task: str) -> int:
-        """The limit of the task's own suite."""
+        """The limit in the suite of the task."""
         return self._owner[task].max_new_tokens(task)
 
     def _owners(self, tasks: Mapping[Suite, Sequence[str]]) -> dict[str, Suite]:

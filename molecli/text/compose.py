@@ -1,6 +1,7 @@
-"""Composing on a language model: the examples that gates learn from, and the scores of what was composed.
+"""`mole compose` on a language model: the examples that gates learn from, and the scores of the composition.
 
-prepare       recipe -> TextTask, what `commands.compose` asks of a kind of base
+prepare       recipe -> TextTask, checked
+TextTask      what `commands.compose` needs from a kind of base
 with_tasks    a recipe with its tasks named
 """
 
@@ -35,13 +36,13 @@ PICTURE_FIELDS = ("concepts", "objective", "image", "preview")
 
 
 def prepare(recipe: ComposeRecipe, note: Note = lambda text: None) -> TextTask:
-    """The recipe, complete. Raises: UsageError for what cannot be learned from or scored, or would be ignored."""
+    """The task of a recipe. Raises: UsageError for anything that cannot be learned or scored, or would be ignored."""
     row = get_method(recipe.mode)
     check_runs_on(recipe.mode, "texts")
     check_fields(recipe, PICTURE_FIELDS, "pictures")
     check_options(recipe.method, [recipe.mode])
     if row.family == "peft":
-        check_unused(recipe, ("gate",), f"in mode {recipe.mode} PEFT routes as `method` says, and there are no gates")
+        check_unused(recipe, ("gate",), f"mode {recipe.mode} has no gates; PEFT routes as `method` says")
     complete = with_tasks(recipe)
     rows = flatten(split_tasks(complete.data)[0]) if row.trained else []
     bench = None if complete.evaluate is None else make_bench(complete.evaluate)
@@ -49,7 +50,7 @@ def prepare(recipe: ComposeRecipe, note: Note = lambda text: None) -> TextTask:
 
 
 def with_tasks(recipe: ComposeRecipe) -> ComposeRecipe:
-    """The recipe with its tasks named, where the suite knows which tasks its LoRAs are for."""
+    """The recipe with its tasks named, if the suite knows which tasks the LoRAs are for."""
     update: dict[str, Any] = {"data": _narrowed(recipe.data, recipe)}
     if recipe.evaluate is not None:
         data = _narrowed(recipe.evaluate.data, recipe)
@@ -59,7 +60,7 @@ def with_tasks(recipe: ComposeRecipe) -> ComposeRecipe:
 
 @dataclass(frozen=True)
 class TextTask:
-    """A `commands.compose.Task` on a language model; `bench` is what is scored, None for nothing."""
+    """A `commands.compose.Task` on a language model. `bench` is what is scored; None if nothing is."""
 
     recipe: ComposeRecipe
     row: Method
@@ -81,7 +82,7 @@ class TextTask:
         return 0 if self.bench is None else sum(map(len, self.bench.tasks.values()))
 
     def learn(self, backbone: Backbone, mixture: Mixture, **how: Any) -> list[Record]:
-        """The records of the training, by the mode's `learner` with the keywords `how`."""
+        """The records of the training by the mode's `learner`, which receives the keywords `how`."""
         recipe = self.recipe
         learn = learner(self.row, recipe.method)
         return learn(backbone, mixture, self.rows, recipe.train, seed=recipe.seed, **how)
@@ -89,7 +90,7 @@ class TextTask:
     def finish(
         self, backbone: Backbone, experts: Sequence[Expert], mixture: Mixture, progress: Progress | None
     ) -> EvaluationReport | None:
-        """The scores, where the recipe asks for them; beside them what the gates do, drawn."""
+        """The scores, if the recipe asks for them; then it also draws the gates on the scored examples."""
         if self.recipe.evaluate is None or self.bench is None:
             return None
         found = self._scores(self.recipe.evaluate, self.bench, backbone, experts, mixture, progress)
@@ -106,11 +107,11 @@ class TextTask:
         mixture: Mixture,
         progress: Progress | None,
     ) -> EvaluationReport:
-        """The composition beside the base, each LoRA alone and the fixed mixtures, on one load of the base."""
+        """The scores of the composition, the base, each LoRA alone and the fixed mixtures, on one loaded base."""
         recipe = self.recipe
         weights = {lora.name: lora.weight for lora in recipe.loras}
         fixed = fixed_columns(backbone.model, experts, weights=weights) if settings.baselines else []
-        # A fixed mode stands in the table already; a LoRA may be called like a mode.
+        # A fixed mode is in the table already. A LoRA can have the name of a mode.
         own = next((column for column in fixed if column.name == recipe.mode and not column.single), None)
         if own is None:
             own = Column(recipe.mode, mixture)
@@ -128,7 +129,7 @@ class TextTask:
         )
 
     def _draw(self, bench: Bench, backbone: Backbone, mixture: Mixture, progress: Progress | None) -> None:
-        """gates.png, .csv and .json and entropy.png in the output folder: what the gates do on the examples scored."""
+        """Writes gates.png, .csv and .json and entropy.png: the gates on the scored examples."""
         output = self.recipe.output
         with mixture:
             values = collect(backbone, mixture, bench.tasks, batch_size=bench.batch_size, progress=progress)

@@ -1,8 +1,9 @@
 """`mole evaluate` on a language model: any number of methods on one load of the base, scored on the same examples.
 
-evaluate      recipe -> EvaluationReport: the whole command
-Bench         the tasks, and how each is scored          run_columns    every column's results on a bench
-make_bench    EvalConfig -> Bench                        make_report    results -> files' content and table
+evaluate       recipe -> EvaluationReport: the whole command
+Bench          the tasks, and how each is scored         run_columns    every column's results on a bench
+make_bench     EvalConfig -> Bench                       make_report    results -> EvaluationReport
+make_columns   the columns of a recipe                   chosen         the LoRAs and modes of a recipe
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from molecli.catalog.methods import BASE, check_runs_on, shown_beside
 from molecli.catalog.metrics import metric_row
 from molecli.config.unread import check_fields, check_options, composing
 from molecli.evaluation.columns import Column, composed_columns, distinct, fixed_columns
-from molecli.evaluation.report import OWN_LORA, EvaluationReport, recorded_loras, usual_modes
+from molecli.evaluation.report import EvaluationReport, recorded_loras, usual_modes
 from molecli.evaluation.results import compare, document, write
-from molecli.evaluation.scoring import TaskResult, own_lora, score_tasks
+from molecli.evaluation.scoring import OWN_LORA, TaskResult, own_lora, score_tasks
 from molecli.evaluation.tables import score_table
 from molecli.files.composition import Composition
 from molecli.mixture.attach import base_of, read_experts
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from molecli.config import BaseConfig, EvalConfig, EvaluateRecipe
     from molecli.protocols import Backbone
 
-# An evaluation of a language model leaves nothing to go on from.
+# An interrupted evaluation of a language model keeps nothing from which it could be resumed.
 RESUMES = False
 PICTURE_FIELDS = ("image", "concepts", "judge")
 Results = Mapping[str, Sequence[TaskResult]]
@@ -43,7 +44,7 @@ Results = Mapping[str, Sequence[TaskResult]]
 
 @dataclass(frozen=True)
 class Bench:
-    """Tasks, and for each its metrics and the longest completion; `suite` is its name and version."""
+    """Tasks, and for each its metrics and longest completion; `suite` is the suite's name and version."""
 
     tasks: Tasks
     metrics: Mapping[str, Sequence[str]]
@@ -59,9 +60,9 @@ def evaluate(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> EvaluationReport:
-    """The report of a whole run; results.json and the samples are complete after every method.
+    """The report of a whole run. results.json and the samples are rewritten after every method.
 
-    Raises: UsageError, MismatchError and RunError as loading the examples, the base and the LoRAs does.
+    Raises: UsageError, MismatchError and RunError, from loading the examples, the base and the LoRAs.
     """
     base, loras, modes = check(recipe, compositions)
     bench = make_bench(recipe.eval)
@@ -94,7 +95,7 @@ def evaluate(
 def check(
     recipe: EvaluateRecipe, compositions: Mapping[str, Composition]
 ) -> tuple[BaseConfig, list[LoraLike], Sequence[str]]:
-    """(the base, the LoRAs at hand, the fixed modes to score). Raises: UsageError for what would be ignored."""
+    """(the base, the available LoRAs, the fixed modes to score). Raises: UsageError for settings that are ignored."""
     check_fields(recipe, PICTURE_FIELDS, "pictures")
     base = base_of(recipe.base, next(iter(compositions.values()), None))
     loras, modes = chosen(recipe, compositions, builtin=base.id.startswith(BUILTIN_PREFIX))
@@ -105,7 +106,7 @@ def check(
 
 
 def make_bench(config: EvalConfig) -> Bench:
-    """The examples that `config` names and how they are scored. Raises: UsageError for bad names, files and lines."""
+    """The examples that `config` names, and how they are scored. Raises: UsageError for bad names, files or lines."""
     for name in config.metrics or ():
         metric_row(name)
     suite = load_suite(config.data.suite, files=config.data.files)
@@ -127,7 +128,7 @@ def run_columns(
     progress: Progress | None = None,
     after: Callable[[Results], object] = lambda results: None,
 ) -> dict[str, list[TaskResult]]:
-    """The results of every column, attached one after another; `after` sees all there are after each."""
+    """The results of every column, attached one after another. After each, `after` receives all results so far."""
     results: dict[str, list[TaskResult]] = {}
     for name, column in columns.items():
         with column.context:
@@ -155,9 +156,9 @@ def make_report(
     config: Any = None,
     device: torch.device | str,
 ) -> EvaluationReport:
-    """The report on `results` made on `device`, with `subject` compared to every other method by `samples` resamples.
+    """The report on `results` from `device`. `subject` is compared with every other method by `samples` resamples.
 
-    Where every task has a namesake among the methods in `singles`, a column "own LoRA" puts these results together.
+    If every task has a method of the same name in `singles`, a column "own LoRA" collects these results.
     """
     shown = with_own_lora(results, singles)
     comparisons = compare(shown, subject, samples=samples, seed=seed)
@@ -174,7 +175,7 @@ def make_report(
 
 
 def with_own_lora(results: Results, singles: Sequence[str]) -> dict[str, Sequence[TaskResult]]:
-    """The results with each task's own LoRA as one method, right before the first LoRA alone."""
+    """The results with "own LoRA" (each task's own LoRA) as one more method, right before the first single LoRA."""
     alone = {name: results[name] for name in singles if name in results}
     own = own_lora(alone) if len(alone) > 1 else None
     shown: dict[str, Sequence[TaskResult]] = {}
@@ -192,11 +193,11 @@ def make_columns(
     loras: Sequence[LoraLike],
     modes: Sequence[str],
 ) -> dict[str, Column]:
-    """What `recipe` compares, by name, in the order of the table: the fixed `modes` first, compositions last.
+    """The columns that `recipe` compares, by name, in the order of the table: fixed `modes` first, compositions last.
 
     Raises: UsageError, MismatchError.
     """
-    # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
+    # A LoRA that a composition records may match the base only in part: that was accepted when it was composed.
     needed = loras if set(modes) - {BASE} else []
     experts = read_experts(model, needed, allow_partial=not recipe.loras)
     weights = {lora.name: lora.weight for lora in recipe.loras}
@@ -209,9 +210,9 @@ def make_columns(
 def chosen(
     recipe: EvaluateRecipe, compositions: Mapping[str, Composition], *, builtin: bool
 ) -> tuple[list[LoraLike], Sequence[str]]:
-    """(the LoRAs at hand, the fixed modes to score): those of the recipe, else what it leaves to be chosen.
+    """(the available LoRAs, the fixed modes to score): those of the recipe, otherwise the defaults.
 
-    Without --modes these are the base, each LoRA alone, linear and nla, unless eval.baselines is off.
+    The default modes are the base, each LoRA alone, linear and nla; none if eval.baselines is off.
     """
     loras: list[LoraLike] = list(recipe.loras) or recorded_loras(compositions.values())
     if not loras and builtin:

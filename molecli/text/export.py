@@ -1,6 +1,7 @@
-"""Exporting a composition on a language model: what its gates are averaged over, and PEFT, which loads the result.
+"""Exporting a composition on a language model: the examples over which its gates are averaged, and the PEFT adapter.
 
-prepare       recipe -> TextTask, what `commands.export` asks of a kind of base
+prepare     recipe -> TextExport, checked
+TextExport    what `commands.export` needs from a kind of base
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ if TYPE_CHECKING:
 
 PICTURE_FIELDS = ("image", "concepts")
 PROBED = 4
-# What both models read where there is nothing else to: any tokens tell a difference.
+# Read by both models if there are no other inputs: any tokens show a difference.
 _PROBES = (("the old fox runs", "fox"), ("1 2 3 4 5 6 7", "8"), ("translate: good morning", "guten Morgen"))
 
 
-def prepare(recipe: ExportRecipe, composition: Composition, note: Note = lambda text: None) -> TextTask:
-    """The recipe. Raises: UsageError for what it would ignore."""
+def prepare(recipe: ExportRecipe, composition: Composition, note: Note = lambda text: None) -> TextExport:
+    """The task of a recipe. Raises: UsageError for settings that would be ignored."""
     check_fields(recipe, PICTURE_FIELDS, "pictures")
     if recipe.calibration.prompts:
         what = "a language model's gates are averaged over examples, which have answers"
         raise UsageError("--prompt", what, "Write --calibrate FILE.jsonl.")
-    return TextTask(recipe, composition)
+    return TextExport(recipe, composition)
 
 
-class TextTask:
+class TextExport:
     """A `commands.export.Task` on a language model."""
 
     layouts: tuple[str, ...] = ("peft",)
@@ -64,7 +65,7 @@ class TextTask:
 
     @property
     def data(self) -> DataConfig:
-        """Where the calibration inputs are."""
+        """The `data` section that names the calibration inputs."""
         config = self.recipe.calibration
         if config.examples is not None:
             return DataConfig(suite=OWN_TEXTS, files=config.examples, limit=config.limit)
@@ -74,21 +75,21 @@ class TextTask:
 
     @cached_property
     def tasks(self) -> Tasks:
-        """The calibration inputs. Raises: UsageError where there are none."""
+        """The calibration inputs. Raises: UsageError if there are none."""
         if self.recipe.calibration.examples is not None:
             return load_tasks(self.data)
         try:
             return split_tasks(self.data)[0]
         except UsageError as error:
             remedy = "Write --calibrate FILE.jsonl, or --data-dir DIR."
-            raise UsageError(error.where, f"{error.what}, and the composition learned from it", remedy) from None
+            raise UsageError(error.where, f"{error.what}, and the composition was learned from it", remedy) from None
 
     @property
     def sources(self) -> Mapping[str, Sources]:
         return {"calibrate": find_sources(self.data)}
 
     def count(self, *, fetch: bool) -> int:
-        """How many inputs there are; of those in public places what the limit allows, unless they may be fetched."""
+        """The number of inputs. For data sets that are online it is the limit, unless `fetch` allows to read them."""
         online = any(found.online for found in self.sources.values())
         return count_examples(self.data, fetch=fetch) if online else self.inputs
 
@@ -100,7 +101,7 @@ class TextTask:
     def observe(
         self, backbone: Backbone, mixture: Mixture | None, *, gates: bool, label: str, progress: Progress | None
     ) -> Observed:
-        """Each input's loss with the mixture (None: the base) and, if asked for, its gates averaged over its tokens."""
+        """Each input's loss with the mixture (None: the base) and, with `gates`, its gates averaged over its tokens."""
         losses: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         seen: dict[str, list[Tensor]] = {}
         done, size = 0, self.recipe.calibration.batch_size
@@ -120,18 +121,18 @@ class TextTask:
         )
 
     def write(self, folder: Path, layout: str, factors: Mapping[str, LowRank], backbone: Backbone) -> Path:
-        """The folder, holding a PEFT adapter."""
+        """The folder with a PEFT adapter."""
         transposed = any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in factors)
         task_type = TASK_TYPES.get(backbone.family)
         return write_peft(folder, factors, self.composition.base, task_type=task_type, fan_in_fan_out=transposed)
 
     @contextmanager
     def loaded(self, backbone: Backbone, folder: Path, layout: str) -> Iterator[None]:
-        """Inside, the base has the adapter in `folder` as PEFT loads it; afterwards it is as it was."""
+        """A context in which the base has the adapter in `folder`, loaded by PEFT."""
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            # PEFT asks transformers 5 a question by its old name; a user can do nothing about it.
+            # PEFT uses an old name of transformers 5; the user can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             adapted = PeftModel.from_pretrained(backbone.model, str(folder), torch_device=str(backbone.device))
         try:
@@ -141,7 +142,7 @@ class TextTask:
 
     @torch.no_grad()
     def probe(self, backbone: Backbone) -> Tensor:
-        """Logits of the model as it is now, on a few of the calibration inputs."""
+        """The logits of the model as it is now, on a few calibration inputs."""
         known: list[Example] = []
         if "tasks" in self.__dict__:
             known = [examples[0] for examples in self.tasks.values()][:PROBED]
@@ -150,5 +151,5 @@ class TextTask:
         return torch.cat(logits).float().cpu()
 
     def library(self, layout: str) -> str:
-        """Who loads the adapter."""
+        """The name and version of the library that loads the adapter."""
         return f"PEFT {version('peft')}"

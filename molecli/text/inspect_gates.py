@@ -1,8 +1,8 @@
 """`mole inspect-gates` on a language model: the gates over examples of each task, with teacher forcing.
 
 inspect_gates    recipe -> GateReport
-defaults         the examples to look at where none are named
-collect          gate values of an attached mixture over examples
+defaults         the recipe's defaults that depend on the composition: its examples
+collect          the gates of an attached mixture on examples
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def inspect_gates(
 ) -> GateReport:
     """The report on the examples that the recipe names. Raises: UsageError, MismatchError."""
     if recipe.prompts:
-        what = "a language model's gates are looked at on examples, which have answers"
+        what = "a language model's gates are inspected on examples, which have answers"
         raise UsageError("--prompt", what, "Write --files FILE.jsonl.")
     check_fields(recipe, ("image",), "pictures")
     tasks, path = load_examples(recipe.data), str(recipe.composition)
@@ -50,10 +50,10 @@ def inspect_gates(
 
 
 def defaults(composition: Composition) -> dict[str, Any]:
-    """The examples that the composition was scored on, as keys of a recipe."""
+    """The examples that the composition was scored on (otherwise learned from), as keys of a recipe."""
     own = yaml.safe_load(composition.recipe)
     scored = (own.get("evaluate") or {}).get("data")
-    # What the gates learned from, whole: its held-out part is no more than a part.
+    # All the data that the gates learned from, with its held-out part.
     data = scored or {**own["data"], "holdout": 0.0}
     return {f"data.{key}": value for key, value in data.items() if key != "limit"}
 

@@ -1,4 +1,4 @@
-"""What a run on a language model would do, in numbers and without weights: the parts of a plan that only texts have.
+"""The parts of a run's plan that only language models have: numbers, computed without loading weights.
 
 Contents: to_train, to_evaluate, kept_bytes, at_once, count_examples.
 """
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from molecli.protocols import Shape
 
 LEARNS_FROM = "examples"
-# A guess at the length of an example, prompt and target: real lengths need the tokenizer and every line.
+# A guess for the length of an example (prompt and target): real lengths need the tokenizer and every line.
 TOKENS_PER_EXAMPLE = 256
 
 
 def to_train(recipe: TrainLoraRecipe, shapes: Mapping[str, Shape], *, fetch: bool) -> PlannedWork:
-    """The matrices that would be adapted, and the examples. Raises: UserError as the run would."""
-    from molecli.training.adapter import target_matrices  # imports PEFT, which the other plans can do without
+    """The matrices that would be adapted, and the number of examples. Raises: UserError like the run."""
+    from molecli.training.adapter import target_matrices  # imports PEFT, which other plans do not need
 
     targets = target_matrices(recipe.adapter.targets, shapes)
     return PlannedWork(count_examples(recipe.data, fetch=fetch), {"train": find_sources(recipe.data)}, targets=targets)
 
 
 def to_evaluate(recipe: EvaluateRecipe, compositions: Mapping[str, Composition], *, fetch: bool) -> PlannedWork:
-    """The LoRAs that are scored, the examples and passes. Raises: UserError as the run would."""
+    """The LoRAs that are needed, the number of examples and of passes. Raises: UserError like the run."""
     _, loras, modes = check(recipe, compositions)
     needed = loras if set(modes) - {BASE} else list(recipe.loras)
     sources, count = {"evaluate": find_sources(recipe.eval.data)}, count_examples(recipe.eval.data, fetch=fetch)
@@ -49,20 +49,20 @@ def to_evaluate(recipe: EvaluateRecipe, compositions: Mapping[str, Composition],
 
 
 def kept_bytes(skeleton: nn.Module, shapes: Mapping[str, Shape], *, rows: int, width: int) -> int:
-    """Of so many examples, what the backward pass needs; `width` bytes a number."""
+    """The bytes that the backward pass keeps for `rows` examples, with `width` bytes per number."""
     config: Any = skeleton.config
     vocabulary = int(getattr(config, "vocab_size", 0))
-    # Each matrix keeps its input and its output; the loss the logits and their gradient in float32.
+    # Each matrix keeps its input and its output. The loss keeps the logits and their gradient in float32.
     return rows * TOKENS_PER_EXAMPLE * (sum(map(sum, shapes.values())) * width + vocabulary * 8)
 
 
 def at_once(rows: int) -> str:
-    """What the estimate of memory is of."""
+    """The batch that the estimate of memory is for."""
     return f"{TOKENS_PER_EXAMPLE} tokens an example"
 
 
 def count_examples(data: DataConfig, *, fetch: bool = True) -> int:
-    """The number of examples; unless they are to be fetched, of those online what the limit allows, 0 without one."""
+    """The number of examples. For online data, without `fetch`, it is the limit, or 0 without a limit."""
     if not fetch and find_sources(data).online:
         suite = load_suite(data.suite, files=data.files)
         return (data.limit or 0) * len(select_tasks(suite, data.tasks, data.data_dir))

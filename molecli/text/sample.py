@@ -1,7 +1,7 @@
 """`mole sample` on a language model: completions of prompts.
 
 sample         recipe -> Completions: the whole command
-Completions    what `commands.sample` shows
+Completions    all of them, as `commands.sample` shows them
 Sample         one prompt and its completion
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from molecli.files.composition import Composition
     from molecli.protocols import Backbone, Note, Progress
 
-# Completions go to stdout: a folder is written where one is named.
+# Completions go to stdout: a folder is written only if one is named.
 IN_FOLDER = False
 PICTURE_FIELDS = ("modes", "images", "image", "method", "concepts")
 
@@ -54,7 +54,7 @@ class Completions(list[Sample]):
         return [sample.text for sample in self]
 
     def check(self) -> None:
-        """Nothing: a completion is made or the command fails."""
+        """Does nothing: the command fails if a completion cannot be made."""
 
 
 def sample(
@@ -64,9 +64,9 @@ def sample(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> Completions:
-    """The completions of `recipe.prompts`; with `recipe.output` also written to samples.jsonl there.
+    """The completions of `recipe.prompts`; with `recipe.output`, also written to samples.jsonl there.
 
-    Raises: UsageError where it is not clear which experts to use; MismatchError where they do not fit.
+    Raises: UsageError if it is not clear which experts to use; MismatchError if they do not fit the base.
     """
     check_fields(recipe, PICTURE_FIELDS, "pictures")
     backbone = load_backbone(base_of(recipe.base, composition), recipe.device)
@@ -92,8 +92,8 @@ def _experts(
             raise UsageError("--mask", "there is no LoRA to switch off", "Name a composition, or --loras.")
         return nullcontext()
     if len(loras) > 1 and len(recipe.only) != 1:
-        what = f"{len(loras)} LoRAs and no composition that says how they mix"
-        raise UsageError("--loras", what, "Make one with mole compose, or name one LoRA with --only.")
+        what = f"there are {len(loras)} LoRAs, and no composition says how to combine them"
+        raise UsageError("--loras", what, "Make one with mole compose, or choose one LoRA with --only.")
     weights = {lora.name: lora.weight for lora in recipe.loras}
     return attach(backbone.model, loras=loras, weights=weights)
 
@@ -108,7 +108,7 @@ def _complete(backbone: Backbone, recipe: SampleRecipe, progress: Progress | Non
             max_new_tokens=recipe.max_new_tokens,
             temperature=recipe.temperature,
             top_p=recipe.top_p,
-            # Its own seed for each batch: with one for all, equal prompts in two batches would complete alike.
+            # Each batch has its own seed: otherwise equal prompts in two batches would get equal completions.
             seed=recipe.seed + start if recipe.temperature > 0 else None,
         )
         if progress is not None:

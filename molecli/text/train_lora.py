@@ -1,9 +1,9 @@
-"""`mole train-lora` on a language model: one adapter trained with the task loss, in a folder that PEFT loads.
+"""`mole train-lora` on a language model: one adapter, trained with the task loss, in a folder that PEFT can load.
 
 train_lora          recipe -> report: the whole command
-task_loss           the loss that it trains with
-held_out_losses     what the adapter is worth on examples that it did not see
-write_adapter       the folder of a LoRA
+task_loss           the training loss
+held_out_losses     the losses on held-out examples, without and with the adapter
+write_adapter       writes the folder of a LoRA
 """
 
 from __future__ import annotations
@@ -44,10 +44,7 @@ def train_lora(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> dict[str, Any]:
-    """Trains the adapter of `recipe` into its output folder; returns the report, which is also written there.
-
-    Raises: UserError.
-    """
+    """The report of the training, written to the output folder together with the adapter. Raises: UserError."""
     folder = Path(recipe.output)
     tasks, held_out = split_tasks(recipe.data)
     backbone = load_backbone(recipe.base, accelerator.device)
@@ -63,7 +60,7 @@ def train_lora(
             resume=resume,
             accelerator=accelerator,
             progress=progress,
-            # B starts at zero, so that A has no gradient yet; and a sparse model routes no token to some matrices.
+            # B starts at zero, so A has no gradient yet; and a sparse model may route no token to some matrices.
             gradient_check="any",
         )
         report = _report(recipe, model, tasks, history)
@@ -79,7 +76,7 @@ def train_lora(
 
 
 def task_loss(backbone: Backbone) -> LossFunction:
-    """The loss that `train` asks for: summed cross-entropy of the targets."""
+    """The loss function for `train`: the summed cross-entropy of the targets."""
 
     def loss(examples: Sequence[Example], context: StepContext) -> StepLoss:
         total, count = backbone.token_loss(backbone.collate(examples))
@@ -92,7 +89,7 @@ def task_loss(backbone: Backbone) -> LossFunction:
 def held_out_losses(
     backbone: Backbone, model: PeftModel | Shifted, tasks: Tasks, batch_size: int, accelerator: Accelerator
 ) -> dict[str, dict[str, float]]:
-    """{task: {"base": mean token loss, "lora": the same with the adapter}} on held-out examples. Collective."""
+    """{task: {"base": mean token loss, "lora": that with the adapter}} on held-out examples. Collective."""
     losses: dict[str, dict[str, float]] = {}
     context, model_is = StepContext(0, accelerator), {"base": model.disable_adapter, "lora": nullcontext}
     training = model.training
@@ -113,11 +110,11 @@ def held_out_losses(
 
 
 def write_adapter(model: PeftModel, folder: Path, base: BaseConfig) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json; the config last, as readers look for it first."""
+    """Writes adapter_model.safetensors, then adapter_config.json: last, because readers look for it first."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base.id, base.revision
     with tempfile.TemporaryDirectory() as scratch:
-        # save_embedding_layers: left to itself, PEFT asks the hub whether the vocabulary was resized.
+        # save_embedding_layers: by default PEFT asks the hub whether the vocabulary was resized.
         model.save_pretrained(scratch, save_embedding_layers=False)
         weights = (Path(scratch) / "adapter_model.safetensors").read_bytes()
         settings = json.loads((Path(scratch) / "adapter_config.json").read_text())

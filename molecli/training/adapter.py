@@ -1,4 +1,7 @@
-"""TODO docstring."""
+"""A new adapter on a base's matrices: a LoRA through PEFT, or SVDiff's shifts of singular values.
+
+Contents: adapted, target_matrices, trained_parameters, write_shifts.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
 
 
 ALL_LINEAR = "all-linear"
-
-
 TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
 
 
@@ -39,12 +40,11 @@ def adapted(
     targets: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[PeftModel | Shifted]:
-    """The backbone's model with a fresh adapter in it, of the adapter's method; when the block ends, the backbone is as
-    it was.
+    """A context with the backbone's model and a new adapter in it. Afterwards the backbone is as it was before.
 
-    Only the adapter trains, in float32 whatever the base's dtype. The base stays in eval mode: of all dropouts only the
-    adapter's own is active. `targets` are full names, by default those that the adapter's mean.
-    Raises: UsageError for targets that name no adaptable matrix.
+    Only the adapter is trained, in float32 whatever the base's dtype. The base stays in eval mode, so only the
+    adapter's own dropout is active. `targets` are full names, by default those that the adapter's `targets` select.
+    Raises: UsageError for targets that match no matrix.
     """
     if targets is None:
         targets = target_matrices(adapter.targets, backbone.matrices())
@@ -58,7 +58,7 @@ def adapted(
 
 @contextmanager
 def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequence[str]) -> Iterator[PeftModel]:
-    """The backbone's model with a fresh LoRA in it."""
+    """A context with the backbone's model and a new LoRA in it."""
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
@@ -72,7 +72,7 @@ def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequen
     # PEFT draws A from the global generator.
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        # PEFT asks transformers 5 a question by its old name; a user can do nothing about it.
+        # PEFT uses an old name of transformers 5; the user can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model = get_peft_model(backbone.model, config, autocast_adapter_dtype=True)
     try:
@@ -82,10 +82,10 @@ def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequen
 
 
 def target_matrices(targets: str | Sequence[str], matrices: Collection[str]) -> list[str]:
-    """The full names of the matrices that `targets` means: all-linear, a regex, or a list of names or name endings.
+    """The full names of the matrices that `targets` selects: all-linear, a regex, or a list of names or name endings.
 
-    Resolved here and not by PEFT, which would also adapt the output head or an embedding where a name or regex
-    matches it, and passes over a listed name that matches nothing.
+    Resolved here and not by PEFT, because PEFT would also adapt the output head or an embedding that matches, and would
+    ignore a listed name that matches nothing.
     """
     if targets == ALL_LINEAR:
         return list(matrices)
@@ -103,12 +103,12 @@ def target_matrices(targets: str | Sequence[str], matrices: Collection[str]) -> 
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train: the adapter's."""
+    """The parameters that are trained: the adapter's."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def write_shifts(model: Shifted, folder: Path, base: BaseConfig) -> None:
-    """Writes svdiff.safetensors, which says in its metadata which base it belongs to."""
+    """Writes svdiff.safetensors, with metadata that say which base it belongs to."""
     weights, names = model.weights, model.targeted_module_names
     digests = {name: weights.digest(name) for name in names}
     shapes = {name: weights.shape(name) for name in names}
@@ -120,7 +120,7 @@ def _matching(regex: str, matrices: Collection[str]) -> list[str]:
     try:
         found = [name for name in matrices if re.fullmatch(regex, name)]
     except re.error as error:
-        raise UsageError("adapter.targets", f"{regex!r} is not a valid regex ({error})", "Mend it.") from None
+        raise UsageError("adapter.targets", f"{regex!r} is not a valid regex ({error})", "Correct it.") from None
     if not found:
         known = ", ".join(_endings(matrices))
         raise UsageError("adapter.targets", f"the regex {regex!r} matches no matrix", f"Names end in {known}.")

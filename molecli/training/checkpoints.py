@@ -2,8 +2,8 @@
 
     RUN/checkpoints/step-000100/state.safetensors      keys: parameter/NAME, optimizer/KEY/NAME
 
-The random state is not kept: the loop reseeds at every step from (seed, step). When a run's result is written its
-checkpoints go, and report.json says that it is finished.
+The random state is not saved: the loop reseeds at every step from (seed, step). When a run has written its result, its
+checkpoints are removed, and report.json says that the run is finished.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NAME = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What training needs to go on after `step`. `settings` says of which run it is."""
+    """What training needs to continue after `step`. `settings` identify the run."""
 
     step: int
     parameters: Mapping[str, Tensor]
@@ -64,7 +64,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint under `run` that reads whole, or None. A damaged one is passed over."""
+    """The newest complete checkpoint under `run`, or None. Damaged ones are skipped."""
     for folder in reversed(_steps(Path(run) / FOLDER)):
         checkpoint = _read(folder / STATE_FILE)
         if checkpoint is not None:
@@ -79,14 +79,14 @@ def newest_step(run: Path) -> int | None:
 
 
 def discard_checkpoints(run: Path) -> None:
-    """Removes every checkpoint under `run`: its result is written, or it starts afresh."""
+    """Removes every checkpoint under `run`: its result is written, or the run starts again."""
     shutil.rmtree(Path(run) / FOLDER, ignore_errors=True)
 
 
 def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any], run: Path) -> None:
-    """Raises UsageError, naming the first setting that differs from the checkpoint's."""
+    """Raises: UsageError that names the first setting that differs from the checkpoint's."""
     for key, wanted in settings.items():
-        # Through JSON, because that is what the checkpoint's side went through.
+        # Through JSON, because the checkpoint's settings were stored as JSON.
         wanted = json.loads(json.dumps(wanted))
         found = checkpoint.settings.get(key)
         if found != wanted:
@@ -95,7 +95,7 @@ def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any], run: Pat
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """A hash of what decides a run's result: not where it is written, on what device, or how often it is logged."""
+    """A hash of what a run's result depends on: not its output folder, its device, or how often it logs."""
     tree = recipe.model_dump(mode="json", exclude={"output", "device"})
     for name in FREE_SETTINGS:
         tree.get("train", {}).pop(name, None)
@@ -104,16 +104,16 @@ def recipe_digest(recipe: Recipe) -> str:
 
 
 def finished_report(run: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The report of a finished run, whose checkpoints are gone; None where it is still to finish.
+    """The report of a finished run; None if the run is not finished.
 
-    Raises: UsageError if it was another recipe that finished there.
+    Raises: UsageError if the finished run had another recipe.
     """
     path = Path(run) / REPORT_FILE
     if not path.exists():
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
     if report.get("recipe_digest") != recipe_digest(recipe):
-        what = "the run there is finished, and its recipe was another"
+        what = "the run there is finished, and it had another recipe"
         raise UsageError(f"--resume {run}", what, "Choose another --output, or start again with --overwrite.")
     return report
 
@@ -142,7 +142,7 @@ def _read(path: Path) -> Checkpoint | None:
 def _prune(folder: Path, keep: int) -> None:
     kept = set(_steps(folder)[-keep:])
     for entry in folder.iterdir():
-        # What is not a step is the rest of a write that was killed.
+        # Entries that are not steps are left from a write that was killed.
         if entry not in kept:
             shutil.rmtree(entry, ignore_errors=True)
 
@@ -158,7 +158,7 @@ def _step_of(folder: Path) -> int:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Holds Ctrl-C back inside, so that an interrupt never finds half of the parameters updated."""
+    """A context that delays Ctrl-C to its end, so that an interrupt never leaves only some parameters updated."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,8 @@
 """Training data: from a DataConfig to examples by task, a held-out part, and batches.
 
-    load_tasks   examples by task        hold_out     a part of each kept for validation (split_tasks: both at once)
-    flatten      one list of them all    Batches      the batch of every step
+    load_tasks   examples by task              hold_out   splits off a part of each task (split_tasks: loads, too)
+    flatten      all examples in one list      Batches    the batch of every step
+    sample       at most so many examples      part_of    one of n parts
 
 Everything is a pure function of the configuration and the seed.
 """
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 def load_tasks(data: DataConfig, suite: Suite | None = None) -> Tasks:
-    """The examples of each task in the order of their files; with `data.limit`, a random so many of each.
+    """The examples of each task in the order of their files; with `data.limit`, at most that many, chosen at random.
 
     Raises: UsageError for an unknown task, an unreadable file or line, a task without examples.
     """
@@ -41,10 +42,10 @@ def load_tasks(data: DataConfig, suite: Suite | None = None) -> Tasks:
 
 
 def split_tasks(data: DataConfig, suite: Suite | None = None) -> tuple[Tasks, Tasks]:
-    """(to train on, held out) of what `data` names, at most `data.limit` of each task in either part.
+    """(training examples, held-out examples) of the tasks in `data`, each with at most `data.limit` per task.
 
-    Which examples are held out depends on the task and the fraction alone, so that a LoRA, the gates over it and an
-    evaluation agree on it whatever their seeds and limits.
+    Which examples are held out depends only on the task and the fraction. So a LoRA, the gates over it and an
+    evaluation have the same ones, whatever their seeds and limits.
     """
     whole = load_tasks(data.model_copy(update={"limit": None}), suite)
     kept, held = hold_out(whole, data.holdout, seed=0)
@@ -55,14 +56,14 @@ def split_tasks(data: DataConfig, suite: Suite | None = None) -> tuple[Tasks, Ta
 
 
 def load_examples(data: DataConfig) -> Tasks:
-    """What `data` names to be looked at or scored: of a split with a held-out fraction that part alone."""
+    """The examples to inspect or score; if `data` has a held-out fraction, only that part."""
     return load_tasks(data) if data.holdout == 0 else split_tasks(data)[1]
 
 
 def sample(examples: Sequence[T], limit: int | None, task: str) -> list[T]:
-    """At most `limit` of the examples (or scenes), in their order; which ones follows from the task's name alone.
+    """At most `limit` of the examples (or scenes), in their order; which ones depends only on the task's name.
 
-    Not the first ones: many files are sorted (numbers by size, words by frequency): their start is not like the rest.
+    Not the first ones: many files are sorted (numbers by size, words by frequency), so their start is not typical.
     """
     if limit is None or limit >= len(examples):
         return list(examples)
@@ -71,7 +72,7 @@ def sample(examples: Sequence[T], limit: int | None, task: str) -> list[T]:
 
 
 def part_of(examples: Sequence[T], part: str, task: str) -> list[T]:
-    """The part `k/n` of the examples: every n-th of them from the k-th on.
+    """The part `k/n` of the examples: every n-th one, starting with the k-th.
 
     Raises: UsageError for a part beyond the last, and for one without examples.
     """
@@ -86,10 +87,10 @@ def part_of(examples: Sequence[T], part: str, task: str) -> list[T]:
 
 
 def hold_out(tasks: Mapping[str, Sequence[Example]], fraction: float, seed: int) -> tuple[Tasks, Tasks]:
-    """(to train on, held out): of each task a `fraction` chosen by the seed, both in the order of the file.
+    """(training examples, held-out examples): a `fraction` of each task, chosen by the seed; both in file order.
 
-    The choice depends on the task alone, not on which others are there. With a fraction above 0 both parts of a task
-    have at least one example. Raises: UsageError for a task with a single one.
+    The choice does not depend on the other tasks. With a fraction above 0, both parts of a task have at least one
+    example. Raises: UsageError for a task with a single example.
     """
     if fraction == 0:
         return {task: list(examples) for task, examples in tasks.items()}, {}
@@ -97,7 +98,7 @@ def hold_out(tasks: Mapping[str, Sequence[Example]], fraction: float, seed: int)
     held: Tasks = {}
     for task, examples in tasks.items():
         if len(examples) < 2:
-            what = f"the task {task!r} has one example, and none can be held out"
+            what = f"the task {task!r} has only one example, so none can be held out"
             raise UsageError("data.holdout", what, "Give it more examples, or write data.holdout: 0.")
         count = min(max(1, round(fraction * len(examples))), len(examples) - 1)
         chosen = set(random.Random(f"{seed}/holdout/{task}").sample(range(len(examples)), count))
@@ -112,7 +113,7 @@ def flatten(tasks: Mapping[str, Sequence[Example]]) -> list[Example]:
 
 
 class Batches:
-    """Batches of a fixed size from step 1 on: every epoch is a fresh permutation, and batches run across its end."""
+    """Batches of a fixed size from step 1 on. Every epoch is a new permutation; a batch can span two epochs."""
 
     def __init__(self, examples: Sequence[Example], *, batch_size: int, seed: int) -> None:
         if not examples:
@@ -121,13 +122,13 @@ class Batches:
         self._epoch, self._order = -1, [0]
 
     def __getitem__(self, step: int) -> list[Example]:
-        """The batch of `step`, whatever was asked for before."""
+        """The batch of `step`; it does not depend on earlier calls."""
         first = (step - 1) * self.batch_size
         return [self._at(place) for place in range(first, first + self.batch_size)]
 
     @property
     def digest(self) -> str:
-        """A hash of the examples in order: a resumed run must see the same."""
+        """A hash of the examples in order: a resumed run must have the same examples."""
         text = "\x1e".join(f"{e.task}\x1f{e.prompt}\x1f{e.target}" for e in self.examples)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

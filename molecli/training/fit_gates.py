@@ -1,7 +1,8 @@
 """Learning the gates: `L = L_task + α·L_balance`, with everything but the gates frozen (MoLE, Eq. 14-16).
 
 fit             trains the gates of a mixture
-TaskLoss        what the task says of some rows: their loss, and the gates that it came from
+calibrate       sets the mean and spread by which gates standardise their features
+TaskLoss        the task's loss on some rows, and the gates that it came from
 example_task    the task of a language model: its examples
 """
 
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
     from molecli.config import TrainConfig
 
 CALIBRATION_BATCHES = 8
-# One parameter of each gate that has a gradient from the first step if the gate acts at all. The others may have none:
-# at the uniform start the temperature multiplies zeros, a low-rank head's `down` meets an `up` of zeros, and a feature
-# that is the same for every input (a seq2seq decoder's start token) standardises to zero.
-_TELLING = ("head.bias", "logits", "head.weight")
+# A parameter of each gate that has a gradient from the first step, if the gate acts at all. The other parameters may
+# have none: at the uniform start the temperature multiplies zeros, a low-rank head's `down` is multiplied by an `up` of
+# zeros, and a feature that is the same for every input (a seq2seq decoder's start token) standardises to zero.
+_CHECKED = ("head.bias", "logits", "head.weight")
 
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """The rows' losses, summed, their number, and the gates that gave them [M sites, rows of the passes, N], live.
+    """The sum of the rows' losses, their number, and the gates [M sites, rows of the passes, N], with gradient.
 
     extras are means over the rows, for the log.
     """
@@ -50,7 +51,7 @@ class TaskLoss:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-# Rows of the training data -> what the task says of them, with the mixture attached.
+# Rows of the training data -> the task's loss on them, with the mixture attached.
 Task = Callable[[Sequence[Any]], TaskLoss]
 
 
@@ -77,11 +78,11 @@ def fit(
     accelerator: Accelerator | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
-    """Trains the gates of an attached, fresh mixture; returns a record per step, with the gates' mean entropy (nats)
-    and each expert's mean gate, the course of the paper's Fig. 5.
+    """A record per training step of an attached, new mixture, with the gates' mean entropy in nats and each expert's
+    mean gate (as in the paper's Fig. 5).
 
-    `task` says what the rows of `examples` teach, by default `example_task`.
-    Raises: as `loop.train`; RunError where a gate gets no gradient at the first step.
+    `task` computes the loss of rows of `examples`, by default `example_task`.
+    Raises: as `loop.train`; RunError if a gate has no gradient at the first step.
     """
     batches = Batches(examples, batch_size=settings.batch_size, seed=seed)
     with seeded(seed, backbone.device):
@@ -108,28 +109,28 @@ def fit(
         accelerator=accelerator,
         progress=progress,
         label="gates",
-        unchecked=set(parameters) - _telling(mixture, parameters),
+        unchecked=set(parameters) - _checked(mixture, parameters),
     )
 
 
-def _telling(mixture: Mixture, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    """The name of one parameter of each gate that learns: the first of `_TELLING` that it has, else its first."""
+def _checked(mixture: Mixture, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """The name of one parameter of each gate that learns: the first of `_CHECKED` that it has, otherwise its first."""
     found = set()
     for site in mixture.gate_modules():
         own = [name for name in parameters if name.startswith(f"site/{site}/")]
-        known = (f"site/{site}/{key}" for key in _TELLING)
+        known = (f"site/{site}/{key}" for key in _CHECKED)
         found.update(next(([name] for name in known if name in own), own[:1]))
     return found
 
 
 @torch.no_grad()
 def calibrate(backbone: Backbone, mixture: Mixture, batches: Batches, task: Task | None = None) -> None:
-    """Standardises each gate's features over the first training batches, with the gates uniform.
+    """Sets the mean and spread of each gate's features from the first training batches, with uniform gates.
 
-    Every process sees the same whole batches, and where the task draws random numbers the same ones, so that all
+    Every process uses the same whole batches, and the same random numbers if the task needs some, so that all processes
     standardise alike.
     """
-    # A task of its own draws noise: what it sees of the same rows differs every time.
+    # A given `task` draws noise, so the same rows give other features every time.
     enough = math.inf if task is not None else len(batches.examples) / batches.batch_size
     task = task or example_task(backbone, mixture)
     gates = [gate for gate in mixture.gate_modules().values() if isinstance(gate, InputGate)]

@@ -1,6 +1,6 @@
-"""Training X-LoRA's classifier, where PEFT hosts the experts: the examples' mean loss and nothing besides.
+"""Training X-LoRA's classifier with the experts in PEFT. The loss is the examples' mean loss.
 
-There are no gates to balance: `train.balance` is not read.
+There are no gates to balance, so `train.balance` is not read.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def fit_router(
     accelerator: Accelerator | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
-    """Trains the classifier of an attached `XLoraMixture`; returns a record per step, as `fit.fit` does.
+    """A record per training step of the classifier of an attached `XLoraMixture`, as in `fit_gates.fit`.
 
-    Raises: as `loop.train`; RunError where the classifier gets no gradient, as with one LoRA alone.
+    Raises: as `loop.train`; RunError if the classifier has no gradient, for example with only one LoRA.
     """
     assert isinstance(mixture, XLoraMixture)
 
@@ -48,7 +48,7 @@ def fit_router(
         usage = zip(mixture.names, gates.mean(0), strict=True)
         return StepLoss(total, count, {"entropy": entropy(gates).mean(), **{f"gate/{name}": q for name, q in usage}})
 
-    mixture.classifier.train()  # for the dropout that it has with several layers
+    mixture.classifier.train()  # for its dropout, which it has if it has several layers
     try:
         return train(
             parameters=mixture.named_parameters(),

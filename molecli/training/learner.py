@@ -1,4 +1,4 @@
-"""Which training a method asks for: gates are fitted, a merge's weights searched for, PEFT's router trained."""
+"""The training that a method needs: gates are fitted, a merge's weights are searched, PEFT's router is trained."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def learner(row: Method, config: MethodConfig) -> Callable[..., Any]:
-    """The function that trains what the method of `row` learns, called as `fit` is."""
+    """The function that trains the method of `row`. It is called like `fit`."""
     if row.family == "peft":
         from molecli.training.fit_router import fit_router  # which imports PEFT
 
         return fit_router
-    return partial(search, config=config) if row.family == "merges" else fit
+    return partial(search, config=config, mode=row.name) if row.family == "merges" else fit

@@ -4,8 +4,8 @@
     StepLoss         what a loss function returns
     learning_rate    the schedule, a pure function of the step
 
-Batches, random state and learning rate are pure functions of (seed, step), so a checkpoint holds parameters and
-optimizer state alone, and a resumed run repeats an uninterrupted one bit for bit on CPU.
+Batches, random state and learning rate are pure functions of (seed, step). So a checkpoint holds only parameters and
+optimizer state, and on CPU a resumed run repeats an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The *summed* task loss of some examples and the number of things (scored tokens, or examples) it is over.
+    """The *summed* task loss of some examples, and the number of scored tokens (or examples) that it is over.
 
     extras are means over the examples, for the log; leave them on their device, they are read every log_every steps.
 
-    regulariser is added to the mean task loss. Over ranks it is exact if whatever it takes of the batch goes through
-    `context.global_mean` (and what depends on parameters alone is divided by `context.world`), because gradients are
-    summed over ranks. Departs: with several micro batches a step it is the mean of the micro batches' regularisers,
-    weighted by their counts, which for a non-linear function of a batch mean is not that function of the whole
-    batch's mean. The task loss is exact in every case.
+    regulariser is added to the mean task loss. Gradients are summed over ranks, so it is exact over several ranks if
+    everything that depends on the batch goes through `context.global_mean`, and everything that depends only on
+    parameters is divided by `context.world`. Departs: with several micro batches per step it is the mean of their
+    regularisers, weighted by their counts. For a non-linear function of a batch mean that differs from the function of
+    the whole batch's mean. The task loss is exact in every case.
     """
 
     sum: Tensor
@@ -64,9 +64,6 @@ class StepLoss:
 
 LossFunction = Callable[[Sequence[Example], StepContext], StepLoss]
 StepCallback = Callable[[int], "Mapping[str, float] | None"]
-
-
-# (label, steps done, steps in all), told after every step.
 
 
 def train(
@@ -85,14 +82,14 @@ def train(
     gradient_check: Literal["every", "any"] = "every",
     unchecked: Collection[str] = (),
 ) -> list[Record]:
-    """Trains `parameters` in place; returns a record per step (loss, lr, grad_norm, count, extras), resumed ones too.
+    """A record for each step (loss, lr, grad_norm, count, extras), also of resumed steps; trains `parameters` in place.
 
-    Writes `train_log.jsonl` and `checkpoints/` (the last step's included) under `folder`. What `on_step` returns
-    joins that step's record; `label` is what `progress` is called with. At the first step every parameter not in
-    `unchecked` must have a nonzero gradient, or with gradient_check="any" at least one must.
+    Writes `train_log.jsonl` and `checkpoints/` (also of the last step) under `folder`. The values from `on_step` are
+    added to that step's record. `progress` receives `label`. At the first step every parameter that is not in
+    `unchecked` must have a nonzero gradient; with gradient_check="any" one of them must.
 
     Raises: RunError (no gradient, loss not finite), UsageError (no examples, batch does not divide, another run's
-    checkpoint). KeyboardInterrupt passes through after a checkpoint.
+    checkpoint). KeyboardInterrupt is raised after a checkpoint is saved.
     """
     loop = _Loop(
         parameters=dict(parameters),
@@ -121,7 +118,7 @@ def train(
 
 
 def learning_rate(step: int, settings: TrainConfig) -> float:
-    """The learning rate of `step` (from 1): linear warm-up, then constant, linear or cosine decay towards 0."""
+    """The learning rate of `step` (from 1): linear warm-up, then constant, or linear or cosine decay towards 0."""
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps
     done = (step - 1 - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
@@ -161,13 +158,13 @@ class _Loop:
         )
         self.completed = self.saved = 0
         self.history: list[Record] = []
-        # Records whose numbers are still on the device: reading them each step would stall it.
+        # Records whose numbers are still on the device: reading them at each step would stall it.
         self.unread: list[tuple[Record, list[str], Tensor]] = []
 
     # -- start and resume ------------------------------------------------------------------------------------------
 
     def begin(self, *, resume: bool) -> None:
-        """Takes up the newest checkpoint (with `resume`), or clears what an earlier run left."""
+        """Loads the newest checkpoint (with `resume`), or removes what an earlier run left."""
         main = self.accelerator.is_main_process
         found = None
         if main and resume:
@@ -176,14 +173,14 @@ class _Loop:
             discard_checkpoints(self.folder)
         if main:
             self.history = begin_log(self.folder, keep_until=found.step if found else 0)
-            # Ranks must start alike even if their initialisation was not: rank 0's state goes to all.
+            # All ranks must start alike even if their initialisation differs: rank 0's state goes to all.
             found = found or Checkpoint(0, {n: p.detach().cpu() for n, p in self.parameters.items()})
         found, self.history = share_from_main((found, self.history), self.accelerator)  # type: ignore[misc]
         assert found is not None
         self.restore(found)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts a checkpoint's parameters and optimizer state in place."""
+        """Restores a checkpoint's parameters and optimizer state."""
         if checkpoint.step:
             check_same_run(checkpoint, self.identity(), self.folder)
         with torch.no_grad():
@@ -198,7 +195,7 @@ class _Loop:
         self.completed = self.saved = checkpoint.step
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resumption."""
+        """The settings that must not change when a run is resumed."""
         settings = self.settings.model_dump(mode="json", exclude=set(FREE_SETTINGS))
         kept = {f"train.{key}": value for key, value in settings.items()}
         shapes = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
@@ -233,7 +230,7 @@ class _Loop:
             self.unread.append(({"step": step, "lr": rate}, [*means, "grad_norm"], numbers))
 
     def backward(self, context: StepContext) -> dict[str, Tensor]:
-        """Leaves the whole batch's gradient in the parameters; returns the step's means, over all ranks."""
+        """The step's means over all ranks. Leaves the whole batch's gradient in the parameters."""
         sums: dict[str, Tensor] = {}
         for examples in self.micro_batches(context.step):
             loss = self.loss_fn(examples, context)
@@ -241,8 +238,8 @@ class _Loop:
             objective, logged = loss.sum.float(), {"loss": loss.sum.detach().float(), "count": count}
             if loss.regulariser is not None:
                 regulariser = loss.regulariser() if callable(loss.regulariser) else loss.regulariser
-                # Gradients are divided by the global count at the end, so the regulariser enters multiplied by the
-                # count of this micro batch over all ranks: one backward serves both terms.
+                # Gradients are divided by the global count at the end. So the regulariser is multiplied by the count
+                # of this micro batch over all ranks, and one backward pass is enough for both terms.
                 objective = objective + context.total(count) * regulariser
                 logged["regulariser"] = count * regulariser.detach()
             objective.backward()
@@ -269,18 +266,18 @@ class _Loop:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batch = self.batches[step]
         size = (self.settings.micro_batch_size or len(batch)) * world
-        # Cut first, then share: every rank then has equally many pieces, as the collectives inside need.
+        # Cut first, then share: then every rank has the same number of pieces, as collective operations need.
         for start in range(0, len(batch), size):
             yield batch[start : start + size][rank::world]
 
     def check_gradients(self) -> None:
-        """Raises RunError, naming them, if parameters that should learn have no gradient."""
+        """Raises: RunError that names parameters that should learn but have no gradient."""
         checked = [name for name in self.parameters if name not in self.unchecked]
         grads = {name: self.parameters[name].grad for name in checked}
         dead = [name for name, grad in grads.items() if grad is None or not bool(grad.any())]
         if dead and (self.gradient_check == "every" or len(dead) == len(checked)):
             shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
-            what = f"no gradient reaches {shown}: training would leave it as it is"
+            what = f"no gradient reaches {shown}: training would not change it"
             raise RunError("train step 1", what, "Check that it is used by the model and that targets are not empty.")
 
     # -- records and checkpoints -----------------------------------------------------------------------------------
@@ -290,7 +287,7 @@ class _Loop:
         self.unread[-1][0].update(values)
 
     def read_and_save(self) -> None:
-        """Reads records when log_every says so, and saves when checkpoint_every does, or at the last step."""
+        """Reads records every log_every steps, and saves every checkpoint_every steps and at the last step."""
         last = self.completed == self.settings.steps
         due = last or self.completed % self.settings.checkpoint_every == 0
         with interrupts_deferred():
@@ -300,7 +297,7 @@ class _Loop:
                 self.save()
 
     def read(self) -> None:
-        """Brings unread records to the host and the log. Raises: RunError if a loss or gradient is not finite."""
+        """Moves unread records to the host and the log. Raises: RunError if a loss or gradient is not finite."""
         if not self.unread:
             return
         numbers = torch.cat([row for _, _, row in self.unread]).tolist()
@@ -316,10 +313,10 @@ class _Loop:
             append_records(self.folder, records)
 
     def check_finite(self, record: Record) -> None:
-        """Raises RunError if the record's loss or gradient norm is not finite."""
+        """Raises: RunError if the record's loss or gradient norm is not finite."""
         where = f"train step {record['step']:.0f}"
         if record["count"] == 0:
-            raise RunError(where, "no token of the batch is scored", "Check that the training targets are not empty.")
+            raise RunError(where, "the batch has no scored token", "Check that the training targets are not empty.")
         for name, words in (("loss", "loss"), ("regulariser", "regulariser"), ("grad_norm", "gradient norm")):
             if not math.isfinite(record.get(name, 0.0)):
                 kept = f" The checkpoint of step {self.saved} is kept." if self.saved else ""
@@ -328,7 +325,7 @@ class _Loop:
                 raise RunError(where, f"the {words} is {record[name]}", remedy + kept)
 
     def save(self) -> None:
-        """Writes a checkpoint of the last completed step (the main process does)."""
+        """Writes a checkpoint of the last completed step, in the main process."""
         if self.completed == self.saved:
             return
         if self.accelerator.is_main_process:
@@ -341,7 +338,7 @@ class _Loop:
         self.saved = self.completed
 
     def save_interrupted(self) -> None:
-        """Keeps the completed steps of an interrupted run, unless they are not worth keeping."""
+        """Saves the completed steps of an interrupted run, unless their losses are not finite."""
         try:
             self.read()
         except RunError:
@@ -350,7 +347,7 @@ class _Loop:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    # Not torch.manual_seed: without a GPU it queues a call, with a stack trace, for every kind of device each time.
+    # Not torch.manual_seed: without a GPU, each call queues a call with a stack trace for every kind of device.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -363,5 +360,5 @@ def _digest(value: object) -> str:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for this step and rank, unrelated to its neighbours'. Ranks differ: their dropout must not repeat."""
+    """A seed for this step and rank, unrelated to its neighbours'. Ranks differ, so that their dropout differs."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""What a run would go through, counted before anything is loaded.
+"""The amount of work of a run, counted before anything is loaded.
 
 Contents: PlannedWork.
 """
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedWork:
-    """count: examples or pictures; sources: where examples come from, by what they are for; targets: the matrices that
-    a new LoRA adapts; loras: those that are composed; passes: of the base."""
+    """count: of examples or pictures; sources: where examples come from, by their use; targets: the matrices that a new
+    LoRA adapts; loras: those that are needed; passes: of the base."""
 
     count: int
     sources: Mapping[str, Sources] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""One process or many: the accelerator, means over all ranks that carry gradient, summed gradients.
+"""One process or many: the accelerator, means over all ranks with gradient, summed gradients.
 
-There is no DDP wrapper: a step is the same arithmetic on any number of ranks, written out. Every rank computes
-*sums* over its part of the global batch; gradients and counts are added over the ranks and divided once.
+There is no DDP wrapper. Every rank computes *sums* over its part of the global batch; gradients and counts are added
+over the ranks and divided once. So a step is the same arithmetic on any number of ranks.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 
 def accelerator_for(device: str = "auto") -> Accelerator:
-    """The accelerator on the wanted device: auto (the best there is), cpu, cuda or mps.
+    """The accelerator on the wanted device: auto (the best available), cpu, cuda or mps.
 
     Raises: UsageError for a device that this machine lacks.
     """
     from accelerate import Accelerator
 
     if device != "auto":
-        # Imported here: it brings all of transformers, which a loop over other models does not need.
+        # Imported here, because it imports all of transformers, which a loop over other models does not need.
         from molecli.bases.loading import pick_device
 
         pick_device(device)
-    # The base has its own dtype and the trained parameters are float32: accelerate's autocast stays out of it.
+    # The base has its own dtype and the trained parameters are float32, so accelerate's autocast is off.
     return Accelerator(cpu=device == "cpu", mixed_precision="no")
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a loss function may ask about the step it is computed in."""
+    """What a loss function can know about its step."""
 
     step: int
     accelerator: Accelerator
@@ -46,16 +46,16 @@ class StepContext:
         return self.accelerator.num_processes
 
     def total(self, value: Tensor | float) -> Tensor:
-        """`value` added up over the ranks, without gradient. Collective: every rank must call it."""
+        """The sum of `value` over the ranks, without gradient. Collective: every rank must call it."""
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
         return self.accelerator.reduce(tensor, reduction="sum") if self.world > 1 else tensor
 
     def global_mean(self, local_mean: Tensor, local_count: Tensor | float) -> Tensor:
         """The mean over all ranks of `local_mean` (any shape), each weighted by its `local_count`.
 
-        Its value is the same on every rank. Gradient flows into the local part only, scaled by that part's share
-        of the count; as gradients are later summed over the ranks, any function of the result (-sum log q, say)
-        ends with the gradient that one process would have computed on the whole batch. Collective.
+        The value is the same on every rank. The gradient flows only into the local part, scaled by its share of the
+        count. Gradients are later summed over the ranks, so any function of the result (such as -sum log q) gets the
+        gradient that one process would compute on the whole batch. Collective.
         """
         if self.world == 1:
             return local_mean
@@ -70,7 +70,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) 
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
-        # A rank on which a parameter went unused must still take part in the sum.
+        # A rank that did not use a parameter must still take part in the sum.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
@@ -81,7 +81,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) 
 
 
 def share_from_main(value: object, accelerator: Accelerator) -> object:
-    """Rank 0's `value` on every rank: the others need no access to its disk."""
+    """Rank 0's `value` on every rank, so that the others need no access to its disk."""
     if accelerator.num_processes == 1:
         return value
     from accelerate.utils import broadcast_object_list

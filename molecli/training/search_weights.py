@@ -1,8 +1,8 @@
 """One weight for each LoRA, found without gradients: `min_w loss(w) + l1 · mean|w|`, by nevergrad.
 
 Source: LoRAHub (Huang et al. 2024, 2307.13269), section 3.3 and its code: NGOpt from 0, bounds ±1.5, 0.05, 40 steps.
-Departs: the loss is the mean over the examples; its code adds up the means of batches, so that the regulariser weighs
-less the more examples there are.
+Departs: the loss is the mean over the examples. The published code adds up the means of batches, so its regulariser
+counts less the more examples there are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from molecli.config import MethodConfig, TrainConfig
 
-_CLOSE = 1e-6  # weights that went through JSON
+_CLOSE = 1e-6  # tolerance for weights that were stored as JSON
 
 
 def search(
@@ -40,6 +40,7 @@ def search(
     settings: TrainConfig,
     *,
     config: MethodConfig,
+    mode: str = "",
     seed: int,
     folder: Path | str,
     task: Task | None = None,
@@ -47,14 +48,14 @@ def search(
     accelerator: Accelerator | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
-    """Weighs the experts of an attached `MergedMixture`; returns a record of every evaluation, best weights in force.
+    """A record of every evaluation, after setting the best weights of an attached `MergedMixture`'s experts.
 
-    `config` says how many evaluations, on at most how many of `examples`; `task` what the examples teach, by default
-    the language model's loss. With `resume` the evaluations in the log are told to the optimiser instead of made again.
-    Raises: RunError without nevergrad, or where no loss was finite; UsageError where the log is another search's.
+    `config` has the number of evaluations and the most examples to use; messages name `mode`; `task` computes the loss
+    of examples, by default the language model's loss. With `resume` the optimiser gets the evaluations in the log.
+    Raises: RunError without nevergrad, or if no loss was finite; UsageError if the log is of another search.
     """
     assert isinstance(mixture, MergedMixture)
-    optimizer = _optimizer(len(mixture.names), config, seed)
+    optimizer = _optimizer(len(mixture.names), config, mode, seed)
     rows = _few(examples, config.examples, seed)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def search(
             record = _same(done[step - 1], weights, mixture.names, folder)
         else:
             mixture.reweigh(weights)
-            with seeded(seed, backbone.device):  # a task that draws noise draws the same for every candidate
+            with seeded(seed, backbone.device):  # every candidate gets the same noise
                 loss = _loss(backbone, mixture, rows, settings.micro_batch_size or settings.batch_size, task)
             if accelerator is not None:
                 loss = float(share_from_main(loss, accelerator))  # type: ignore[arg-type]
@@ -80,17 +81,17 @@ def search(
             progress("search", step, config.evaluations)
     best = [float(w) for w in optimizer.provide_recommendation().value]
     if not all(torch.isfinite(torch.tensor(best))):
-        raise RunError("lorahub", "no weights were found", "Look at the losses in train_log.jsonl.")
+        raise RunError(f"--mode {mode}", "no weights were found", "Look at the losses in train_log.jsonl.")
     mixture.reweigh(best)
     return records
 
 
-def _optimizer(experts: int, config: MethodConfig, seed: int) -> Any:
+def _optimizer(experts: int, config: MethodConfig, mode: str, seed: int) -> Any:
     try:
         import nevergrad
     except ImportError:
-        what = "its search is nevergrad's, which is not installed"
-        raise RunError("--mode lorahub", what, "Run: pip install nevergrad") from None
+        what = "its search needs nevergrad, which is not installed"
+        raise RunError(f"--mode {mode}", what, "Run: pip install nevergrad") from None
     space = nevergrad.p.Array(shape=(experts,), lower=-config.bound, upper=config.bound)
     space.value = [0.0] * experts
     space.random_state.seed(seed)
@@ -98,7 +99,7 @@ def _optimizer(experts: int, config: MethodConfig, seed: int) -> Any:
 
 
 def _asked(optimizer: Any) -> Any:
-    with warnings.catch_warnings():  # of a tolerance that nevergrad hands to scipy
+    with warnings.catch_warnings():  # about a tolerance that nevergrad passes to scipy
         warnings.filterwarnings("ignore", message="COBYLA")
         return optimizer.ask()
 
@@ -111,7 +112,7 @@ def _few(examples: Sequence[Any], most: int, seed: int) -> list[Any]:
 
 @torch.no_grad()
 def _loss(backbone: Backbone, mixture: Mixture, rows: Sequence[Any], size: int, task: Task | None) -> float:
-    """The mean loss over the rows; infinite where it is no number, so that such weights lose."""
+    """The mean loss over the rows; infinite if it is not a number, so that such weights are never chosen."""
     sums = []
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
@@ -125,7 +126,7 @@ def _loss(backbone: Backbone, mixture: Mixture, rows: Sequence[Any], size: int, 
 
 
 def _record(step: int, loss: float, weights: Sequence[float], names: Sequence[str], l1: float) -> Record:
-    # As large as can be, not infinite: JSON has no infinity, and an optimiser no use for one.
+    # Very large instead of infinite: JSON has no infinity, and the optimiser cannot use it.
     loss = min(loss, 1e9)
     objective = loss + l1 * fmean(abs(w) for w in weights)
     named = {f"weight/{name}": weight for name, weight in zip(names, weights, strict=True)}
@@ -133,9 +134,9 @@ def _record(step: int, loss: float, weights: Sequence[float], names: Sequence[st
 
 
 def _same(record: Record, weights: Sequence[float], names: Sequence[str], folder: Path) -> Record:
-    """The record, if the search would have asked for the same weights. Raises: UsageError."""
+    """The record, if this search asks for the same weights at this step. Raises: UsageError."""
     found = [record.get(f"weight/{name}", float("nan")) for name in names]
     if not all(abs(f - w) <= _CLOSE for f, w in zip(found, weights, strict=True)):
-        what = "the search there was another: it has other weights at the same step"
+        what = "the log there is of another search: it has other weights at the same step"
         raise UsageError(f"--resume {folder}", what, "Restore its settings, or start again with --overwrite.")
     return record

@@ -1,4 +1,4 @@
-"""A frozen model whose singular values are shifted by hooks, for training the shifts: y = W x + U (Δσ ⊙ Vᵀ x).
+"""A frozen model with hooks that shift its singular values, to train the shifts: y = W x + U (Δσ ⊙ Vᵀ x).
 
 Contents: Shifted.
 """
@@ -37,16 +37,16 @@ class _Vectors:
             u = project_maps(x, self.A, stride=conv.stride, padding=conv.padding, dilation=conv.dilation).flatten(2)
             return add_expanded_maps(y, (u * moves[:, None]).to(u.dtype), self.Bt)
         u = project(x, self.A)
-        # float32 until the product: half precision has no room for a small move.
+        # float32 until the product: a small shift would be lost in half precision.
         return add_expanded(y, (u * moves).to(u.dtype).flatten(0, -2), self.Bt)
 
 
 class Shifted(nn.Module):
-    """Shifts of the singular values of `matrices`, 0 at first, in float32: the only parameters; a context manager.
+    """The shifts of the singular values of `matrices`, which are 0 at first, in float32. They are the only parameters.
 
-    Inside the context they are in force. A singular value that repeats has one shift for all, a zero none (see
-    `functional.spectral`). Decomposing them takes long: `progress` is called.
-    It answers what training asks of a PeftModel. Raises: UsageError for a matrix that has no dense weight.
+    As a context manager it applies them. Equal singular values have one common shift, zeros have none (see
+    `functional.spectral`). Decomposing the matrices takes long, so `progress` is called. It has the methods of a
+    PeftModel that training needs. Raises: UsageError for a matrix without a dense weight.
     """
 
     def __init__(self, weights: BaseWeights, matrices: Sequence[str], *, progress: Progress | None = None) -> None:
@@ -58,7 +58,7 @@ class Shifted(nn.Module):
             vectors = _vectors(weights, matrix)
             if vectors.spectrum.distinct:
                 start = torch.zeros(vectors.spectrum.distinct, device=vectors.spectrum.S.device)
-                # Modules named as the base's are, so that a parameter's name says its matrix.
+                # Modules have the base's names, so that a parameter's name contains its matrix.
                 self._leaf(matrix).register_parameter("delta", nn.Parameter(start))
             self._vectors[matrix] = vectors
             if progress is not None:
@@ -77,7 +77,7 @@ class Shifted(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the base alone."""
+        """A context without the shifts."""
         self.__exit__()
         try:
             yield
@@ -85,7 +85,7 @@ class Shifted(nn.Module):
             self.__enter__()
 
     def shifts(self) -> dict[str, Tensor]:
-        """matrix -> [min(d_out, d_in)], of every singular value how far it is moved: what files hold."""
+        """matrix -> [min(d_out, d_in)], the shift of every singular value, as files store it."""
         found = {}
         for matrix, vectors in self._vectors.items():
             own = vectors.spectrum
@@ -118,8 +118,8 @@ def _vectors(weights: BaseWeights, matrix: str) -> _Vectors:
     A = own.Vt
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1 or layer.padding_mode != "zeros":
-            kind = "in groups" if layer.groups != 1 else f"padded by {layer.padding_mode!r}"
-            what = f"a convolution {kind}, which shifts cannot follow"
+            kind = "with groups" if layer.groups != 1 else f"with {layer.padding_mode!r} padding"
+            what = f"it is a convolution {kind}, whose singular values cannot be shifted"
             raise UsageError(matrix, what, "Leave it out of adapter.targets.")
         A = A.view(len(A), *layer.weight.shape[1:])
     dtype: torch.dtype = layer.weight.dtype  # type: ignore[assignment]

@@ -69,7 +69,7 @@ def test_a_name_that_two_encoders_have(pipeline_of: Any, tmp_path: Path, explain
     pipeline = copy.copy(pipeline_of("sdxl"))
     pipeline.text_encoder = copy.deepcopy(pipeline.text_encoder_2)
     adapt(pipeline, "text_encoder_2", tmp_path)
-    message = f"x ({tmp_path / 'adapter_model.safetensors'}): does not say whether it adapts text_encoder or "
-    message += "text_encoder_2, and both would do. Put it into a subfolder named after the one it was trained on: "
+    message = f"x ({tmp_path / 'adapter_model.safetensors'}): it does not say whether it adapts text_encoder or "
+    message += "text_encoder_2, and it fits both. Put it into a subfolder with the name of the right one, such as "
     message += "text_encoder/."
     explained(lambda: read_expert(LoraSpec("x", str(tmp_path)), pipeline_matrices(pipeline)), 3, message)

@@ -41,14 +41,14 @@ def test_a_missing_path(tmp_path: Path, explained: Any) -> None:
 
 
 def test_a_folder_without_weights(tmp_path: Path, explained: Any) -> None:
-    message = f"{tmp_path}: holds no adapter_model.safetensors. Name a PEFT folder or a .safetensors file."
+    message = f"{tmp_path}: it has no adapter_model.safetensors. Name a PEFT folder or a .safetensors file."
     explained(info_of(tmp_path), 2, message)
 
 
 def test_a_file_of_another_kind(tmp_path: Path, explained: Any) -> None:
     path = tmp_path / "lora.txt"
     path.write_text("")
-    message = f"{path}: not a .safetensors file. Name a PEFT folder or a .safetensors file."
+    message = f"{path}: it is not a .safetensors file. Name a PEFT folder or a .safetensors file."
     explained(info_of(path), 2, message)
 
 
@@ -56,7 +56,7 @@ def test_an_unreadable_configuration(adapter: Path, explained: Any) -> None:
     config = adapter / "adapter_config.json"
     config.unlink()
     config.mkdir()
-    explained(info_of(adapter), 2, f"{config}: cannot be read (Is a directory). Check the path and its rights.")
+    explained(info_of(adapter), 2, f"{config}: it cannot be read (Is a directory). Check the path and its permissions.")
 
 
 def test_unreadable_weights(adapter: Path, explained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,8 @@ def test_unreadable_weights(adapter: Path, explained: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "open", refuse)
     file = adapter / "adapter_model.safetensors"
-    explained(info_of(adapter), 2, f"{file}: cannot be read (Permission denied). Check the path and its rights.")
+    message = f"{file}: it cannot be read (Permission denied). Check the path and its permissions."
+    explained(info_of(adapter), 2, message)
 
 
 def test_a_hub_id_that_is_not_cached_while_offline(
@@ -74,7 +75,7 @@ def test_a_hub_id_that_is_not_cached_while_offline(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = (
-        "nobody/none: no such folder or file, and not in the hub's local cache (HF_HUB_OFFLINE is set). "
+        "nobody/none: no such folder or file, and it is not in the hub's local cache (HF_HUB_OFFLINE is set). "
         "Check the path, or unset HF_HUB_OFFLINE to download."
     )
     explained(info_of(Path("nobody/none")), 2, message)
@@ -97,12 +98,12 @@ class Response:
         (
             LocalEntryNotFoundError("offline"),
             1,
-            "no such folder or file, and the hub cannot be reached. Check both.",
+            "no such folder or file, and the hub cannot be reached. Check the path and the network.",
         ),
         (
             OSError(28, "No space left on device"),
             1,
-            "cannot be downloaded ([Errno 28] No space left on device). Try again.",
+            "it cannot be downloaded ([Errno 28] No space left on device). Try again.",
         ),
     ],
 )
@@ -129,7 +130,7 @@ def test_a_hub_id_is_downloaded(adapter: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_a_pickle(suffix: str, tmp_path: Path, explained: Any) -> None:
     path = tmp_path / f"adapter_model.{suffix}"
     path.write_bytes(b"")
-    message = f"{path}: a pickle, which can run code when it is loaded, is refused. "
+    message = f"{path}: it is a pickle, which is refused because it can run code when it is loaded. "
     message += "Save it again with safe_serialization=True."
     explained(info_of(path), 2, message)
     explained(info_of(tmp_path), 2, message)
@@ -141,20 +142,20 @@ def test_a_pickle(suffix: str, tmp_path: Path, explained: Any) -> None:
 def test_a_truncated_file(adapter: Path, explained: Any) -> None:
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    message = f"{file}: a damaged safetensors file (incomplete metadata, file not fully covered). {AGAIN}"
+    message = f"{file}: it is a damaged safetensors file (incomplete metadata, file not fully covered). {AGAIN}"
     explained(info_of(adapter), 3, message)
 
 
 def test_a_file_of_noise(adapter: Path, explained: Any) -> None:
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(b"\xff" * 64)
-    explained(info_of(adapter), 3, f"{file}: a damaged safetensors file (header too large). {AGAIN}")
+    explained(info_of(adapter), 3, f"{file}: it is a damaged safetensors file (header too large). {AGAIN}")
 
 
 def test_a_git_lfs_pointer(adapter: Path, explained: Any) -> None:
     file = adapter / "adapter_model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    explained(info_of(adapter), 3, f"{file}: a Git LFS pointer, not the file itself. Run git lfs pull.")
+    explained(info_of(adapter), 3, f"{file}: it is a Git LFS pointer, not the file itself. Run git lfs pull.")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -185,13 +186,13 @@ def test_half_a_pair(adapter: Path, rewrite: Any, explained: Any) -> None:
 def test_factors_that_do_not_multiply(adapter: Path, rewrite: Any, explained: Any) -> None:
     key = f"base_model.model.{FIRST}.lora_A.weight"
     rewrite(adapter, lambda tensors: {**tensors, key: torch.ones(3, 32)})
-    message = f"{where(adapter)}: lora_A [3, 32] and lora_B [32, 4] of {FIRST!r} do not multiply. {AGAIN}"
+    message = f"{where(adapter)}: lora_A [3, 32] and lora_B [32, 4] of {FIRST!r} cannot be multiplied. {AGAIN}"
     explained(info_of(adapter), 3, message)
 
 
 def test_no_lora_at_all(adapter: Path, rewrite: Any, explained: Any) -> None:
     rewrite(adapter, lambda tensors: {})
-    message = f"{where(adapter)}: holds no LoRA. Name a LoRA that was trained and saved."
+    message = f"{where(adapter)}: there is no LoRA in it. Name a LoRA that was trained and saved."
     explained(info_of(adapter), 3, message)
 
 
@@ -205,7 +206,7 @@ def test_a_configuration_of_another_rank(adapter: Path, configure: Any, explaine
 def test_a_configuration_without_alpha(adapter: Path, configure: Any, explained: Any) -> None:
     configure(adapter, lora_alpha=None)
     message = f"{where(adapter)}: lora_alpha is None, not a positive number. "
-    message += "Write the lora_alpha it was trained with."
+    message += "Write the lora_alpha of its training."
     explained(info_of(adapter), 3, message)
 
 
@@ -225,7 +226,7 @@ def test_a_configuration_that_is_not_json(adapter: Path, explained: Any) -> None
 
 def test_a_single_file_that_does_not_say_its_alpha(adapter: Path, alone: Any, explained: Any) -> None:
     file = alone(adapter)
-    message = f"x ({file}): does not say its alpha (rank 4). Put adapter_config.json into {file.parent} with "
+    message = f"x ({file}): its alpha is not given (its rank is 4). Put adapter_config.json into {file.parent} with "
     message += '{"peft_type": "LORA", "r": 4, "lora_alpha": ALPHA}.'
     explained(info_of(file), 2, message)
     (file.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
@@ -293,7 +294,7 @@ def test_another_adapter_type_known_by_its_configuration_only(adapter: Path, con
 
 def test_an_initialisation_that_changes_the_base(adapter: Path, configure: Any, explained: Any) -> None:
     configure(adapter, init_lora_weights="pissa_niter_4")
-    message = f"{where(adapter)}: was started with pissa_niter_4, which changes the base's own weights. "
+    message = f"{where(adapter)}: it was initialised with pissa_niter_4, which changes the weights of the base. "
     message += "Convert it: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
     explained(info_of(adapter), 2, message)
 
@@ -301,8 +302,8 @@ def test_an_initialisation_that_changes_the_base(adapter: Path, configure: Any, 
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("diffusion_model.mid_block.weight", "a LoRA that also holds 'diffusion_model.mid_block.weight'"),
-        ("base_model.model.q.weight", "a LoRA that also holds 'base_model.model.q.weight'"),
+        ("diffusion_model.mid_block.weight", "a LoRA that also has 'diffusion_model.mid_block.weight'"),
+        ("base_model.model.q.weight", "a LoRA that also has 'base_model.model.q.weight'"),
     ],
 )
 def test_a_foreign_key(key: str, name: str, adapter: Path, rewrite: Any, explained: Any) -> None:
@@ -314,7 +315,8 @@ def test_a_convolution_in_a_language_model(adapter: Path, matrices: Any, rewrite
     keys = [f"base_model.model.{FIRST}.lora_{part}.weight" for part in "AB"]
     factors = torch.ones(4, 32, 3, 3), torch.ones(32, 4, 1, 1)
     rewrite(adapter, lambda tensors: {**tensors, **dict(zip(keys, factors, strict=True))})
-    message = f"{where(adapter)}: made for another base: {FIRST!r} is 32x32x3x3 in the LoRA and 32x32 in this base. "
+    message = f"{where(adapter)}: it was made for another base: {FIRST!r} is 32x32x3x3 in the LoRA and 32x32 in this "
+    message += "base. "
     explained(expert_of(adapter, matrices), 3, message + "Name the base it was trained on with --base.")
 
 
@@ -324,7 +326,8 @@ def test_a_convolution_in_a_language_model(adapter: Path, matrices: Any, rewrite
 def test_a_lora_for_a_base_of_another_width(adapter: Path, matrices: Any, configure: Any, explained: Any) -> None:
     configure(adapter, base_model_name_or_path="org/base")
     wider = {name: (2 * d_out, 2 * d_in) for name, (d_out, d_in) in matrices.items()}
-    message = f"{where(adapter)}: made for another base: {STORED_FIRST!r} is 32x32 in the LoRA and 64x64 in this base. "
+    message = f"{where(adapter)}: it was made for another base: {STORED_FIRST!r} is 32x32 in the LoRA and 64x64 in "
+    message += "this base. "
     message += "Name the base it was trained on with --base (it names org/base)."
     explained(expert_of(adapter, wider), 3, message)
     explained(expert_of(adapter, wider, allow_partial=True), 3, message)
@@ -332,7 +335,7 @@ def test_a_lora_for_a_base_of_another_width(adapter: Path, matrices: Any, config
 
 def test_a_lora_none_of_whose_keys_match(adapter: Path, configure: Any, explained: Any) -> None:
     configure(adapter, base_model_name_or_path=None)
-    message = f"{where(adapter)}: made for another base: none of its 10 matrices is in this one, such as "
+    message = f"{where(adapter)}: it was made for another base: this one lacks all its 10 matrices, such as "
     message += "'decoder.block.0.layer.0.SelfAttention.q'. Name the base it was trained on with --base."
     other = {"model.layers.0.self_attn.q_proj": (32, 32)}
     explained(expert_of(adapter, other), 3, message)

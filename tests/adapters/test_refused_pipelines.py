@@ -45,7 +45,8 @@ def lora(matrices_in: Any, tmp_path: Path) -> Callable[[str, str], Path]:
 
 def test_sdxl_with_both_encoders_on_sd1(lora: Any, matrices_in: Any, explained: Any) -> None:
     folder = lora("sdxl", "")
-    message = f"x ({folder / FILE}): made for SDXL (it adapts a second text encoder), and this base is another UNet. "
+    message = f"x ({folder / FILE}): it was made for SDXL (it adapts a second text encoder), and this base is "
+    message += "another UNet. "
     explained(expert_of(folder, matrices_in("sd1")), 3, message + BASE)
     explained(expert_of(folder, matrices_in("sd1"), allow_partial=True), 3, message + BASE)
 
@@ -53,7 +54,8 @@ def test_sdxl_with_both_encoders_on_sd1(lora: Any, matrices_in: Any, explained: 
 @pytest.mark.parametrize("part", ["unet.", "attn2.to_v"])
 def test_a_unet_that_reads_text_of_another_width(part: str, lora: Any, matrices_in: Any, explained: Any) -> None:
     folder = lora("sdxl", part)
-    message = f"x ({folder / FILE}): made for another UNet: its UNet reads text 40 wide, this base's 16. {BASE}"
+    message = f"x ({folder / FILE}): it was made for another UNet: its UNet reads text embeddings of width 40, this "
+    message += f"base's 16. {BASE}"
     explained(expert_of(folder, matrices_in("sd1")), 3, message)
 
 
@@ -68,18 +70,20 @@ def test_published_widths_are_named(tmp_path: Path, explained: Any) -> None:
         [MATRIX, "text_encoder_2.text_projection"],
         metadata={"ss_sd_model_name": "sd_xl_base_1.0.safetensors"},
     )
-    message = f"x ({file}): made for SDXL: its UNet reads text 2048 wide, this base's 768 (Stable Diffusion 1.x). "
+    message = f"x ({file}): it was made for SDXL: its UNet reads text embeddings of width 2048, this base's 768 "
+    message += "(Stable Diffusion 1.x). "
     message += "Name the base it was trained on with --base (it names sd_xl_base_1.0.safetensors)."
     explained(expert_of(file, base), 3, message)
     folder = write_diffusers(tmp_path / "y", factors(1024))
-    message = f"x ({folder / FILE}): made for Stable Diffusion 2.x: its UNet reads text 1024 wide, this base's 768 "
+    message = f"x ({folder / FILE}): it was made for Stable Diffusion 2.x: its UNet reads text embeddings of width "
+    message += "1024, this base's 768 "
     explained(expert_of(folder, base), 3, f"{message}(Stable Diffusion 1.x). {BASE}")
 
 
 def test_a_text_encoder_of_another_width(lora: Any, matrices_in: Any, explained: Any) -> None:
     folder = lora("sd2", "text_encoder.")
-    message = f"x ({folder / FILE}): its text_encoder part was made for an encoder 24 wide, and this base's is 16 "
-    explained(expert_of(folder, matrices_in("sd1")), 3, f"{message}wide. {BASE}")
+    message = f"x ({folder / FILE}): its text_encoder part was made for an encoder of width 24, and this base's has "
+    explained(expert_of(folder, matrices_in("sd1")), 3, f"{message}width 16. {BASE}")
 
 
 def test_the_second_text_encoder_has_another_width(matrices_in: Any, tmp_path: Path, explained: Any) -> None:
@@ -87,20 +91,21 @@ def test_the_second_text_encoder_has_another_width(matrices_in: Any, tmp_path: P
         n: tuple(2 * s for s in shape) if "text_encoder_2" in n else shape for n, shape in matrices_in("sdxl").items()
     }
     file = write_kohya(tmp_path / "x.safetensors", random_factors(wider, wider), wider)
-    message = f"x ({file}): its text_encoder_2 part was made for an encoder 48 wide, and this base's is 24 wide. {BASE}"
+    message = f"x ({file}): its text_encoder_2 part was made for an encoder of width 48, and this base's has width "
+    message += f"24. {BASE}"
     explained(expert_of(file, matrices_in("sdxl")), 3, message)
 
 
 def test_a_pipelines_lora_on_a_language_model(lora: Any, matrices: Any, explained: Any) -> None:
     folder = lora("sd1", "")
-    message = f"x ({folder / FILE}): made for a diffusion pipeline, and this base is a language model. {BASE}"
+    message = f"x ({folder / FILE}): it was made for a diffusion pipeline, and this base is a language model. {BASE}"
     explained(expert_of(folder, matrices), 3, message)
 
 
 def test_a_language_models_lora_on_a_pipeline(adapter: Path, matrices_in: Any, explained: Any, configure: Any) -> None:
     configure(adapter, base_model_name_or_path=None)
-    message = f"x ({adapter / 'adapter_model.safetensors'}): made for another base: none of its 10 matrices is in this "
-    message += f"one, such as 'decoder.block.0.layer.0.SelfAttention.q'. {BASE}"
+    message = f"x ({adapter / 'adapter_model.safetensors'}): it was made for another base: this one lacks all its "
+    message += f"10 matrices, such as 'decoder.block.0.layer.0.SelfAttention.q'. {BASE}"
     explained(expert_of(adapter, matrices_in("sd1")), 3, message)
 
 
@@ -115,15 +120,15 @@ def test_a_language_models_lora_on_a_pipeline(adapter: Path, matrices_in: Any, e
 def test_a_model_without_a_unet(module: str, family: str, matrices_in: Any, tmp_path: Path, explained: Any) -> None:
     file = tmp_path / "x.safetensors"
     save_file({f"{module}.lora_{m}.weight": torch.ones(2, 2) for m in ("down", "up")}, file)
-    explained(
-        expert_of(file, matrices_in("sd1")), 3, f"x ({file}): made for {family}, and this base is another UNet. {BASE}"
-    )
+    message = f"x ({file}): it was made for {family}, and this base is another UNet. {BASE}"
+    explained(expert_of(file, matrices_in("sd1")), 3, message)
 
 
 def test_a_convolution_of_another_kernel(matrices_in: Any, tmp_path: Path, explained: Any) -> None:
     name = "unet.conv_in"
     folder = write_diffusers(tmp_path / "x", {name: LowRank(torch.ones(2, 4, 1, 1), torch.ones(8, 2), 1.0)})
-    message = f"x ({folder / FILE}): made for another base: 'unet.conv_in' is 8x4x1x1 in the LoRA and 8x4x3x3 in this "
+    message = f"x ({folder / FILE}): it was made for another base: 'unet.conv_in' is 8x4x1x1 in the LoRA and 8x4x3x3 "
+    message += "in this "
     explained(expert_of(folder, matrices_in("sd1")), 3, f"{message}base. {BASE}")
 
 
@@ -167,7 +172,7 @@ def test_half_a_pair_in_an_older_layout(tmp_path: Path, explained: Any) -> None:
 
 def test_factors_that_do_not_multiply(kohya: Path, explained: Any) -> None:
     edit(kohya, lambda tensors: {**tensors, f"{STORED}.lora_up.weight": torch.ones(16, 4, 3, 3)})
-    message = f"x ({kohya}): lora_down [4, 16] and lora_up [16, 4, 3, 3] of {STORED!r} do not multiply. {AGAIN}"
+    message = f"x ({kohya}): lora_down [4, 16] and lora_up [16, 4, 3, 3] of {STORED!r} cannot be multiplied. {AGAIN}"
     explained(info_of(kohya), 3, message)
 
 
@@ -181,7 +186,7 @@ def test_weights_that_are_not_finite(kohya: Path, matrices_in: Any, explained: A
 @pytest.mark.parametrize(
     ("alpha", "what"),
     [
-        (torch.ones(3), "has the shape [3], where one number belongs"),
+        (torch.ones(3), "has the shape [3], and must be one number"),
         (torch.tensor(torch.nan), "is nan"),
         (torch.tensor(torch.inf), "is inf"),
     ],
@@ -225,8 +230,8 @@ def test_metadata_of_a_kind_that_is_not_read(lora: Any, explained: Any) -> None:
         (f"{STORED}.lokr_w1", "LoKr"),
         (f"{STORED}.oft_blocks", "OFT"),
         ("bundle_emb.sks.string_to_param.*", "LoRA with textual inversions (bundle_emb)"),
-        (f"{STORED}.diff", f"a LoRA that also holds '{STORED}.diff'"),
-        ("unet.attn1.to_b_lora.down.weight", "a LoRA that also holds 'unet.attn1.to_b_lora.down.weight'"),
+        (f"{STORED}.diff", f"a LoRA that also has '{STORED}.diff'"),
+        ("unet.attn1.to_b_lora.down.weight", "a LoRA that also has 'unet.attn1.to_b_lora.down.weight'"),
         (f"{STORED}.lora_up.bias", "LoRA with bias"),
     ],
 )  # fmt: skip

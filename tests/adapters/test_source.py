@@ -42,19 +42,19 @@ def test_a_folders_files(there: list[str], found: dict[str, str], tmp_path: Path
 
 def test_several_files_are_not_chosen_from(tmp_path: Path, explained: Any) -> None:
     touch(tmp_path, "b.safetensors", "a.safetensors")
-    message = f"{tmp_path}: holds 2 .safetensors files: a.safetensors, b.safetensors. "
+    message = f"{tmp_path}: it has 2 .safetensors files: a.safetensors, b.safetensors. "
     explained(lambda: weights_files(tmp_path), 2, f"{message}Name one: {tmp_path / 'a.safetensors'}.")
 
 
 @pytest.mark.parametrize("there", ["model.safetensors", "unet/diffusion_pytorch_model.safetensors", "notes.txt"])
 def test_a_folder_without_a_lora(there: str, tmp_path: Path, explained: Any) -> None:
-    message = f"{tmp_path}: holds no {PEFT}. Name a PEFT folder or a .safetensors file."
+    message = f"{tmp_path}: it has no {PEFT}. Name a PEFT folder or a .safetensors file."
     explained(lambda: weights_files(touch(tmp_path, there)), 2, message)
 
 
 @pytest.mark.parametrize("there", ["pytorch_lora_weights.bin", "unet/adapter_model.bin"])
 def test_a_folder_of_pickles(there: str, tmp_path: Path, explained: Any) -> None:
-    message = f"{tmp_path / there}: a pickle, which can run code when it is loaded, is refused. "
+    message = f"{tmp_path / there}: it is a pickle, which is refused because it can run code when it is loaded. "
     message += "Save it again with safe_serialization=True."
     explained(lambda: weights_files(touch(tmp_path, there)), 2, message)
 
@@ -147,11 +147,11 @@ def test_a_lora_on_a_hub_out_of_reach_is_not_there(tmp_path: Path, monkeypatch: 
 
 def test_several_files_on_the_hub(hub: Any, explained: Any) -> None:
     hub("b.safetensors", "a.safetensors")
-    message = "org/lora: holds 2 .safetensors files: a.safetensors, b.safetensors. Download one and name the file."
+    message = "org/lora: it has 2 .safetensors files: a.safetensors, b.safetensors. Download one and name the file."
     explained(lambda: resolve_source(LoraSpec("x", "org/lora")), 2, message)
 
 
 def test_no_file_on_the_hub(hub: Any, explained: Any, tmp_path: Path) -> None:
     hub("README.md")
-    message = f"{tmp_path / 'cache'}: holds no {PEFT}. Name a PEFT folder or a .safetensors file."
+    message = f"{tmp_path / 'cache'}: it has no {PEFT}. Name a PEFT folder or a .safetensors file."
     explained(lambda: files_of_hub(tmp_path), 2, message)

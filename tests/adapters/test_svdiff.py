@@ -131,21 +131,21 @@ def test_another_base_of_the_same_shape_is_exit_3(model: nn.Module, make_tiny: A
 
 def test_another_kind_of_base_is_exit_3(model: nn.Module, make_tiny: Any, tmp_path: Path) -> None:
     write(tmp_path, model)
-    what = f"made for another base: none of its 2 matrices is in this one, such as {Q!r}. "
+    what = f"it was made for another base: this one lacks all its 2 matrices, such as {Q!r}. "
     remedy = "Name the base it was trained on with --base (it names the/base)."
     refused(tmp_path, make_tiny("t5").model, 3, what + remedy)
 
 
 def test_the_base_rounded_is_exit_3_though_a_lora_would_do(model: nn.Module, tmp_path: Path) -> None:
     write(tmp_path, model)
-    what = f"the weights of {Q!r} are not those whose singular values it shifts, to the last bit. "
+    what = f"it needs exactly the weights of {Q!r} that it was trained on, and these differ. "
     remedy = "Load the/base in the precision it was trained on: --dtype float32."
     refused(tmp_path, model.bfloat16(), 3, what + remedy)
 
 
 def test_without_a_base_it_cannot_be_read(model: nn.Module, tmp_path: Path) -> None:
     write(tmp_path, model)
-    with pytest.raises(UserError, match=r"it shifts singular values, which are read beside the base that has them"):
+    with pytest.raises(UserError, match=r"it shifts singular values of a base, and no base is loaded"):
         read_expert(LoraSpec("x", str(tmp_path)), adaptable_matrices(model))
 
 
@@ -193,14 +193,14 @@ AGAIN = " Download or export it again."
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (drop_metadata, 3, "its metadata do not say which base it shifts." + AGAIN),
-        (no_json, 3, "its metadata do not say which base it shifts." + AGAIN),
-        (no_shape, 3, "its metadata do not say which base it shifts." + AGAIN),
-        (empty, 3, "holds no shifts. Name an adapter that was trained and saved."),
-        (newer, 2, "written in version 2 of its format, and this mole reads 1. Upgrade it."),
+        (drop_metadata, 3, "its metadata do not name the base that it shifts." + AGAIN),
+        (no_json, 3, "its metadata do not name the base that it shifts." + AGAIN),
+        (no_shape, 3, "its metadata do not name the base that it shifts." + AGAIN),
+        (empty, 3, "there are no shifts in it. Name an adapter that was trained and saved."),
+        (newer, 2, "it has format version 2, and this version of mole reads 1. Upgrade mole."),
         (lose, 3, f"'svdiff/{Q}/delta' is missing." + AGAIN),
-        (add, 3, "'svdiff/other/delta' is none of its shifts." + AGAIN),
-        (shorten, 3, f"'svdiff/{Q}/delta' has the shape [31], where [32] belongs." + AGAIN),
+        (add, 3, "'svdiff/other/delta' is not one of its shifts." + AGAIN),
+        (shorten, 3, f"'svdiff/{Q}/delta' has the shape [31], not [32]." + AGAIN),
         (diverge, 3, f"'svdiff/{Q}/delta' holds NaN or infinity. Its training diverged: train it again."),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_tokenizer_without_eos_is_refused(make_tiny):
     tokenizer.eos_token = None
     with pytest.raises(UsageError) as error:
         Causal(model, tokenizer, "my-base")
-    assert str(error.value) == "my-base: it has no eos token, so no completion could end. Add eos_token."
+    assert str(error.value) == "my-base: it has no eos token, so completions would not end. Add eos_token."
 
 
 def test_token_loss_is_the_models_own_loss_times_the_number_of_tokens(backbone):

@@ -16,7 +16,7 @@ from molecli.bases.loading import load_backbone, load_skeleton, pick_device
 from molecli.config import BaseConfig
 from molecli.errors import MismatchError, RunError, UsageError
 from molecli.files import base_source as sources
-from molecli.files.base_source import Source, explain_hub
+from molecli.files.base_source import BaseSource, explain_hub
 from molecli.functional.fingerprint import fingerprint, same_base
 from molecli.mixture.layout import adaptable_matrices
 from molecli.protocols import Example
@@ -141,22 +141,22 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_a_hub_id_offline_is_explained():
     assert refusal(UsageError, id="nobody/no-such-base") == (
-        "base nobody/no-such-base: no such folder, and HF_HUB_OFFLINE=1 forbids downloading what is not in the local "
-        "cache. Write an existing folder, or unset HF_HUB_OFFLINE."
+        "base nobody/no-such-base: no such folder or cached model, and HF_HUB_OFFLINE=1 forbids downloads. "
+        "Write an existing folder, or unset HF_HUB_OFFLINE."
     )
 
 
 def test_a_hub_that_cannot_be_reached_or_says_no_is_explained():
-    source = Source("nobody/base", "nobody/base", local=False)
+    source = BaseSource("nobody/base", "nobody/base", local=False)
     lost = explain_hub(source, OSError("We couldn't connect to 'https://huggingface.co'"), offline=False)
     assert isinstance(lost, RunError)
     assert str(lost) == (
-        "base nobody/base: no such folder, and the hub cannot be reached. Write an existing folder or go online."
+        "base nobody/base: no such folder, and the hub cannot be reached. Write an existing folder, or go online."
     )
     no = explain_hub(source, OSError("You are trying to access a gated repo.\nMake sure"), offline=False)
     assert isinstance(no, UsageError)
     assert str(no) == (
-        "base nobody/base: no such folder, and the hub says: You are trying to access a gated repo. "
+        "base nobody/base: no such folder, and the hub answers: You are trying to access a gated repo. "
         "Write an existing folder or a hub id."
     )
 
@@ -164,21 +164,21 @@ def test_a_hub_that_cannot_be_reached_or_says_no_is_explained():
 def test_a_folder_without_a_config_is_refused(tmp_path):
     where = f"base {tmp_path}"
     assert refusal(UsageError, id=str(tmp_path)) == (
-        f"{where}: no config.json in it. Write a folder that transformers can load."
+        f"{where}: it has no config.json. Write a folder that transformers can load."
     )
     (tmp_path / "b.gguf").touch()
     (tmp_path / "a.gguf").touch()
     assert refusal(UsageError, id=str(tmp_path)) == (
-        f"{where}: no config.json, only GGUF. Add --gguf-file with one of: a.gguf, b.gguf."
+        f"{where}: it has only GGUF files. Add --gguf-file with one of: a.gguf, b.gguf."
     )
     (tmp_path / "adapter_config.json").touch()
-    assert refusal(UsageError, id=str(tmp_path)) == f"{where}: a LoRA, not a base model. Write it after --loras."
+    assert refusal(UsageError, id=str(tmp_path)) == f"{where}: it is a LoRA, not a base model. Write it after --loras."
 
 
 def test_a_file_that_is_no_gguf_is_refused(folder):
     file = folder / "model.safetensors"
     assert refusal(UsageError, id=str(file)) == (
-        f"base {file}: a file, not a folder. Write the folder that holds config.json."
+        f"base {file}: it is a file, not a folder. Write the folder that holds config.json."
     )
 
 
@@ -194,32 +194,32 @@ def test_a_model_that_writes_no_text_is_named(tmp_path):
     transformers.ViTConfig(hidden_size=8).save_pretrained(tmp_path)
     assert refusal(UsageError, id=str(tmp_path)) == (
         f"base {tmp_path}: the architecture 'vit' is neither a seq2seq nor a causal language model. "
-        "Write a T5, BART, Llama, Qwen, GPT-2 or the like."
+        "Write for example a T5, BART, Llama, Qwen or GPT-2 model."
     )
 
 
 def test_a_base_that_brings_its_own_code_is_refused(folder):
     edit_config(folder, model_type="warbler", auto_map={"AutoConfig": "code.WarblerConfig"})
     assert refusal(UsageError, id=str(folder)) == (
-        f"base {folder}: it needs code of its own, which is never run. Write a base transformers knows."
+        f"base {folder}: it needs its own code, which is never run. Write a base that transformers knows."
     )
 
 
 def test_a_quantized_base_is_refused(folder):
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert refusal(UsageError, id=str(folder)) == (
-        f"base {folder}: quantized (gptq). Write the unquantized base, or a GGUF file."
+        f"base {folder}: it is quantized (gptq). Write the unquantized base, or a GGUF."
     )
 
 
 def test_a_damaged_config_is_named(folder):
     (folder / "config.json").write_text("{")
     assert refusal(MismatchError, id=str(folder)) == (
-        f"{folder}/config.json: damaged: it cannot be read as JSON. Download the base again."
+        f"{folder}/config.json: it is damaged: not valid JSON. Download the base again."
     )
     (folder / "config.json").write_text("{}")
     assert refusal(UsageError, id=str(folder)) == (
-        f"{folder}/config.json: no model_type in it. Write a folder that transformers can load."
+        f"{folder}/config.json: it has no model_type. Write a folder that transformers can load."
     )
 
 
@@ -227,15 +227,15 @@ def test_cut_off_weights_are_named(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     assert refusal(MismatchError, id=str(folder)) == (
-        f"{folder}: damaged or incomplete (SafetensorError: Error while deserializing header: incomplete metadata, "
-        "file not fully covered). Download the base again."
+        f"{folder}: it is damaged or incomplete (SafetensorError: Error while deserializing header: incomplete "
+        "metadata, file not fully covered). Download the base again."
     )
 
 
 def test_absent_weights_are_named(folder):
     (folder / "model.safetensors").unlink()
     message = refusal(MismatchError, id=str(folder))
-    assert message.startswith(f"{folder}: damaged or incomplete (OSError: ")
+    assert message.startswith(f"{folder}: it is damaged or incomplete (OSError: ")
     assert message.endswith("). Download the base again.")
 
 
@@ -243,12 +243,12 @@ def test_weights_that_lack_tensors_or_have_another_shape_are_named(folder):
     edit_config(folder, num_hidden_layers=3)
     assert refusal(MismatchError, id=str(folder)) == (
         f"base {folder}: its weights lack 9 of the model's tensors, such as model.layers.2.input_layernorm.weight. "
-        "Download it again, or mend config.json."
+        "Download it again, or correct config.json."
     )
     edit_config(folder, num_hidden_layers=2, intermediate_size=48)
     assert refusal(MismatchError, id=str(folder)) == (
-        f"base {folder}: its weights misshape 6 of the model's tensors, such as model.layers.0.mlp.down_proj.weight. "
-        "Download it again, or mend config.json."
+        f"base {folder}: its weights have another shape for 6 of the model's tensors, such as "
+        "model.layers.0.mlp.down_proj.weight. Download it again, or correct config.json."
     )
 
 
@@ -264,7 +264,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder):
     tokenizer.add_tokens(["extra"])
     tokenizer.save_pretrained(folder)
     assert refusal(MismatchError, id=str(folder)) == (
-        f"base {folder}: the tokenizer has 263 tokens, the model only 262. Load model and tokenizer from one place."
+        f"base {folder}: the tokenizer has 263 tokens, but the model only 262. Load model and tokenizer from the same "
+        "place."
     )
 
 
@@ -277,11 +278,11 @@ def test_a_missing_or_damaged_gguf_file_is_named(folder):
         f"{folder}/a.gguf: no such GGUF file. There are: b.gguf."
     )
     assert refusal(MismatchError, id=str(folder), gguf_file="b.gguf") == (
-        f"{folder}/b.gguf: not a GGUF file, or a damaged one. Download it again."
+        f"{folder}/b.gguf: it is damaged, or not a GGUF file. Download it again."
     )
     (folder / "b.gguf").write_bytes(b"GGUF" + bytes(3))
     message = refusal(MismatchError, id=str(folder), gguf_file="b.gguf")
-    assert message.startswith(f"{folder}/b.gguf: damaged or incomplete (")
+    assert message.startswith(f"{folder}/b.gguf: it is damaged or incomplete (")
 
 
 def test_without_the_gguf_package_it_is_named(folder, monkeypatch):

@@ -231,7 +231,7 @@ def test_what_cannot_be_recorded_is_drawn_call_by_call_and_said_once(sd: Diffusi
     there = stand_in(sd, refuse)
     with mixture_of(sd, "composite"):
         expected = drawn(sd)
-        with pytest.warns(UserWarning, match="could not be recorded, and run one by one: out of memory"):
+        with pytest.warns(UserWarning, match="could not be recorded, so they run normally: out of memory"):
             same(drawn(sd, there), expected)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

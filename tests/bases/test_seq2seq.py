@@ -137,7 +137,7 @@ def test_relative_positions_have_no_limit(make_tiny):
         ({"max_new_tokens": 0}, "--max-new-tokens: 0 is less than 1. Write 1 or more."),
         (
             {"max_new_tokens": 1, "temperature": -1.0},
-            "--temperature: -1.0 is no temperature. Write 0 for greedy, or more.",
+            "--temperature: -1.0 is not a temperature. Write 0 (greedy) or more.",
         ),
         ({"max_new_tokens": 1, "top_p": 0.0}, "--top-p: 0.0 is not in (0, 1]. Write 1 to keep every token."),
     ],

@@ -45,8 +45,8 @@ def test_quantised_weights_are_refused() -> None:
     with pytest.raises(UsageError) as caught:
         base.spectrum("q")
     assert str(caught.value) == (
-        "q: its weights are quantised (uint8), and singular values need the numbers themselves. "
-        "Load the base unquantised."
+        "q: its weights are quantised (uint8), and singular values can be computed only of unquantised ones. "
+        "Load the unquantised base."
     )
 
 

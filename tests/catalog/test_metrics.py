@@ -39,10 +39,9 @@ def test_an_unlike_name_lists_what_is_known() -> None:
 def test_a_metric_of_pictures_is_refused_for_completions_and_the_other_way_round() -> None:
     with pytest.raises(UsageError) as caught:
         load_metric("text_alignment")
-    assert str(caught.value).startswith("metrics: 'text_alignment' scores pictures, and here are texts. Write some of")
+    assert str(caught.value).startswith("metrics: 'text_alignment' scores pictures, not texts. Write some of")
     with pytest.raises(UsageError) as caught:
         load_picture_metric("bleu")
     assert str(caught.value) == (
-        "metrics: 'bleu' scores texts, and here are pictures. "
-        "Write some of: text_alignment, image_alignment, recognised."
+        "metrics: 'bleu' scores texts, not pictures. Write some of: text_alignment, image_alignment, recognised."
     )

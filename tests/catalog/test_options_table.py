@@ -49,8 +49,8 @@ def test_every_key_is_read_by_some_mode() -> None:
             "method.tau: none of the modes ties, linear reads it. "
             "They read scale, rank, density, layers; tau is for switch, w_switch.",
         ),
-        ([], {"scale": 0.5}, "method.scale: no mode that reads it is asked for. Leave it out."),
-        ([], {"l1": 0.5}, "method.l1: no mode that reads it is asked for. Leave it out; l1 is for lorahub."),
+        ([], {"scale": 0.5}, "method.scale: no chosen mode reads it. Leave it out."),
+        ([], {"l1": 0.5}, "method.l1: no chosen mode reads it. Leave it out; l1 is for lorahub."),
     ],
 )
 def test_what_no_mode_reads_is_refused(modes: list[str], settings: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def test_a_folder_without_any_task_is_told_every_file(
         (tmp_path / folder).mkdir()
     with pytest.raises(UsageError) as caught:
         select_tasks(load_suite(name), None, f"{tmp_path}/")
-    what = f"no task of the suite {name!r} is there, and these files are missing: {files}"
+    what = f"there is no task of the suite {name!r}; these files are missing: {files}"
     assert str(caught.value) == f"{tmp_path}/: {what}. Check --data-dir."
 
 
@@ -80,7 +80,7 @@ def test_of_the_tasks_asked_for_every_missing_file_is_named_once(tmp_path: Path)
     (tmp_path / "test" / "dart.jsonl").touch()
     with pytest.raises(UsageError) as caught:
         select_tasks(load_suite("struct2text"), ["web_nlg", "dart", "e2e_nlg", "web_nlg"], str(tmp_path))
-    what = "these files are missing, which the tasks 'web_nlg', 'e2e_nlg' are read from"
+    what = "these files of the tasks 'web_nlg', 'e2e_nlg' are missing"
     assert str(caught.value) == f"{tmp_path}: {what}: test/web_nlg.jsonl, test/e2e_nlg.jsonl. Check --data-dir."
 
 
@@ -102,7 +102,7 @@ def test_a_task_whose_file_is_not_there_is_told_which_file(
     (tmp_path / present).touch()
     with pytest.raises(UsageError) as caught:
         select_tasks(load_suite(name), [asked], str(tmp_path))
-    what = f"no such file, and the task {asked!r} is read from it"
+    what = f"no such file, and the task {asked!r} needs it"
     assert str(caught.value) == f"{tmp_path}/{missing}: {what}. Check --data-dir."
 
 

@@ -35,7 +35,7 @@ def merge(mole: Mole, folder: Path, base: Path, loras: dict[str, Path], *flags: 
         folder / "run",
         f"mole: the LoRAs of this composition (ties) are not all there: {lost}. It is taken as it was merged; --mask "
         "and --only need them\n",
-        f"mole: LoRAs: --mask and --only merge the LoRAs that are left anew, and there is {lost}. "
+        f"mole: LoRAs: --mask and --only merge the remaining LoRAs again, but there is {lost}. "
         "Put it back, or name all of them with --loras.\n",
         lambda: shutil.copytree(loras[first], copies[first]),
     )
@@ -48,7 +48,7 @@ def _notes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from molecli.cli import app
 
-    monkeypatch.setattr(warnings, "showwarning", app._told(warnings.showwarning))
+    monkeypatch.setattr(warnings, "showwarning", app._as_messages(warnings.showwarning))
     warnings.filterwarnings("always", category=UserWarning, module=r"molecli\b")
 
 
@@ -70,7 +70,7 @@ def test_it_samples(mole: Mole, merged: Merged) -> None:
 
 def test_it_is_scored_beside_the_base(mole: Mole, merged: Merged, gated_folder: Any, tmp_path: Path) -> None:
     job = ("evaluate", merged.folder, "--files", gated_folder.data, "--device", "cpu")
-    note = "mole: not all LoRAs are there (no a): of the fixed methods the base alone is scored\n"
+    note = "mole: some LoRAs are missing (a): of the fixed methods, only the base is scored\n"
     dry = mole(*job, "--dry-run", "--json", "--output", tmp_path / "out")
     assert (dry.code, dry.err) == (0, note)
     ran = mole(*job, "--output", tmp_path / "out")
@@ -130,5 +130,5 @@ def test_scenes_of_all_its_loras_are_drawn_and_others_refused(mole: Mole, pictur
         ran = mole(*job, "--set", "image.steps=2", "--device", "cpu", "--output", out)
         said = merged.said.removeprefix("mole: ")
         assert (ran.code, said in ran.err, merged.refusal in ran.err) == (code, True, bool(code)), ran.err
-        assert ("fixed methods the base alone" in ran.err) == (not code)
+        assert ("of the fixed methods, only the base" in ran.err) == (not code)
         assert (out / "sheet.png").exists() == (not code)

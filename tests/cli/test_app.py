@@ -121,7 +121,7 @@ def test_no_arguments_show_the_help_on_stderr(mole: Callable[..., Any]) -> None:
         (
             MemoryError(),
             1,
-            "memory ran out. Lower the batch size, write --dtype bfloat16, or leave the device to this command.",
+            "memory ran out. Lower the batch size, write --dtype bfloat16, or free the device of other programs.",
         ),
         (
             ZeroDivisionError("division by zero"),

@@ -99,9 +99,8 @@ def test_a_damaged_lora(refused: Refuse, broken_lora: Callable[..., Path]) -> No
     folder = broken_lora(lambda tensors: None)
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    refused(
-        3, f"{file}: a damaged safetensors file (invalid header length). Download or export it again.", loras=folder
-    )
+    message = f"{file}: it is a damaged safetensors file (invalid header length). Download or export it again."
+    refused(3, message, loras=folder)
 
 
 def test_an_empty_training_file(refused: Refuse, tmp_path: Path) -> None:
@@ -138,7 +137,7 @@ def test_a_composition_on_other_loras(mole: Callable[..., Any], gated_folder: An
     a, b = gated_folder.loras.values()
     ran = mole("sample", gated_folder.folder, "--loras", f"a={b},b={a}", "--prompt", "x")
     assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith("mole: a: its weights are not those the composition was made with (")
+    assert ran.err.startswith("mole: a: its weights differ from those in the composition (")
     assert ran.err.endswith(f"Give the LoRA from {a}, or compose again.\n")
 
 
@@ -158,5 +157,5 @@ def test_a_damaged_composition(mole: Callable[..., Any], gated_folder: Any, tmp_
     file.write_bytes((gated_folder.folder / "composition.safetensors").read_bytes()[:100])
     for arguments in (("sample", file, "--prompt", "x"), ("inspect-gates", file), ("evaluate", file, "--dry-run")):
         ran = mole(*arguments)
-        expected = f"mole: {file}: a damaged safetensors file (invalid header length). Compose again.\n"
+        expected = f"mole: {file}: it is a damaged safetensors file (invalid header length). Compose again.\n"
         assert ran == (3, "", expected)

@@ -42,7 +42,7 @@ def test_the_tables_go_to_stdout_and_nothing_is_written(mole: Callable[..., Any]
     assert ran.out.splitlines()[0] == "| exact_match (%) | base | linear | gated |"
     assert ran.out.splitlines()[2] == "| sum | 10.0 | 80.0 | **100.0** |"
     assert "| sum | gated | +90.0 [" in ran.out
-    assert ran.out.endswith("exact_match: gated wins on sum; told apart from base; not told apart from linear\n")
+    assert ran.out.endswith("exact_match: gated wins on sum; clearly ahead of base; no clear difference from linear\n")
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
@@ -96,7 +96,7 @@ def test_flags_of_an_evaluation_are_refused(
     ran = mole("evaluate", "--compare", saved("one", base=1), *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
-        f"mole: {flag}: it says how to evaluate, and --compare evaluates nothing. "
+        f"mole: {flag}: it has no effect with --compare, which evaluates nothing. "
         "Leave it out: --tasks, --metrics, --bootstrap, --seed, --output apply.\n"
     )
 

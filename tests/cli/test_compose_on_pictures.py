@@ -92,7 +92,7 @@ def refused(mole: Mole, arguments: tuple[Any, ...], code: int, message: str, fol
 def test_gates_without_any_pictures(mole: Mole, picture_world: Any, tmp_path: Path) -> None:
     named = ("--base", picture_world.base, "--loras", picture_world.named())
     message = (
-        "cat: gates learn from pictures of what each LoRA adds, and there are none of this one. "
+        "cat: gates learn from pictures of what each LoRA adds, and this LoRA has none. "
         'Write concepts.cat: {pictures: DIR, prompt: "a photo of ..."} in the recipe.'
     )
     refused(mole, ("compose", *named, "--output", tmp_path / "run"), 2, message, tmp_path / "run")
@@ -105,7 +105,8 @@ def test_a_folder_of_pictures_that_is_not_there(mole: Mole, job: tuple[str, ...]
 
 def test_collages_of_one_lora(mole: Mole, job: tuple[str, ...], picture_world: Any, tmp_path: Path) -> None:
     message = (
-        "objective.collage: a collage shows two things or more, and the LoRAs add 1 (styles and backgrounds are none). "
+        "objective.collage: a collage shows two things or more, and the LoRAs add 1 (styles and backgrounds do not "
+        "count). "
         "Give another LoRA, or write --collage 0."
     )
     alone = ("compose", "--base", picture_world.base, "--loras", picture_world.named("cat"))
@@ -115,7 +116,7 @@ def test_collages_of_one_lora(mole: Mole, job: tuple[str, ...], picture_world: A
 
 
 def test_guidance_without_a_clip(mole: Mole, job: tuple[str, ...], tmp_path: Path) -> None:
-    message = "CLIP nowhere/clip: open_clip knows no such model, and no such folder is there. "
+    message = "CLIP nowhere/clip: open_clip has no such model, and there is no such folder. "
     ran = mole(*job, "--clip", "1", "--clip-model", "nowhere/clip")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith(f"mole: {message}")
@@ -125,12 +126,12 @@ def test_guidance_without_a_clip(mole: Mole, job: tuple[str, ...], tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--suite", "bbh"), "data.suite: a suite's tasks teach gates on a language model; on a diffusion base the "
-         "concepts' pictures do. Leave it out."),
+        (("--suite", "bbh"), "data.suite: on a diffusion base, gates learn from the concepts' pictures, not from a "
+         "suite's tasks. Leave it out."),
         (("--eval-limit", "3"), "evaluate: a composition on a diffusion base is scored only after it is finished. "
          "Leave it out, and run mole evaluate {run} afterwards."),
         (("--order", "cat,dog", "--mode", "switch"), "method.order: there is no LoRA 'dog'. Known: cat, hat."),
-        (("--denoise", "0"), "objective: every term has weight 0, so that gates would learn nothing. "
+        (("--denoise", "0"), "objective: every term has weight 0, so the gates would learn nothing. "
          "Write --denoise 1, or --clip 1."),
         (("--set", "concepts.dog.prompt=x"), "concepts.dog: no LoRA has this name. Known: cat, hat."),
     ],
@@ -143,8 +144,8 @@ def test_flags_that_are_wrong(mole: Mole, job: tuple[str, ...], tmp_path: Path, 
     ("flags", "message"),
     [
         (("--mode", "switch"), "--mode switch: it acts on denoising steps, and the base is a language model. "
-         "Write gated, linear or another that is for a language model."),
-        (("--collage", "0.5"), "objective: only a diffusion pipeline reads it, and the base is a language model. "
+         "Write gated, linear or another mode for a language model."),
+        (("--collage", "0.5"), "objective: it is only for diffusion pipelines, and the base is a language model. "
          "Leave it out."),
         (("--tau", "3"), "method.tau: mode gated does not read it. It reads layers; "
          "tau is for switch, w_switch."),

@@ -105,8 +105,8 @@ def test_mistakes_leave_no_folder(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     out = tmp_path / "out"
     for arguments, message in {
-        ("--clip-model", "nowhere"): "mole: CLIP nowhere: open_clip knows no such model, and no such folder is there.",
-        ("--suite", "dreambooth", "--files", ""): "mole: suite dreambooth: its pictures and prompts are read from a fo",
+        ("--clip-model", "nowhere"): "mole: CLIP nowhere: open_clip has no such model, and there is no such folder.",
+        ("--suite", "dreambooth", "--files", ""): "mole: suite dreambooth: it reads its pictures and prompts from a fo",
         ("--suite", "bbh", "--files", ""): "mole: --suite: the suite 'bbh' has texts, and the base draws pictures.",
         ("--judge-model", "gpt-4o", "--judge-baseline", "base"): "mole: judge.key_env:",
     }.items():
@@ -145,7 +145,7 @@ def test_a_language_models_evaluation_has_nothing_to_go_on_from(
     ran = mole("evaluate", gated_folder.folder, "--output", tmp_path / "out", "--resume")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
-        "mole: --resume: an evaluation of a language model has nothing to go on from. Write --overwrite to repeat it.\n"
+        "mole: --resume: an evaluation of a language model cannot be resumed. Write --overwrite to repeat it.\n"
     )
 
 

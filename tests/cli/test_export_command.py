@@ -129,7 +129,7 @@ def test_a_full_folder_is_kept_unless_told_otherwise(mole: Mole, summed: Path, t
             ("--format", "pef"),
             "command line: format is 'pef', not one of auto, peft, diffusers, kohya. Did you mean 'peft'?",
         ),
-        (("--rank", "0"), "command line: rank is '0'; it must be at least 1. Mend it."),
+        (("--rank", "0"), "command line: rank is '0'; it must be at least 1. Correct it."),
         (("--rank", "many"), "command line: rank is 'many', not a whole number. Write a whole number."),
         (
             ("--dtype", "int8"),
@@ -142,7 +142,7 @@ def test_a_full_folder_is_kept_unless_told_otherwise(mole: Mole, summed: Path, t
         ),
         (
             ("--guidance", "3"),
-            "image: only a diffusion pipeline reads it, and the base is a language model. Leave it out.",
+            "image: it is only for diffusion pipelines, and the base is a language model. Leave it out.",
         ),
         (
             ("--calibrate", "none.jsonl"),
@@ -180,7 +180,7 @@ def test_a_lora_that_is_another_now_is_code_3(mole: Mole, gated_folder: Any, tmp
     swapped = f"a={gated_folder.loras['b']},b={gated_folder.loras['b']}"
     ran = mole("export", gated_folder.folder, "--loras", swapped, "--output", tmp_path / "out")
     assert ran.code == 3
-    assert ran.err.startswith("mole: a: its weights are not those the composition was made with")
+    assert ran.err.startswith("mole: a: its weights differ from those in the composition")
     assert not (tmp_path / "out").exists()
 
 
@@ -196,8 +196,8 @@ def test_an_export_that_its_library_reads_otherwise_is_code_1(
     ran = mole("export", summed, "--verify", "--output", tmp_path / "out")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith(f"mole: {tmp_path / 'out'}: PEFT ")
-    assert "makes another update of '" in ran.err
-    assert ran.err.endswith("(relative difference 5.0e-01). The files are kept; report.json has every matrix.\n")
+    assert "loads another update of '" in ran.err
+    assert ran.err.endswith("(relative difference 5.0e-01). The files are kept; report.json lists every matrix.\n")
     assert (tmp_path / "out" / "report.json").is_file()
 
 
@@ -235,17 +235,17 @@ def test_gates_of_a_pipeline_over_prompts(mole: Mole, picture_world: Any, tmp_pa
     [
         (
             (),
-            "cat: gates learn from pictures of what each LoRA adds, and there are none of this one. "
+            "cat: gates learn from pictures of what each LoRA adds, and this LoRA has none. "
             "Write --prompt TEXT, which is drawn instead.",
         ),
         (
             ("--calibrate", "x.jsonl"),
-            "--calibrate: examples are for a language model, and the base draws pictures. "
+            "--calibrate: examples are for a language model, and this base draws pictures. "
             "Write --prompt TEXT, or leave it out.",
         ),
         (
             ("--data-dir", "x"),
-            "--data-dir: examples are for a language model, and the base draws pictures. "
+            "--data-dir: examples are for a language model, and this base draws pictures. "
             "Write --prompt TEXT, or leave it out.",
         ),
     ],

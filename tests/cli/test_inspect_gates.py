@@ -114,7 +114,7 @@ def test_an_unknown_expert_is_named_with_the_known_ones(mole: Callable[..., Any]
 def test_masking_every_expert_leaves_nothing_to_inspect(mole: Callable[..., Any], gated_folder: Any) -> None:
     for flags in (("--mask", "a,b"), ("--mask", "a", "--only", "a")):
         ran = mole("inspect-gates", gated_folder.folder, *flags)
-        assert ran == (2, "", "mole: --mask: every LoRA is switched off, and no gate is asked. Keep one.\n")
+        assert ran == (2, "", "mole: --mask: every LoRA is switched off, so no gate is used. Keep at least one.\n")
 
 
 def test_a_fixed_mode_has_no_gates(mole: Callable[..., Any], gated_folder: Any, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_without_prompts_the_concepts_are_drawn_one_by_one_and_together(
     ran = mole("inspect-gates", picture_world.gated, *SHORT, "--json")
     assert json.loads(ran.out)["tasks"] == ["a cat", "a hat", "a sea", "a cat and a hat, sea"]
     # The last is longer than the tiny encoder takes: what it loses is said once, and not on stdout.
-    assert ran.err == "the text encoder takes 16 tokens, and the prompt is longer. Left out: 'a'\n"
+    assert ran.err == "the text encoder reads only 16 tokens, and the prompt is longer. Left out: 'a'\n"
 
 
 def test_a_mask_takes_the_named_expert_out_of_every_step(mole: Callable[..., Any], picture_world: Any) -> None:
@@ -101,10 +101,10 @@ def test_a_mask_takes_the_named_expert_out_of_every_step(mole: Callable[..., Any
     assert all(weights[1] == 0 for step in report["by_step"]["conditional"] for weights in step)
     assert report["dead"] == ["hat"]
     every = mole("inspect-gates", picture_world.gated, "--prompt", "a cat", "--mask", "hat,cat,sea", *SHORT)
-    assert every == (2, "", "mole: --mask: every LoRA is switched off, and no gate is asked. Keep one.\n")
+    assert every == (2, "", "mole: --mask: every LoRA is switched off, so no gate is used. Keep at least one.\n")
 
 
 def test_a_language_models_gates_are_not_asked_about_prompts(mole: Callable[..., Any], gated_folder: Any) -> None:
     ran = mole("inspect-gates", gated_folder.folder, "--prompt", "a cat")
-    what = "--prompt: a language model's gates are looked at on examples, which have answers. Write --files FILE.jsonl."
+    what = "--prompt: a language model's gates are inspected on examples, which have answers. Write --files FILE.jsonl."
     assert ran == (2, "", f"mole: {what}\n")

@@ -89,5 +89,5 @@ def test_the_help_of_a_flag_is_the_description_and_default_of_its_field(mole: Ca
     text = " ".join(mole("compose", "--help").out.split())
     assert f"--steps N {field.description} [default: {field.default}]" in text
     of_pictures = IMAGE_DEFAULTS["compose"]["train"]["batch_size"]
-    assert f"[default: 16; of pictures {of_pictures}]" in text
-    assert f"[default: auto; of pictures {IMAGE_DEFAULTS['compose']['gate']['pool']}]" in text
+    assert f"[default: 16; images: {of_pictures}]" in text
+    assert f"[default: auto; images: {IMAGE_DEFAULTS['compose']['gate']['pool']}]" in text

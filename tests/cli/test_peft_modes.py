@@ -63,7 +63,7 @@ def test_the_plan(mole: Mole, job: Callable[..., list[str]], tmp_path: Path) -> 
         (("--mode", "xlora", "--set", "method.top_k=3"), "method.top_k: 3 is more than the 2 LoRAs. Lower it."),
         (
             ("--mode", "xlora", "--top-k", "1"),
-            "gate: in mode xlora PEFT routes as `method` says, and there are no gates. Leave it out.",
+            "gate: mode xlora has no gates; PEFT routes as `method` says. Leave it out.",
         ),
         (
             ("--mode", "xlora", "--set", "method.xlora_depth=0"),
@@ -109,8 +109,8 @@ def test_a_pipeline_has_neither(
     ran = mole(command, *named, *flags, "--output", tmp_path / "run")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
-        f"mole: {where}: PEFT routes in language models alone, and the base is a diffusion pipeline. "
-        "Write gated, linear or another that is for a diffusion pipeline.\n"
+        f"mole: {where}: PEFT routes only in language models, and the base is a diffusion pipeline. "
+        "Write gated, linear or another mode for a diffusion pipeline.\n"
     )
 
 

@@ -94,7 +94,7 @@ def test_a_new_folder_under_runs_is_the_default(
 
 def test_several_processes_need_one_folder(mole: Mole, job: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert mole(*job).err == "mole: --output: several processes need one folder to write. Write --output DIR.\n"
+    assert mole(*job).err == "mole: --output: several processes need the same output folder. Write --output DIR.\n"
 
 
 def test_an_interrupted_run_is_resumed_to_the_same_gates(
@@ -114,7 +114,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_gates(
         ran = mole(*job, "--output", cut)
     assert ran.code == 130
     assert ran.err == (
-        f"{cut}: to go on, write the same command with --resume --output {cut}\n"
+        f"{cut}: to continue, run the same command with --resume --output {cut}\n"
         "mole: interrupted: what was finished is kept\n"
     )
     assert not (cut / "composition.safetensors").exists()
@@ -150,7 +150,11 @@ def test_evaluate_scores_a_composition_beside_the_fixed_modes(mole: Mole, gated_
 
 def test_evaluate_takes_one_recipe_or_compositions(mole: Mole, gated_folder: Any) -> None:
     ran = mole("evaluate", "x.yaml", gated_folder.folder)
-    assert ran == (2, "", "mole: x.yaml: a recipe stands alone. Name one recipe, or only compositions.\n")
+    assert ran == (
+        2,
+        "",
+        "mole: x.yaml: a recipe cannot be combined with other arguments. Name one recipe, or only compositions.\n",
+    )
 
 
 def test_train_lora_writes_a_folder_that_compose_takes(mole: Mole, gated_folder: Any, tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def test_several_loras_without_a_composition_need_a_choice(mole: Callable[..., A
     ran = mole(*arguments)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
-        "mole: --loras: 2 LoRAs and no composition that says how they mix. "
-        "Make one with mole compose, or name one LoRA with --only.\n"
+        "mole: --loras: there are 2 LoRAs, and no composition says how to combine them. "
+        "Make one with mole compose, or choose one LoRA with --only.\n"
     )
     alone = mole("sample", "--base", gated_folder.base, "--loras", f"b={gated_folder.loras['b']}", *arguments[5:])
     assert mole(*arguments, "--only", "b").out == alone.out
@@ -95,7 +95,7 @@ def test_with_an_output_the_samples_and_the_recipe_are_written_and_the_recipe_re
             ("--prompts-file", "none.txt"),
             "mole: none.txt: the prompts cannot be read (No such file or directory). Check the path.\n",
         ),
-        (("-", "--prompt", "-"), "mole: -: stdin is read only once. Write - in one place.\n"),
+        (("-", "--prompt", "-"), "mole: -: stdin can be read only once. Write - in one place.\n"),
     ],
 )
 def test_missing_prompts_are_code_2(arguments: tuple[str, ...], message: str, mole: Callable[..., Any]) -> None:
@@ -107,6 +107,6 @@ def test_a_jsonl_line_without_its_field_is_named(mole: Callable[..., Any], tmp_p
     file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     ran = mole("sample", "--prompts-file", file)
     assert ran.err == (
-        f"mole: {file}:2: neither 'prompt' nor 'input' holds a text. Write {{\"prompt\": \"...\"}} on each line.\n"
+        f"mole: {file}:2: neither 'prompt' nor 'input' is a text. Write {{\"prompt\": \"...\"}} on each line.\n"
     )
     assert ran.code == 2

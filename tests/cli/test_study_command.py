@@ -54,7 +54,7 @@ def test_a_dry_run_of_some_columns(mole: Any, file: Path) -> None:
         (("nowhere.yaml",), "nowhere.yaml: no such recipe"),
         (("paper/table3",), "paper/table3: no such recipe. Write one of: paper/table3-bbh, paper/table3-cbqa, "),
         (("{file}", "--set", "methods.gated.mode=gatd"), "methods.gated.mode"),
-        (("{file}", "--set", "numbers=[7]", "--dry-run"), "numbers: 7 LoRAs are to be composed, and there are 2."),
+        (("{file}", "--set", "numbers=[7]", "--dry-run"), "numbers: 7 LoRAs should be composed, but there are only 2."),
         (("{file}", "--set", "experts.copies=0"), "experts.copies"),
         (("{file}", "--set", "test.data.tasks=[revers]", "--dry-run"), "revers"),
     ],
@@ -76,7 +76,10 @@ def test_a_command_that_failed_ends_the_study_with_code_1_after_its_report(
     out = file.parent / "out"
     result = mole("study", str(file), "--output", str(out), "--quiet")
     assert result.code == 1
-    assert "2 commands failed, and what needs them is not in the report. Their logs lie in study-steps/" in result.err
+    assert (
+        "2 commands failed, and the report lacks the results that depend on them. Read their logs in study-steps/"
+        in result.err
+    )
     assert "linear" in result.out
     assert json.loads((out / "study.json").read_text())["failed"].keys() == {
         "compositions/all/seed-0/gated",
@@ -96,7 +99,7 @@ def test_overwrite_costs_nothing_where_the_study_cannot_run(
     done.write_text("# found")
     broken = mole("study", file, "--output", done.parent, "--overwrite", "--set", "numbers=[7]")
     assert (broken.code, done.read_text()) == (2, "# found")
-    assert broken.err.startswith("mole: numbers: 7 LoRAs are to be composed")
+    assert broken.err.startswith("mole: numbers: 7 LoRAs should be composed")
 
     def stop(recipe: Any, **how: Any) -> None:
         raise KeyboardInterrupt

@@ -86,8 +86,8 @@ def test_another_base_is_exit_3(mole: Mole, trained: Trained, tiny_folder: Calla
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--rank", "8"), "--rank: a LoRA has it, and the method is svdiff. Leave it out."),
-        (("--alpha", "16"), "--alpha: a LoRA has it, and the method is svdiff. Leave it out."),
+        (("--rank", "8"), "--rank: it is a setting of LoRAs, and the method is svdiff. Leave it out."),
+        (("--alpha", "16"), "--alpha: it is a setting of LoRAs, and the method is svdiff. Leave it out."),
         (("--rslora",), "adapter.rslora: it is a setting of LoRAs, and the method is svdiff. Leave it out."),
         (
             ("--set", "adapter.dropout=0.1"),

@@ -62,7 +62,7 @@ def refused(mole: Mole, arguments: tuple[str, ...], code: int, message: str, fol
 def test_a_folder_without_pictures(mole: Mole, job: tuple[str, ...], dog: Path, tmp_path: Path) -> None:
     for file in dog.iterdir():
         file.unlink()
-    message = f"{dog}: holds no pictures. Put some there (png, jpg, jpeg, webp, bmp, gif, tif, tiff)."
+    message = f"{dog}: it has no pictures. Put some there (png, jpg, jpeg, webp, bmp, gif, tif, tiff)."
     refused(mole, job, 2, message, tmp_path / "run")
 
 
@@ -85,18 +85,18 @@ def test_prompts_cannot_all_be_left_empty(mole: Mole, job: tuple[str, ...], tmp_
 def test_a_cmyk_picture_and_a_tiny_one(mole: Mole, job: tuple[str, ...], dog: Path, tmp_path: Path) -> None:
     file = dog / "3.jpg"
     Image.new("CMYK", (24, 24)).save(file)
-    message = f"{file}: stored in CMYK, the colours of a printing press. "
+    message = f"{file}: its colours are stored in CMYK. "
     remedy = "Convert it to RGB with its colour profile, in any picture editor."
     refused(mole, job, 2, message + remedy, tmp_path / "run")
     Image.new("RGB", (24, 2)).save(file)
-    message = f"{file}: 24x2 pixels are too few: each side needs 16. Give a larger picture."
+    message = f"{file}: 24x2 pixels are too few: each side must have 16. Give a larger picture."
     refused(mole, job, 2, message, tmp_path / "run")
 
 
 def test_a_broken_picture_is_exit_3(mole: Mole, job: tuple[str, ...], dog: Path, tmp_path: Path) -> None:
     file = dog / "1.png"
     file.write_text("not a picture")
-    message = f"{file}: damaged, or no picture at all. Remove it from the folder."
+    message = f"{file}: it is damaged, or not a picture. Remove it from the folder."
     refused(mole, job, 3, message, tmp_path / "run")
 
 
@@ -122,17 +122,18 @@ def test_no_prompt(mole: Mole, job: tuple[str, ...], dog: Path, tmp_path: Path) 
         ),
         (
             ("--class-dir", "x"),
-            "pictures.class_dir: the class has no prompt, and without one it is not learned. "
+            "pictures.class_dir: the class has no prompt, and it is not learned without one. "
             'Write --class-prompt "a photo of a dog".',
         ),
         (
             ("--class-prompt", "a photo of sks"),
-            "pictures.class_prompt: it is the instance prompt too, so that the class would hide the subject. "
+            "pictures.class_prompt: it is the same as the instance prompt, so the class would hide the subject. "
             'Leave the rare token out: "a photo of a dog".',
         ),
         (
             ("--targets", "q_proj"),
-            "adapter.targets: 'q_proj' is in the text encoder alone. Write --text-encoder, so that it is adapted.",
+            "adapter.targets: 'q_proj' is only in the text encoder, which is not adapted. Write --text-encoder to "
+            "adapt it.",
         ),
         (
             ("--kind", "objct"),
@@ -150,7 +151,7 @@ def test_pictures_on_a_language_model(
 ) -> None:
     text = tiny_folder("t5")
     message = (
-        f"base {text}: a language model, and pictures train a diffusion pipeline. "
+        f"base {text}: it is a language model, and pictures train a diffusion pipeline. "
         "Name a pipeline with --base, or leave out --instance-dir."
     )
     refused(mole, (*job, "--base", str(text)), 2, message, tmp_path / "run")
@@ -159,7 +160,7 @@ def test_pictures_on_a_language_model(
 def test_a_pipeline_without_pictures(mole: Mole, pipeline_folder: Callable[..., Path], tmp_path: Path) -> None:
     base = pipeline_folder("sd")
     message = (
-        f"base {base}: a diffusion pipeline learns from pictures, and there are none. "
+        f"base {base}: a diffusion pipeline learns from pictures, and none are given. "
         'Write --instance-dir DIR --instance-prompt "a photo of sks".'
     )
     refused(mole, ("train-lora", "--base", str(base), "--output", str(tmp_path / "run")), 2, message, tmp_path / "run")

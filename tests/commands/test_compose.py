@@ -317,7 +317,7 @@ def test_a_finished_run_of_another_recipe_is_not_resumed(pair: Pair, tmp_path: P
     with pytest.raises(UsageError) as caught:
         run_compose(recipe_of(pair, tmp_path, "nla"), resume=True)
     assert str(caught.value) == (
-        f"--resume {tmp_path}: the run there is finished, and its recipe was another. "
+        f"--resume {tmp_path}: the run there is finished, and it had another recipe. "
         "Choose another --output, or start again with --overwrite."
     )
     assert caught.value.exit_code == 2

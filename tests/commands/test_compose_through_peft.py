@@ -228,9 +228,7 @@ def test_the_plan_counts_both_passes(pair: Pair, tmp_path: Path) -> None:
 def test_settings_of_gates_are_not_ignored(pair: Pair, tmp_path: Path, mode: str) -> None:
     with pytest.raises(UsageError) as refused:
         run_compose(pair.recipe(tmp_path, mode=mode))
-    assert str(refused.value) == (
-        f"gate: in mode {mode} PEFT routes as `method` says, and there are no gates. Leave it out."
-    )
+    assert str(refused.value) == (f"gate: mode {mode} has no gates; PEFT routes as `method` says. Leave it out.")
 
 
 def test_python_says_who_learns_weights(pair: Pair) -> None:

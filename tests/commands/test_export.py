@@ -242,7 +242,7 @@ def test_own_examples_that_are_gone_are_missed_before_the_base_is_loaded(
     run = world.composed("gated")
     world.data.unlink()
     monkeypatch.setattr(exporting, "load_backbone", lambda *_: pytest.fail("the base was loaded"))
-    with pytest.raises(UsageError, match=r"the composition learned from it\. Write --calibrate FILE\.jsonl"):
+    with pytest.raises(UsageError, match=r"the composition was learned from it\. Write --calibrate FILE\.jsonl"):
         run_export(export_recipe(run, world.folder / "out"))
 
 
@@ -273,8 +273,8 @@ def test_a_router_that_tells_no_weights_is_refused(world_of: Callable[[str], Wor
     with pytest.raises(UsageError) as caught:
         run_export(export_recipe(world.composed("arrow"), world.folder / "out"))
     assert str(caught.value) == (
-        "mole export: the composition routes among its LoRAs inside another library, which tells no weights to "
-        "average. Compose them with --mode gated or linear, and export that."
+        "mole export: the composition routes its LoRAs inside another library, and has no weights to average. "
+        "Compose them with --mode gated or linear, and export that."
     )
     assert not (world.folder / "out").exists()
 
@@ -298,7 +298,7 @@ def test_a_file_that_says_another_thing_is_found_out(world: World, monkeypatch: 
         return names
 
     monkeypatch.setattr(exporting, "_write", tampered)
-    with pytest.raises(RunError, match=r"makes another update of '.+' \(relative difference 1\.0e-03\)\. The files"):
+    with pytest.raises(RunError, match=r"loads another update of '.+' \(relative difference 1\.0e-03\)\. The files"):
         run_export(export_recipe(run, world.folder / "out", verify=True))
     report = json.loads((world.folder / "out" / "report.json").read_text())
     assert report["verification"]["file"] == pytest.approx(1e-3, rel=1e-2)

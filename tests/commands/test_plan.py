@@ -241,11 +241,10 @@ def test_a_plan_names_every_file_that_is_missing(
 def test_a_plan_for_tasks_whose_files_are_missing_fails_as_the_run_would(parts: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for tasks, message in {
-        "snarks": f"{tmp_path}/data/snarks.jsonl: no such file, and the task 'snarks' is read from it. "
-        "Check --data-dir.",
-        "snarks,navigate": f"{tmp_path}/data: these files are missing, which the tasks 'snarks', 'navigate' are "
-        "read from: snarks.jsonl, navigate.jsonl. Check --data-dir.",
-        None: f"{tmp_path}/data: no task of the suite 'bbh' is there, and these files are missing: "
+        "snarks": f"{tmp_path}/data/snarks.jsonl: no such file, and the task 'snarks' needs it. Check --data-dir.",
+        "snarks,navigate": f"{tmp_path}/data: these files of the tasks 'snarks', 'navigate' are "
+        "missing: snarks.jsonl, navigate.jsonl. Check --data-dir.",
+        None: f"{tmp_path}/data: there is no task of the suite 'bbh'; these files are missing: "
         f"{', '.join(f'{task}.jsonl' for task in load_suite('bbh').known())}. Check --data-dir.",
     }.items():
         settings = {"eval.data.suite": "bbh", "eval.data.data_dir": str(tmp_path / "data"), "eval.data.tasks": tasks}

@@ -15,9 +15,9 @@ from molecli.errors import UsageError, UserError
 @pytest.mark.parametrize(
     ("offline", "error", "message"),
     [
-        (True, OSError("not cached"), "HF_HUB_OFFLINE=1 forbids downloading"),
+        (True, OSError("not cached"), "HF_HUB_OFFLINE=1 forbids downloads"),
         (False, OSError("cannot connect to it"), "the hub cannot be reached"),
-        (False, OSError("404: no such repository"), "the hub says: 404: no such repository"),
+        (False, OSError("404: no such repository"), "the hub answers: 404: no such repository"),
     ],
 )
 def test_a_pipeline_that_is_not_to_be_had_is_not_taken_for_a_language_model(
@@ -39,5 +39,5 @@ def test_what_only_pictures_read_is_refused_on_a_language_model_that_is_there(ti
     recipe = ComposeRecipe.model_validate(
         {"base": str(tiny_folder("llama")), "loras": ["a=x"], "concepts": {"a": {"prompt": "a cat"}}}
     )
-    with pytest.raises(UsageError, match="concepts: only a diffusion pipeline reads it"):
+    with pytest.raises(UsageError, match="concepts: it is only for diffusion pipelines"):
         check_fields(recipe, ("concepts",), "pictures")

@@ -105,15 +105,15 @@ FILES = [
     (
         "seed: 1\n\ttrain: 2\n",
         ":2",
-        "invalid YAML (found character '\\t' that cannot start any token). Mend that line.",
+        "invalid YAML (found character '\\t' that cannot start any token). Correct that line.",
     ),
-    ("loras: [a\nseed: 1\n", ":2", "invalid YAML (expected ',' or ']', but got ':'). Mend that line."),
-    ("seed: 1\nseed: 2\n", ":2", "invalid YAML (the key 'seed' is written twice). Mend that line."),
+    ("loras: [a\nseed: 1\n", ":2", "invalid YAML (expected ',' or ']', but got ':'). Correct that line."),
+    ("seed: 1\nseed: 2\n", ":2", "invalid YAML (the key 'seed' is written twice). Correct that line."),
     (
         "x: !!python/object/apply:os.system [ls]\n",
         ":1",
         "invalid YAML (could not determine a constructor for the tag "
-        "'tag:yaml.org,2002:python/object/apply:os.system'). Mend that line.",
+        "'tag:yaml.org,2002:python/object/apply:os.system'). Correct that line.",
     ),
     ("- a\n- b\n", "", "a recipe is a mapping of keys to values. Write lines such as `mode: gated`."),
     ("command: compse\n", "", "unknown command 'compse'. Did you mean 'compose'?"),
@@ -201,8 +201,8 @@ def test_values_that_do_not_fit_together(values: Any, message: str, explained: A
 
 
 def test_a_name_that_cannot_be_typed(explained: Any) -> None:
-    message = "--loras a b=org/a: 'a b' is not a usable name (letters, digits, '_', '-' and '.'). "
-    message += "Give it one: name=PATH."
+    message = "--loras a b=org/a: 'a b' is not a valid name (letters, digits, '_', '-' and '.'). "
+    message += "Choose another: name=PATH."
     loras = [{"name": "a b", "source": "org/a"}]
     explained(lambda: load_recipe(None, "sample", {"loras": loras}), 2, message)
 

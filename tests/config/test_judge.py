@@ -44,7 +44,7 @@ def test_an_endpoint_is_its_base(written: str, read: str) -> None:
     "url", ["localhost:8000", "ftp://host/v1", "https://", "http://[::1", "http://h:x/v1", "http://a b"]
 )
 def test_an_endpoint_that_is_no_address(url: str, explained: Callable[[Any, int, str], None]) -> None:
-    message = "judge.endpoint: this is no web address. Write one such as https://api.openai.com/v1."
+    message = "judge.endpoint: this is not a web address. Write one such as https://api.openai.com/v1."
     explained(lambda: judge(f"endpoint='{url}'"), 2, message)
 
 
@@ -62,7 +62,7 @@ def test_an_endpoint_with_a_secret_in_it_is_refused_unseen(
 def test_a_key_in_the_place_of_its_variable_is_refused_unseen(
     name: str, explained: Callable[[Any, int, str], None]
 ) -> None:
-    what = "judge.key_env: this is no name of an environment variable (capitals, digits and '_'). "
+    what = "judge.key_env: this is not the name of an environment variable (capitals, digits and '_'). "
     explained(
         lambda: judge(f"key_env={name}"), 2, what + "Write the variable's name here, and the key into the environment."
     )
@@ -77,7 +77,7 @@ def test_further_fields_of_the_request(explained: Callable[[Any, int, str], None
     assert judge("options={temperature: 0, max_tokens: 2048}").options == {"temperature": 0, "max_tokens": 2048}
     message = "judge.options.model: mole fills this field of the request itself. Leave it out."
     explained(lambda: judge("options={model: x}"), 2, message)
-    message = "judge.options: this is no mapping. Write for example judge.options: {temperature: 0}."
+    message = "judge.options: this is not a mapping. Write for example judge.options: {temperature: 0}."
     explained(lambda: judge("options=3"), 2, message)
 
 

@@ -9,8 +9,9 @@ import pytest
 from molecli.catalog import builtin as catalog
 from molecli.catalog.metrics import METRICS
 from molecli.config import ComposeRecipe, StudyRecipe, load_recipe
+from molecli.evaluation.scoring import OWN_LORA
 from molecli.study.gates import LARGEST
-from molecli.study.jobs import OWN, tasks_of
+from molecli.study.jobs import tasks_of
 from molecli.study.run import jobs_of
 
 NAMES = [name for name in catalog.recipes() if name.startswith("paper/")]
@@ -55,7 +56,7 @@ def test_published_columns_and_rows_are_ones_that_the_study_measures(name: str) 
     metrics = ("text_alignment", "image_alignment") if recipe.draws else recipe.test.metrics or ()
     rows = {*tasks, "average", *(str(number) for number in recipe.numbers), *([LARGEST] if recipe.gates else [])}
     rows |= {f"{row} {metric}" for row in (*tasks, "average") for metric in metrics} | {"average of all"}
-    columns = {*recipe.methods, *([OWN] if recipe.own else [])}
+    columns = {*recipe.methods, *([OWN_LORA] if recipe.own else [])}
     assert set(metrics) <= METRICS.keys()
     assert recipe.published.keys() <= rows
     assert {column for row in recipe.published.values() for column in row} <= columns

@@ -139,7 +139,7 @@ def test_compose_refuses_in_plan_and_run(pair: Pair, tmp_path: Path) -> None:
             {"top_k": 1},
             r"^method\.top_k: none of the modes ties, linear reads it\. They read scale",
         ),
-        (["base", "single"], {"scale": 0.5}, r"^method\.scale: no mode that reads it is asked for"),
+        (["base", "single"], {"scale": 0.5}, r"^method\.scale: no chosen mode reads it"),
         ([], {"rank": 2}, r"^method\.rank: none of the modes linear, nla reads it"),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_preview_that_was_asked_for_counts(tmp_path: Path, preview: dict[str, 
     [
         ({"mine": {"mode": "iso", "method": {"density": 0.3}}}, r"methods\.mine\.method\.density: mode iso does not"),
         ({"iso": {"tune": {"method.top_k": [1, 2]}}}, r"methods\.iso\.method\.top_k: mode iso does not"),
-        ({"base": {"method": {"scale": 0.5}}, "nla": {}}, r"methods\.base\.method\.scale: no mode that reads it"),
+        ({"base": {"method": {"scale": 0.5}}, "nla": {}}, r"methods\.base\.method\.scale: no chosen mode reads it"),
         # A study holds what was written, and no defaults.
         ({"iso": {"method": {"evaluations": 40}}}, r"methods\.iso\.method\.evaluations: mode iso does not"),
     ],

@@ -15,11 +15,10 @@ import torch
 from molecli.catalog.metrics import metric_row
 from molecli.errors import MismatchError, UsageError
 from molecli.evaluation.compare import CompareReport, judged, run_compare
-from molecli.evaluation.report import OWN_LORA
 from molecli.evaluation.results import document, write
-from molecli.evaluation.scoring import TaskResult, score
+from molecli.evaluation.scoring import OWN_LORA, TaskResult, score
 from molecli.functional.bootstrap import paired_bootstrap
-from molecli.images.scenes import Take
+from molecli.images.scenes import PlannedPicture
 from molecli.images.scoring import PictureResult
 from molecli.protocols import Example, Scene
 from molecli.text.evaluate import with_own_lora
@@ -102,7 +101,7 @@ def test_each_tasks_own_lora_is_what_the_others_are_measured_by(tmp_path: Path) 
     assert own["difference"] < 0
     assert own["significant"] is True
     line = report.lines()[-1]
-    assert "gated wins on average over 2 tasks; told apart from linear; less each task's own LoRA -" in line
+    assert "gated wins on average over 2 tasks; clearly ahead of linear; minus each task's own LoRA -" in line
     alone = save(tmp_path / "alone", {"own LoRA": method(0.9, 7)})
     assert verdict(run_compare([alone]))["winner"] == "own LoRA"
 
@@ -208,8 +207,8 @@ def test_parts_that_are_not_scored_alike_are_refused(tmp_path: Path, other: dict
 def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
     _, one, _ = in_parts(tmp_path / "a", {"gated": method(0.5, 1)}, config={"base": {"id": "a"}})
     _, _, two = in_parts(tmp_path / "b", {"gated": method(0.5, 2)}, config={"base": {"id": "b"}})
-    what = f"the method 'gated' is also in {one}, and `base` of their recipes differs"
-    refused(MismatchError, f"{two}: {what}. Give the last method of each a name: NAME=PATH.", [one, two])
+    what = f"the method 'gated' is also in {one}, and `base` differs between their recipes"
+    refused(MismatchError, f"{two}: {what}. Give the last method of each its own name: NAME=PATH.", [one, two])
 
 
 def test_a_folder_whose_name_holds_the_sign_is_a_folder(tmp_path: Path) -> None:
@@ -306,7 +305,7 @@ def test_the_tables_and_the_lines_below_them(run: str, capsys: pytest.CaptureFix
         "* the 95% interval of the difference excludes zero (paired bootstrap, 200 resamples of 80 examples, seed 0)"
         in shown
     )
-    assert shown.endswith("exact_match: gated wins on average over 2 tasks; told apart from base, linear\n")
+    assert shown.endswith("exact_match: gated wins on average over 2 tasks; clearly ahead of base, linear\n")
 
 
 def test_without_resamples_there_are_differences_alone(run: str) -> None:
@@ -321,7 +320,7 @@ def test_methods_that_score_the_same_win_alike(tmp_path: Path) -> None:
     report = run_compare([run], samples=100)
     assert verdict(report)["tied"] == ("b",) or verdict(report)["tied"] == ["b"]
     assert report.tables()[1].rows[-1].cells()[0][0] == "a = b"
-    assert report.lines()[-1] == "exact_match: a and b win alike on average over 2 tasks; told apart from c"
+    assert report.lines()[-1] == "exact_match: a and b win alike on average over 2 tasks; clearly ahead of c"
 
 
 def test_one_method_has_no_rival(tmp_path: Path) -> None:
@@ -376,7 +375,7 @@ def test_a_subject_that_is_behind_says_so(tmp_path: Path) -> None:
     )
     winner, _, _, own, gated, _ = (text for text, _ in report.tables()[1].rows[-1].cells())
     assert (winner, own, gated[0], gated[-1]) == ("gated", "–", "-", "*")
-    told = "linear ahead of base; behind gated; not told apart from near; less each task's own LoRA -"
+    told = "linear ahead of base; behind gated; no clear difference from near; minus each task's own LoRA -"
     assert report.lines()[-1].startswith(f"exact_match: gated wins on average over 2 tasks; {told}")
 
 
@@ -406,22 +405,22 @@ def test_without_a_score_of_the_subject_margins_are_the_winners(run: str) -> Non
 # Pictures
 
 
-def takes(seeds: Sequence[int], scenes: Sequence[str] = ("pond", "hill")) -> list[Take]:
+def planned(seeds: Sequence[int], scenes: Sequence[str] = ("pond", "hill")) -> list[PlannedPicture]:
     return [
-        Take(Scene("2 LoRAs", name, f"a cat at the {name}", ("cat", "hat")), number, seed)
+        PlannedPicture(Scene("2 LoRAs", name, f"a cat at the {name}", ("cat", "hat")), number, seed)
         for name in scenes
         for number, seed in enumerate(seeds)
     ]
 
 
-def drawn(some: Sequence[Take], score_of: Callable[[Take], float]) -> list[PictureResult]:
-    scores = {"recognised": tuple(score_of(take) for take in some), "text_alignment": (0.5,) * len(some)}
+def drawn(some: Sequence[PlannedPicture], score_of: Callable[[PlannedPicture], float]) -> list[PictureResult]:
+    scores = {"recognised": tuple(score_of(picture) for picture in some), "text_alignment": (0.5,) * len(some)}
     return [PictureResult("2 LoRAs", tuple(some), tuple(f"{i}.png" for i in range(len(some))), scores, len(some))]
 
 
 def test_pictures_are_paired_by_scene_and_seed_and_have_a_table_for_each_metric(tmp_path: Path) -> None:
-    one = save(tmp_path / "one", {"nla": drawn(takes([1, 2, 3]), lambda take: 0.2)})
-    two = save(tmp_path / "two", {"gated": drawn(takes([3, 1, 2]), lambda take: 0.2 + 0.1 * take.seed)})
+    one = save(tmp_path / "one", {"nla": drawn(planned([1, 2, 3]), lambda picture: 0.2)})
+    two = save(tmp_path / "two", {"gated": drawn(planned([3, 1, 2]), lambda picture: 0.2 + 0.1 * picture.seed)})
     report = run_compare([one, two], samples=100)
     assert [table.corner for table in report.tables()][::2] == ["recognised (%)", "text_alignment (%)"]
     (margin,) = verdict(report, "2 LoRAs")["margins"]
@@ -431,8 +430,8 @@ def test_pictures_are_paired_by_scene_and_seed_and_have_a_table_for_each_metric(
 
 def test_runs_of_other_seeds_pool_their_pictures(tmp_path: Path) -> None:
     def both(seeds: Sequence[int]) -> dict[str, list[PictureResult]]:
-        some = takes(seeds)
-        return {"nla": drawn(some, lambda take: 0.1), "gated": drawn(some, lambda take: take.seed / 10)}
+        some = planned(seeds)
+        return {"nla": drawn(some, lambda picture: 0.1), "gated": drawn(some, lambda picture: picture.seed / 10)}
 
     # Seeds 1 and 2, then 2 and 3: one picture of each scene was drawn twice.
     runs = [save(tmp_path / str(seeds[0]), both(seeds)) for seeds in ((1, 2), (2, 3))]
@@ -443,8 +442,8 @@ def test_runs_of_other_seeds_pool_their_pictures(tmp_path: Path) -> None:
 
 
 def test_pictures_of_other_seeds_alone_cannot_be_paired(tmp_path: Path) -> None:
-    one = save(tmp_path / "one", {"nla": drawn(takes([1, 2]), lambda take: 0.1)})
-    two = save(tmp_path / "two", {"gated": drawn(takes([5, 6]), lambda take: 0.1)})
+    one = save(tmp_path / "one", {"nla": drawn(planned([1, 2]), lambda picture: 0.1)})
+    two = save(tmp_path / "two", {"gated": drawn(planned([5, 6]), lambda picture: 0.1)})
     with pytest.raises(MismatchError) as caught:
         run_compare([one, two])
     what = "'gated' and 'nla' were not drawn from the same seeds (4 here, 4 there)"
@@ -452,8 +451,8 @@ def test_pictures_of_other_seeds_alone_cannot_be_paired(tmp_path: Path) -> None:
 
 
 def test_pictures_of_other_scenes_are_refused(tmp_path: Path) -> None:
-    one = save(tmp_path / "one", {"nla": drawn(takes([1]), lambda take: 0.1)})
-    two = save(tmp_path / "two", {"gated": drawn(takes([1], ["pond", "sea", "city"]), lambda take: 0.1)})
+    one = save(tmp_path / "one", {"nla": drawn(planned([1]), lambda picture: 0.1)})
+    two = save(tmp_path / "two", {"gated": drawn(planned([1], ["pond", "sea", "city"]), lambda picture: 0.1)})
     with pytest.raises(MismatchError) as caught:
         run_compare([one, two])
     assert str(caught.value) == (
@@ -464,7 +463,7 @@ def test_pictures_of_other_scenes_are_refused(tmp_path: Path) -> None:
 
 def test_scores_of_two_clips_are_refused(tmp_path: Path) -> None:
     runs = [
-        save(tmp_path / clip, {clip: drawn(takes([1]), lambda take: 0.1)}, clip=clip)
+        save(tmp_path / clip, {clip: drawn(planned([1]), lambda picture: 0.1)}, clip=clip)
         for clip in ("ViT-B-32", "ViT-L-14")
     ]
     assert run_compare(runs, metrics=["recognised"], samples=0).lines()
@@ -501,7 +500,7 @@ def test_another_answer_to_the_same_question_is_another_example(run: str, tmp_pa
 
 def test_other_tasks_are_refused_unless_left_out(run: str, tmp_path: Path) -> None:
     other = save(tmp_path / "other", {"ties": method(0.7, 9)[:1]})
-    message = f"{other}: has no task 'diff', which {run} has. Write --tasks with those that all have."
+    message = f"{other}: it has no task 'diff', which {run} has. Write --tasks with the tasks that all runs have."
     refused(MismatchError, message, [run, other])
     refused(MismatchError, message, [other, run])
     assert verdict(run_compare([run, other], tasks=["sum"]), "sum")["winner"]
@@ -554,8 +553,8 @@ def test_completions_of_another_length_are_refused(tmp_path: Path) -> None:
 )
 def test_one_name_for_two_settings_is_refused(tmp_path: Path, setting: str, one: Any, two: Any) -> None:
     runs = [save(tmp_path / str(i), {"gated": method(0.5, i)}, config=config) for i, config in enumerate((one, two))]
-    what = f"the method 'gated' is also in {runs[0]}, and `{setting}` of their recipes differs"
-    refused(MismatchError, f"{runs[1]}: {what}. Give the last method of each a name: NAME=PATH.", runs)
+    what = f"the method 'gated' is also in {runs[0]}, and `{setting}` differs between their recipes"
+    refused(MismatchError, f"{runs[1]}: {what}. Give the last method of each its own name: NAME=PATH.", runs)
     assert run_compare([f"a={runs[0]}", f"b={runs[1]}"], samples=0).lines()
 
 
@@ -571,8 +570,8 @@ def test_a_method_of_several_masks_is_that_of_a_run_with_its_own_alone(tmp_path:
         report = run_compare([both, made(name, method_name, mask)]).document()
         assert report["comparisons"][0]["methods"][method_name] == {"runs": 2}
     other = made("other", "gated", ["x"])
-    what = f"the method 'gated' is also in {both}, and `mask` of their recipes differs"
-    refused(MismatchError, f"{other}: {what}. Give the last method of each a name: NAME=PATH.", [both, other])
+    what = f"the method 'gated' is also in {both}, and `mask` differs between their recipes"
+    refused(MismatchError, f"{other}: {what}. Give the last method of each its own name: NAME=PATH.", [both, other])
 
 
 def test_the_same_loras_from_other_folders_are_one_method(tmp_path: Path) -> None:
@@ -597,9 +596,9 @@ def test_what_is_no_result_is_refused(run: str, tmp_path: Path) -> None:
     refused(UsageError, "--tasks: no task is called 'sun'. Did you mean 'sum'?", [run], tasks=["sun"])
     file = tmp_path / "empty" / "results.json"
     file.write_text("{")
-    refused(MismatchError, f"{file}: cannot be read as JSON. Evaluate again.", [str(file)])
+    refused(MismatchError, f"{file}: it cannot be read as JSON. Evaluate again.", [str(file)])
     file.write_text('{"results": {}}')
-    refused(MismatchError, f"{file}: not what mole evaluate writes. {name}", [str(file)])
+    refused(MismatchError, f"{file}: mole evaluate did not write it. {name}", [str(file)])
 
 
 def test_samples_that_are_missing_or_damaged_are_named(run: str) -> None:
@@ -608,11 +607,11 @@ def test_samples_that_are_missing_or_damaged_are_named(run: str) -> None:
     samples.write_text("\n".join(lines[: 2 * ROWS]) + "\n")
     refused(MismatchError, f"{run}: the method 'gated' has no samples of the task 'sum'. Evaluate again.", [run])
     samples.write_text(lines[0] + "\n" + '{"method": "base"}\n')
-    refused(MismatchError, f"{samples}, line 2: not a sample that mole evaluate wrote. Evaluate again.", [run])
+    refused(MismatchError, f"{samples}, line 2: it is not a sample of mole evaluate. Evaluate again.", [run])
     sample = {**json.loads(lines[0])}
     del sample["exact_match"]
     samples.write_text("\n".join([json.dumps(sample), *lines[1:]]) + "\n")
     refused(MismatchError, f"{run}: a sample of the task 'sum' has no exact_match. Evaluate again.", [run])
     samples.unlink()
-    what = "cannot be read, and runs are compared by their samples"
+    what = "it cannot be read, and runs are compared by their samples"
     refused(MismatchError, f"{samples}: {what}. Keep it beside results.json.", [run])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molecli.evaluation.export_error import Comparison, Observed
+from molecli.evaluation.export_error import ExportError, Observed
 
 
 def losses(**tasks: list[float]) -> Observed:
@@ -15,7 +15,7 @@ def losses(**tasks: list[float]) -> Observed:
 def test_tasks_weigh_alike_and_the_difference_is_paired() -> None:
     base, own = losses(x=[4.0], y=[2.0, 2.0, 2.0]), losses(x=[1.0], y=[0.5, 1.5, 1.0])
     export = losses(x=[1.5], y=[1.0, 2.0, 1.5])
-    found = Comparison("gated", "examples", "mean token loss", base, own, export)
+    found = ExportError("gated", "examples", "mean token loss", base, own, export)
     assert found.losses == pytest.approx({"base": 3.0, "gated": 1.0, "export": 1.5})
     assert found.loss_inputs == 4
     difference = found.loss_difference
@@ -36,7 +36,7 @@ def test_the_interval_follows_the_spread_and_the_seed() -> None:
     own, export = losses(x=[1.0, 1.0, 1.0, 1.0]), losses(x=[1.0, 1.2, 1.4, 1.0])
 
     def interval(seed: int) -> object:
-        return Comparison("gated", "examples", "loss", own, own, export, seed).loss_difference
+        return ExportError("gated", "examples", "loss", own, own, export, seed).loss_difference
 
     found = interval(0)
     assert found.low < 0.15 < found.high  # type: ignore[attr-defined]
@@ -46,7 +46,7 @@ def test_the_interval_follows_the_spread_and_the_seed() -> None:
 def test_pictures_are_compared_by_their_latents() -> None:
     own = Observed(latents=torch.zeros(2, 4, 2, 2))
     base, export = Observed(latents=torch.full((2, 4, 2, 2), -3.0)), Observed(latents=torch.full((2, 4, 2, 2), 0.5))
-    found = Comparison("gated", "pictures", "denoising error", base, own, export)
+    found = ExportError("gated", "pictures", "denoising error", base, own, export)
     assert found.loss_difference is None
     assert found.lines() == ["latents   mean difference from gated: export 0.5000, base 3.0000, 2 pictures drawn"]
     assert found.document()["pictures"] == 2

@@ -77,7 +77,7 @@ class Small(Parrot):
 
 def test_what_does_not_fit_in_memory_at_once_is_completed_in_pieces() -> None:
     tasks, small = {"talk": examples("talk", *(f"say {n}" for n in range(7)))}, Small(2)
-    with pytest.warns(UserWarning, match=r"7 examples at once do not fit in memory: completing 3$"):
+    with pytest.warns(UserWarning, match=r"7 examples at once do not fit in memory: completing 3 at once$"):
         (result,) = run(small, tasks, batch_size=7)
     assert result.completions == tuple(str(n) for n in range(7))
     assert [len(batch) for batch, _ in small.batches] == [1] * 7
@@ -86,7 +86,7 @@ def test_what_does_not_fit_in_memory_at_once_is_completed_in_pieces() -> None:
 def test_one_example_that_does_not_fit_in_memory_is_an_error() -> None:
     with pytest.raises(RunError) as caught:
         run(Small(0), {"talk": examples("talk", "say yes")})
-    what = "one example does not fit in memory. Write --dtype bfloat16, or leave the device to this command."
+    what = "one example does not fit in memory. Write --dtype bfloat16, or end other programs that use the device."
     assert str(caught.value) == f"evaluate: {what}"
 
 

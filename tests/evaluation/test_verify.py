@@ -32,24 +32,24 @@ def test_rounding_passes_and_is_told() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"file": {"q": 0.0, "v": 0.5}}, "makes another update of 'v' (relative difference 5.0e-01)"),
-        ({"delta": {"q": 2e-5, "v": 0.0}}, "makes another update of 'q' (relative difference 2.0e-05)"),
+        ({"file": {"q": 0.0, "v": 0.5}}, "loads another update of 'v' (relative difference 5.0e-01)"),
+        ({"delta": {"q": 2e-5, "v": 0.0}}, "loads another update of 'q' (relative difference 2.0e-05)"),
         ({"output": 0.02}, "gives another output (relative difference 2.0e-02)"),
         ({"output": float("nan")}, "gives another output (relative difference nan)"),
         ({"missing": ("k", "o")}, "leaves out 2 matrices, such as 'k'"),
-        ({"surplus": ("k",)}, "adapts besides 1 matrices, such as 'k'"),
+        ({"surplus": ("k",)}, "also adapts 1 matrices, such as 'k'"),
     ],
 )
 def test_more_than_rounding_fails(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError) as caught:
         verification(**changes).check("out")
-    assert str(caught.value) == f"out: PEFT 1 {message}. The files are kept; report.json has every matrix."
+    assert str(caught.value) == f"out: PEFT 1 {message}. The files are kept; report.json lists every matrix."
 
 
 def test_what_was_left_out_on_purpose_is_no_failure_but_a_file_read_otherwise_is() -> None:
     cut: dict[str, Any] = {"exact": False, "delta": {"q": 0.4, "v": 0.2}, "output": 0.3}
     verification(**cut).check("out")
-    with pytest.raises(RunError, match="makes another update of 'q'"):
+    with pytest.raises(RunError, match="loads another update of 'q'"):
         verification(**cut, file={"q": 1e-3, "v": 0.0}).check("out")
 
 

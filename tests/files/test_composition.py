@@ -94,21 +94,21 @@ def test_a_missing_composition(tmp_path: Path, explained: Any) -> None:
     explained(
         lambda: load_composition(path), 2, f"{path}: no such composition. Name the output folder of mole compose."
     )
-    message = f"{tmp_path}: holds no composition.safetensors. Name the output folder of a finished mole compose."
+    message = f"{tmp_path}: it has no composition.safetensors. Name the output folder of a finished mole compose."
     explained(lambda: load_composition(tmp_path), 2, message)
 
 
 def test_a_truncated_composition(composition: Composition, tmp_path: Path, explained: Any) -> None:
     file = save_composition(tmp_path, composition)
     file.write_bytes(file.read_bytes()[:-4])
-    message = f"{file}: a damaged safetensors file (incomplete metadata, file not fully covered). Compose again."
+    message = f"{file}: it is a damaged safetensors file (incomplete metadata, file not fully covered). Compose again."
     explained(lambda: load_composition(file), 3, message)
 
 
 def test_a_safetensors_file_that_is_no_composition(tmp_path: Path, explained: Any) -> None:
     file = tmp_path / "x.safetensors"
     save_file({"x": torch.ones(1)}, file)
-    message = f"{file}: not a composition. Name the output folder of mole compose."
+    message = f"{file}: this is not a composition. Name the output folder of mole compose."
     explained(lambda: load_composition(file), 3, message)
 
 
@@ -124,7 +124,7 @@ def test_a_gate_that_is_not_finite(composition: Composition, tmp_path: Path, exp
     [
         (
             {"format_version": "2"},
-            "format version 2, this version of mole reads 1. Update mole, or compose again.",
+            "it has format version 2, and this version of mole reads 1. Update mole, or compose again.",
         ),
         ({"base_fingerprint": None}, "its metadata lacks 'base_fingerprint'. Compose again."),
         ({"experts": "[{]"}, "its metadata key 'experts' is damaged. Compose again."),
@@ -151,26 +151,26 @@ CONFIG = "Restore its adapter_config.json, or compose again."
 OTHER: dict[str, tuple[Callable[[ExpertBank], ExpertBank], str]] = {
     "too few": (
         lambda bank: ExpertBank(bank.experts[:1]),
-        f"--loras: the number of LoRAs is 1, the composition was made with 2. {ORDER}",
+        f"--loras: 1 LoRAs are given, and the composition was made with 2. {ORDER}",
     ),
     "another order": (lambda bank: bank.permuted([1, 0]), f"--loras: the order is b, a. {ORDER}"),
     "another name": (lambda bank: bank.renamed(1, "c"), f"c: the composition has 'b' in this place. {ORDER}"),
     "other weights": (
         lambda bank: ExpertBank([bank.experts[0], replace(bank.experts[1], sha256="ef" * 32)]),
-        "b: its weights are not those the composition was made with (efefefefefef, not cdcdcdcdcdcd). "
+        "b: its weights differ from those in the composition (efefefefefef, not cdcdcdcdcdcd). "
         "Give the LoRA from loras/b, or compose again.",
     ),
     "another rank": (
         lambda bank: ExpertBank([replace(bank.experts[0], rank=8), bank.experts[1]]),
-        f"a: its rank is 8, the composition was made with 2. {CONFIG}",
+        f"a: its rank is 8, and the composition was made with 2. {CONFIG}",
     ),
     "another alpha": (
         lambda bank: ExpertBank([replace(bank.experts[0], alpha=16.5), bank.experts[1]]),
-        f"a: its alpha is 16.5, the composition was made with 4. {CONFIG}",
+        f"a: its alpha is 16.5, and the composition was made with 4. {CONFIG}",
     ),
     "another alpha_pattern": (
         lambda bank: ExpertBank([expert("a", scaling=2.5), bank.experts[1]]),
-        f"a: its matrices or their scalings are not those the composition was made with. {CONFIG}",
+        f"a: its matrices or their scalings differ from those in the composition. {CONFIG}",
     ),
 }
 

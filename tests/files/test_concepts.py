@@ -43,11 +43,11 @@ def test_name_and_prompt_are_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read (not valid JSON). Mend or remove it."),
-        ("[]", "not a JSON object. Mend or remove it."),
+        ("{", "it cannot be read (not valid JSON). Correct or remove it."),
+        ("[]", "it is not a JSON object. Correct or remove it."),
         ('{"name": "a"}', "the key 'prompt' is missing or empty. Write it."),
         ('{"name": "a", "prompt": "b", "trigers": "c"}', "unknown key 'trigers'. Did you mean 'trigger'?"),
-        ('{"name": "a", "prompt": "b", "kind": "styl"}', "no kind 'styl'. Did you mean 'style'?"),
+        ('{"name": "a", "prompt": "b", "kind": "styl"}', "there is no kind 'styl'. Did you mean 'style'?"),
         ('{"name": "a", "prompt": 3}', "prompt is 3, not text. Write it in quotes."),
     ],
 )

@@ -71,15 +71,15 @@ def test_a_list_is_split_at_commas() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a=", "--loras a=: no path after the name. Write name=PATH or name=PATH@WEIGHT."),
+        ("a=", "--loras a=: the path is missing. Write name=PATH or name=PATH@WEIGHT."),
         ("a=x@", "--loras a=x@: the weight '' is not a number. Write name=PATH@0.7."),
         ("a=x@heavy", "--loras a=x@heavy: the weight 'heavy' is not a number. Write name=PATH@0.7."),
         ("a=x@nan", "--loras a=x@nan: the weight 'nan' is not a number. Write name=PATH@0.7."),
         (
             "a b=x",
-            "--loras a b=x: 'a b' is not a usable name (letters, digits, '_', '-' and '.'). Give it one: name=PATH.",
+            "--loras a b=x: 'a b' is not a valid name (letters, digits, '_', '-' and '.'). Choose another: name=PATH.",
         ),
-        ("..", "--loras ..: '..' is not a usable name (letters, digits, '_', '-' and '.'). Give it one: name=PATH."),
+        ("..", "--loras ..: '..' is not a valid name (letters, digits, '_', '-' and '.'). Choose another: name=PATH."),
     ],
 )
 def test_a_malformed_lora_is_explained(text: str, message: str, explained: Any) -> None:

@@ -68,7 +68,7 @@ def test_resume_keeps_everything(tmp_path: Path) -> None:
         ({"resume": True}, "{}: there is no run to resume. Check --output."),
         (
             {"resume": True, "overwrite": True},
-            "--overwrite --resume: they contradict each other. Write one of them.",
+            "--overwrite --resume: they contradict each other. Write only one of them.",
         ),
     ],
 )

@@ -59,7 +59,7 @@ def test_no_folder_and_a_folder_without_pictures(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'none'}: no such folder of pictures. Check the path."
     with pytest.raises(UsageError) as caught:
         pictures_in(tmp_path)
-    message = f"{tmp_path}: holds no pictures. Put some there (png, jpg, jpeg, webp, bmp, gif, tif, tiff)."
+    message = f"{tmp_path}: it has no pictures. Put some there (png, jpg, jpeg, webp, bmp, gif, tif, tiff)."
     assert str(caught.value) == message
 
 
@@ -69,8 +69,7 @@ def test_cmyk_is_refused_and_not_guessed(tmp_path: Path, red_left: Image.Image) 
     with pytest.raises(UsageError) as caught:
         read_picture(file)
     assert str(caught.value) == (
-        f"{file}: stored in CMYK, the colours of a printing press. "
-        "Convert it to RGB with its colour profile, in any picture editor."
+        f"{file}: its colours are stored in CMYK. Convert it to RGB with its colour profile, in any picture editor."
     )
 
 
@@ -78,12 +77,12 @@ def test_a_cut_file_is_damaged(tmp_path: Path, red_left: Image.Image) -> None:
     file = tmp_path / "cut.png"
     red_left.save(file)
     file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(MismatchError, match=rf"{file}: a damaged picture \(.+\)\. Replace or remove it\."):
+    with pytest.raises(MismatchError, match=rf"{file}: it is damaged \(.+\)\. Replace or remove it\."):
         read_picture(file)
     file.write_text("not a picture")
     with pytest.raises(MismatchError) as caught:
         read_picture(file)
-    assert str(caught.value) == f"{file}: damaged, or no picture at all. Remove it from the folder."
+    assert str(caught.value) == f"{file}: it is damaged, or not a picture. Remove it from the folder."
 
 
 def test_a_tiny_picture_is_refused(tmp_path: Path) -> None:
@@ -91,7 +90,7 @@ def test_a_tiny_picture_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (40, 3)).save(file)
     with pytest.raises(UsageError) as caught:
         read_picture(file)
-    assert str(caught.value) == f"{file}: 40x3 pixels are too few: each side needs 16. Give a larger picture."
+    assert str(caught.value) == f"{file}: 40x3 pixels are too few: each side must have 16. Give a larger picture."
 
 
 def test_a_picture_that_is_not_there(tmp_path: Path) -> None:

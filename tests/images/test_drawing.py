@@ -11,9 +11,9 @@ from PIL import Image
 
 from molecli.config import ImageConfig
 from molecli.errors import MismatchError, RunError
-from molecli.images.drawing import LESS_MEMORY, Job, check_drawn, draw
+from molecli.images.drawing import LESS_MEMORY, PictureJob, check_drawn, draw
 
-JOBS = [Job(prompt, seed, f"{prompt}/{seed}") for prompt in ("a", "b", "c") for seed in range(3)]
+JOBS = [PictureJob(prompt, seed, f"{prompt}/{seed}") for prompt in ("a", "b", "c") for seed in range(3)]
 
 
 class Easel:
@@ -37,7 +37,7 @@ def drawn(easel: Easel, **options: Any) -> tuple[dict[str, int], list[Any]]:
     """{name: grey} of what was kept, and the failures."""
     kept: dict[str, int] = {}
 
-    def keep(job: Job, picture: Image.Image) -> None:
+    def keep(job: PictureJob, picture: Image.Image) -> None:
         kept[job.name] = picture.getpixel((0, 0))  # type: ignore[assignment]
 
     failures = draw(easel, JOBS, ImageConfig(), keep=keep, **{"batch_size": 4, **options})
@@ -94,8 +94,8 @@ def test_batches_that_do_not_fit_are_halved_for_good() -> None:
     assert failures == []
     assert [len(batch) for batch in easel.batches] == [4, 2] + [1] * 9
     assert notes == [
-        "4 pictures at once do not fit in memory: drawing 2",
-        "2 pictures at once do not fit in memory: drawing 1",
+        "4 pictures at once do not fit in memory: drawing 2 at once",
+        "2 pictures at once do not fit in memory: drawing 1 at once",
     ]
 
 
@@ -137,7 +137,7 @@ def test_a_method_with_branches_is_eased_until_one_picture_fits() -> None:
     kept, failures = drawn(easel, batch_size=1, ease=ease, note=notes.append)
     assert len(kept) == len(JOBS)
     assert failures == []
-    assert notes == ["one picture does not fit in memory: drawing it with fewer LoRAs in a UNet call"] * 2
+    assert notes == ["one picture does not fit in memory: drawing it with fewer LoRAs per UNet call"] * 2
 
     easel = Tight(room=0)
     easel.eased = 9

@@ -19,7 +19,7 @@ from molecli.commands.plan import make_plan
 from molecli.config import EvaluateRecipe, load_recipe
 from molecli.errors import RunError, UsageError
 from molecli.evaluation.report import EvaluationReport
-from molecli.images.scenes import takes_of
+from molecli.images.scenes import plan_pictures
 from molecli.protocols import Scene
 
 SCENES = (
@@ -127,10 +127,10 @@ def test_permuting_scenes_and_loras_changes_nothing(make: Callable[..., Evaluate
 
 def test_a_scenes_seeds_depend_on_no_other_scene() -> None:
     one, two = (Scene("t", name, "p", ()) for name in ("a", "b"))
-    alone = takes_of([two], 3, 5)
-    assert takes_of([one, two], 3, 5)[3:] == alone
-    assert takes_of([two], 2, 5) == alone[:2]
-    assert not {take.seed for take in takes_of([one], 3, 5)} & {take.seed for take in alone}
+    alone = plan_pictures([two], 3, 5)
+    assert plan_pictures([one, two], 3, 5)[3:] == alone
+    assert plan_pictures([two], 2, 5) == alone[:2]
+    assert not {picture.seed for picture in plan_pictures([one], 3, 5)} & {picture.seed for picture in alone}
 
 
 def test_a_composition_draws_each_scene_with_the_others_masked(
@@ -314,24 +314,24 @@ def test_a_judge_that_cannot_be_asked_is_refused_before_a_picture_is_drawn(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval__clip__model": "ViT-B-33"}, "CLIP ViT-B-33: open_clip knows no such model"),
+        ({"eval__clip__model": "ViT-B-33"}, "CLIP ViT-B-33: open_clip has no such model"),
         (
             {"eval__metrics": ["image_alignment"]},
-            "metrics image_alignment: no pictures of the concept 'cat' are named.",
+            "metrics image_alignment: there is no folder of pictures for the concept 'cat'.",
         ),
-        ({"eval__metrics": ["recognised"]}, "metrics recognised: the scene 000 says nothing of what a recogniser"),
-        ({"eval__metrics": ["bleu"]}, "metrics: 'bleu' scores texts, and here are pictures."),
+        ({"eval__metrics": ["recognised"]}, "metrics recognised: the scene 000 does not say what a recogniser"),
+        ({"eval__metrics": ["bleu"]}, "metrics: 'bleu' scores texts, not pictures."),
         (
             {"eval__max_new_tokens": 3},
-            "eval.max_new_tokens: scenes have none: it is for language models. Leave it out.",
+            "eval.max_new_tokens: it is for language models, not for scenes. Leave it out.",
         ),
-        ({"eval__data__holdout": 0.5}, "eval.data.holdout: scenes have none: it is for language models. Leave it out."),
+        ({"eval__data__holdout": 0.5}, "eval.data.holdout: it is for language models, not for scenes. Leave it out."),
         ({"mask": ["dog"]}, "--mask: no LoRA is called 'dog'. There are: cat, hat, sea."),
         ({"only": [["cat"], ["dog"]]}, "--mask: no LoRA is called 'dog'. There are: cat, hat, sea."),
         ({"eval__data__tasks": ["min"]}, "suite pictures: no task is called 'min'. Did you mean 'mine'?"),
         (
             {"scenes": [{"prompt": "a", "loras": ["cap"]}]},
-            "task mine, scene 000: it needs the LoRA 'cap', and none of this name is given. Did you mean 'cat'?",
+            "task mine, scene 000: it needs the LoRA 'cap', and no LoRA of this name is given. Did you mean 'cat'?",
         ),
         (
             {"scenes": [{"prompt": "a", "name": "x"}, {"prompt": "b", "name": "x"}]},
@@ -339,7 +339,7 @@ def test_a_judge_that_cannot_be_asked_is_refused_before_a_picture_is_drawn(
         ),
         (
             {"scenes": [{"prompt": "a"}]},
-            "--modes: 'linear' needs LoRAs, and no scene names one. Write --modes base.",
+            "--modes: 'linear' needs LoRAs, but no scene names one. Write --modes base.",
         ),
     ],
 )

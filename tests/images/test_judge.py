@@ -57,7 +57,7 @@ def test_pairing_needs_a_picture_or_none_of_every_case_and_cases_apart() -> None
     assert pair_up(CASES[:1], {"merge": [None], "nla": [None]}, "merge")[0].picture is None
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         pair_up(CASES, {"merge": [None] * 3, "nla": [None]}, "merge")
-    with pytest.raises(ValueError, match="two names"):
+    with pytest.raises(ValueError, match="the same name"):
         pair_up([CASES[0], CASES[0]], {"merge": [None] * 2, "nla": [None] * 2}, "merge")
 
 
@@ -151,7 +151,7 @@ def test_a_run_that_dies_is_gone_on_with(pairs: list[Pair], tmp_path: Path) -> N
             run_judge(settings(standin.url, concurrency=1), pairs, tmp_path / "run")
         assert str(caught.value) == (
             f"judge: {standin.url} wants another key (HTTP 401: expired). Check the key in the environment variable "
-            f"MOLE_TEST_KEY. What was judged is kept in {path}; --resume asks for the rest."
+            f"MOLE_TEST_KEY. The finished verdicts are kept in {path}; --resume asks for the rest."
         )
         assert caught.value.exit_code == 1
         assert len(rows(tmp_path / "run")) == 2

@@ -234,16 +234,16 @@ PLACE = [*ONE, Concept("sea", "the sea", "sea", "background")]
 @pytest.mark.parametrize(
     ("settings", "known", "message"),
     [
-        ({"denoise": 0.0}, PLACE, "objective: every term has weight 0, so that gates would learn nothing. "
+        ({"denoise": 0.0}, PLACE, "objective: every term has weight 0, so the gates would learn nothing. "
          "Write --denoise 1, or --clip 1."),
-        ({"prompts": ("x",)}, PLACE, "objective.prompts: prompts guide through CLIP, and both its terms have weight 0. "
-         "Write --clip 1, or leave them out."),
-        ({"clip": 1.0}, ONE, "objective.clip: the prompts that guide name two concepts or more, and there is one. "
-         "Write objective.prompts, or --clip 0."),
+        ({"prompts": ("x",)}, PLACE, "objective.prompts: prompts are for CLIP guidance, and both CLIP terms have "
+         "weight 0. Write --clip 1, or leave them out."),
+        ({"clip": 1.0}, ONE, "objective.clip: the prompts for CLIP guidance name two concepts or more, and there is "
+         "only one. Write objective.prompts, or --clip 0."),
         ({"collage": 0.5, "denoise": 0.0, "clip": 1.0}, PLACE, "objective.collage: collages are pictures to denoise, "
          "and that term has weight 0. Write --denoise 1, or --collage 0."),
         ({"collage": 0.5}, PLACE, "objective.collage: a collage shows two things or more, and the LoRAs add 1 "
-         "(styles and backgrounds are none). Give another LoRA, or write --collage 0."),
+         "(styles and backgrounds do not count). Give another LoRA, or write --collage 0."),
     ],
 )  # fmt: skip
 def test_settings_that_teach_nothing_or_are_ignored(settings: Any, known: list[Concept], message: str) -> None:

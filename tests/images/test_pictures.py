@@ -49,8 +49,8 @@ def test_each_picture_has_its_own_prompt_or_the_instance_prompt(folder: Path) ->
         (None, UsageError, "{folder}/a.png: there is no prompt for this picture. Write --instance-prompt"),
         ({"a.png": "x"}, UsageError, "{folder}/b.png: there is no prompt for this picture. Write --instance-prompt"),
         ({"d.png": "x"}, UsageError, "{folder}/prompts.json: there is no picture 'd.png' in its folder. Did you mean"),
-        (["a.png"], MismatchError, "{folder}/prompts.json: not a mapping of pictures to prompts. Write {"),
-        ({"a.png": ""}, MismatchError, "{folder}/prompts.json: not a mapping of pictures to prompts. Write {"),
+        (["a.png"], MismatchError, "{folder}/prompts.json: it does not map pictures to prompts. Write {"),
+        ({"a.png": ""}, MismatchError, "{folder}/prompts.json: it does not map pictures to prompts. Write {"),
     ],
 )
 def test_prompts_that_are_missing_or_wrong(folder: Path, prompts: Any, error: type[Exception], message: str) -> None:
@@ -128,10 +128,10 @@ def test_a_picture_much_smaller_than_the_resolution_is_refused(folder: Path) -> 
         Album([picture_of(folder / "b.png")], 128)
     assert str(caught.value) == (
         f"{folder / 'b.png'}: 40x16 pixels are too few to train at 128. "
-        "Give a picture of at least 32 pixels a side, or lower --resolution."
+        "Give a picture with at least 32 pixels on each side, or lower --resolution."
     )
 
 
 def test_a_folder_without_pictures(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no pictures"):
+    with pytest.raises(UsageError, match="it has no pictures"):
         instance_pictures(config(tmp_path), "dog")

@@ -49,7 +49,8 @@ def test_names_and_regexes(shapes: dict[str, Any]) -> None:
         ("to_w", "adapter.targets: no matrix is called 'to_w'. Did you mean 'to_v'?"),
         (
             ("q_proj",),
-            "adapter.targets: 'q_proj' is in the text encoder alone. Write --text-encoder, so that it is adapted.",
+            "adapter.targets: 'q_proj' is only in the text encoder, which is not adapted. Write --text-encoder to "
+            "adapt it.",
         ),
         ("x.*", "adapter.targets: the regex 'x.*' matches no matrix. Names end in "),
     ],
@@ -63,5 +64,5 @@ def test_targets_that_name_nothing_are_refused(shapes: dict[str, Any], targets: 
 def test_a_base_without_attention_is_told_so() -> None:
     with pytest.raises(UsageError) as caught:
         picture_targets("attention", {"unet.conv_in": (4, 4, 3, 3)}, text_encoder=False)
-    message = "adapter.targets: this base has no attention layer. Write all-linear, or names of its matrices."
+    message = "adapter.targets: this base has no attention layer. Write all-linear, or names of matrices of the base."
     assert str(caught.value) == message

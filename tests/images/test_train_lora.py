@@ -266,8 +266,8 @@ def test_a_share_of_the_prompts_is_left_empty(make_recipe: Any) -> None:
 
     def of_a_step(prompt_dropout: float) -> tuple[list[str], float]:
         loss = PictureLoss(backbone, album, prior_weight=1.0, text_encoder=False, prompt_dropout=prompt_dropout)
-        encode, asked = loss.told.__call__, list[str]()
-        loss.told = lambda prompts: (asked.extend(prompts), encode(prompts))[1]  # type: ignore[assignment]
+        encode, asked = loss.conditioning.__call__, list[str]()
+        loss.conditioning = lambda prompts: (asked.extend(prompts), encode(prompts))[1]  # type: ignore[assignment]
         torch.manual_seed(0)
         return asked, float(loss(rows, StepContext(1, accelerator_for("cpu"))).sum)
 
@@ -459,7 +459,8 @@ def test_class_pictures_drawn_for_another_prompt_are_refused(make_recipe: Any, t
     with pytest.raises(UsageError) as caught:
         run_train_lora(make_recipe(pictures=other, output="b"))
     assert str(caught.value) == (
-        f"{folder}/00000.png: drawn for the prompt 'a photo', and this run's is 'a cat'. Name another --class-dir."
+        f"{folder}/00000.png: it was drawn for the prompt 'a photo', and this run's prompt is 'a cat'. Name another "
+        "--class-dir."
     )
 
 
@@ -471,17 +472,17 @@ def test_class_pictures_drawn_for_another_prompt_are_refused(make_recipe: Any, t
     [
         (
             {"pictures": {"class_pictures": 4}},
-            "pictures.class_pictures: the class has no prompt, and without one it is not learned. "
+            "pictures.class_pictures: the class has no prompt, and it is not learned without one. "
             'Write --class-prompt "a photo of a dog".',
         ),
         (
             {"pictures": {"class_dir": "x"}},
-            "pictures.class_dir: the class has no prompt, and without one it is not learned. "
+            "pictures.class_dir: the class has no prompt, and it is not learned without one. "
             'Write --class-prompt "a photo of a dog".',
         ),
         (
             {"pictures": {"class_prompt": PROMPT}},
-            "pictures.class_prompt: it is the instance prompt too, so that the class would hide the subject. "
+            "pictures.class_prompt: it is the same as the instance prompt, so the class would hide the subject. "
             'Leave the rare token out: "a photo of a dog".',
         ),
         (
@@ -512,8 +513,8 @@ def test_settings_that_contradict_each_other_are_refused_before_the_base_loads(
 def test_the_class_s_folder_is_not_the_subject_s(make_recipe: Any, dog: Path) -> None:
     with pytest.raises(UsageError) as caught:
         run_train_lora(make_recipe(pictures={"class_prompt": CLASS_PROMPT, "class_dir": str(dog)}))
-    message = "pictures.class_dir: the folder of the subject's own pictures. Name another one; it may be empty."
-    assert str(caught.value) == message
+    message = "it is the folder of the subject's own pictures. Name another folder; it may be empty."
+    assert str(caught.value) == f"pictures.class_dir: {message}"
 
 
 def test_a_broken_picture_is_named_before_the_base_loads(
@@ -532,14 +533,14 @@ def test_pictures_on_a_language_model_and_a_pipeline_without_pictures(
     with pytest.raises(UsageError) as caught:
         run_train_lora(make_recipe(base={"id": str(text)}))
     assert str(caught.value) == (
-        f"base {text}: a language model, and pictures train a diffusion pipeline. "
+        f"base {text}: it is a language model, and pictures train a diffusion pipeline. "
         "Name a pipeline with --base, or leave out --instance-dir."
     )
     recipe = make_recipe().model_copy(update={"pictures": None})
     with pytest.raises(UsageError) as caught:
         run_train_lora(recipe)
     assert str(caught.value) == (
-        f"base {recipe.base.id}: a diffusion pipeline learns from pictures, and there are none. "
+        f"base {recipe.base.id}: a diffusion pipeline learns from pictures, and none are given. "
         'Write --instance-dir DIR --instance-prompt "a photo of sks".'
     )
 
@@ -548,7 +549,7 @@ def test_what_is_cut_of_a_long_prompt_is_said_once(make_recipe: Any) -> None:
     recipe = make_recipe(pictures={"instance_prompt": "a photo of sks in the snow", "text_encoder": True})
     said: list[str] = []
     run_train_lora(recipe, note=said.append)
-    assert said == ["the text encoder takes 16 tokens, and the prompt is longer. Left out: 'he snow'"]
+    assert said == ["the text encoder reads only 16 tokens, and the prompt is longer. Left out: 'he snow'"]
 
 
 @pytest.mark.parametrize("content", [b"no picture", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"])

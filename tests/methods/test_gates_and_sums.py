@@ -77,9 +77,9 @@ def test_every_row_names_what_can_be_imported() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gaetd", "--mode: no composition method 'gaetd'. Did you mean gated?"),
-        ("ties-merging", f"--mode: no composition method 'ties-merging'. Known: {', '.join(METHODS)}."),
-        ("marge", "--mode: no composition method 'marge'. Did you mean merge?"),
+        ("gaetd", "--mode: there is no composition method 'gaetd'. Did you mean gated?"),
+        ("ties-merging", f"--mode: there is no composition method 'ties-merging'. Known: {', '.join(METHODS)}."),
+        ("marge", "--mode: there is no composition method 'marge'. Did you mean merge?"),
     ],
 )
 def test_an_unknown_method_names_the_nearest_or_all(name: str, message: str) -> None:
@@ -109,7 +109,7 @@ def test_nla_refuses_weights_that_sum_to_nothing() -> None:
     with pytest.raises(UsageError) as caught:
         nla.gate(torch.tensor([1.0, -1.0]))
     assert str(caught.value) == (
-        "--loras: the weights sum to 0, which `nla` divides by. Change a weight or use --mode linear."
+        "--loras: the weights sum to 0, and `nla` divides by their sum. Change a weight or use --mode linear."
     )
 
 
@@ -118,7 +118,7 @@ def test_single_keeps_one_weight() -> None:
     assert single.gate(torch.tensor([0.5]))(None).tolist() == [0.5]
     with pytest.raises(UsageError) as caught:
         single.gate(torch.ones(3))
-    assert str(caught.value) == "--mode single: 3 LoRAs were given. Say which one with --only NAME."
+    assert str(caught.value) == "--mode single: 3 LoRAs are given. Name one of them with --only NAME."
 
 
 # -- pools -------------------------------------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ def test_expressions(text: str, wanted: tuple[float, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["a * b", "a +", "f(a)", "a / 0", "2", "a ** 2", "__import__('os')"])
 def test_what_is_no_sum_of_names(text: str) -> None:
-    with pytest.raises(UsageError, match=r"method\.expression: .* is no sum of names"):
+    with pytest.raises(UsageError, match=r"method\.expression: .* is not a sum of names"):
         coefficients(MethodConfig(expression=text), "abc")
 
 

@@ -162,7 +162,7 @@ def test_w_switch_with_equal_shares_is_switch_until_the_characters_last_steps() 
 
 def test_w_switch_warns_of_a_trigger_that_the_prompt_lacks() -> None:
     method = WSwitch(torch.ones(2), ("cat", "hat"))
-    with pytest.warns(UserWarning, match="has no 'hat': its LoRA gets the fewest steps"):
+    with pytest.warns(UserWarning, match="lacks the trigger 'hat'; its LoRA gets the fewest steps"):
         method.prepare("a cat", encode)
     assert method.blocks([0, 1])[1] == 1
 
@@ -228,7 +228,7 @@ def test_orders_and_triggers_are_checked_by_name() -> None:
         output_method("switch", WORDS, torch.ones(3), MethodConfig(order=("hat", "cat")))
     with pytest.raises(UsageError, match="it names a LoRA twice"):
         output_method("switch", WORDS, torch.ones(3), MethodConfig(order=("hat", "cat", "sea", "cat")))
-    with pytest.raises(UsageError, match="mode w_composite needs the words that call the LoRA"):
+    with pytest.raises(UsageError, match="mode w_composite needs the LoRA's trigger words"):
         output_method("w_composite", WORDS, torch.ones(3), MethodConfig(), triggers={"cat": "cat"})
 
 

@@ -149,14 +149,14 @@ def test_weights_get_the_gelu_that_they_were_trained_with(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model": "ViT-B-33"}, "CLIP ViT-B-33: open_clip knows no such model, and no such folder is there. Did you"),
-        ({"model": "ViT-B-32"}, "CLIP ViT-B-32: nothing says which weights it has. Write --clip-pretrained, one of: o"),
+        ({"model": "ViT-B-33"}, "CLIP ViT-B-33: open_clip has no such model, and there is no such folder. Did you"),
+        ({"model": "ViT-B-32"}, "CLIP ViT-B-32: its weights are not named. Write --clip-pretrained, one of: o"),
         ({"model": "ViT-B-32", "pretrained": "opena"}, "CLIP ViT-B-32: 'opena' is neither one of its tags nor a file."),
         ({"model": "builtin:big"}, "CLIP builtin:big: no such built-in CLIP. Known: "),
         ({"model": "local-dir:nowhere"}, "CLIP local-dir:nowhere: no such folder. Write a folder in open_clip's form"),
         (
             {"model": "hf-hub:a/b", "pretrained": "openai"},
-            "clip.pretrained: hf-hub:a/b names its own weights, so 'openai' would be ignored. Leave it out.",
+            "clip.pretrained: hf-hub:a/b includes its weights, so that 'openai' would be ignored. Leave it out.",
         ),
     ],
 )
@@ -167,13 +167,13 @@ def test_what_names_no_clip_is_explained(config: dict[str, str], message: str) -
 
 
 def test_a_folder_that_is_no_clip_is_explained(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"no open_clip_config.json in it. Write a folder in open_clip's format."):
+    with pytest.raises(UsageError, match=r"it has no open_clip_config.json. Write a folder in open_clip's format."):
         source_of(ClipConfig(model=str(tmp_path)))
     (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
-    with pytest.raises(UsageError, match=r"the folder holds no weights. Put open_clip_model.safetensors there."):
+    with pytest.raises(UsageError, match=r"the folder has no weights. Put open_clip_model.safetensors there."):
         source_of(ClipConfig(model=str(tmp_path)))
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(MismatchError, match="its files do not load"):
+    with pytest.raises(MismatchError, match="its files cannot be loaded"):
         load_clip(ClipConfig(model=str(tmp_path)))
 
 

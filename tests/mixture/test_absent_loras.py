@@ -100,7 +100,7 @@ def test_merging_anew_needs_all_and_says_which_is_missing(world: World) -> None:
             with pytest.raises(UsageError) as caught:
                 switch()
             assert str(caught.value) == (
-                f"LoRAs: --mask and --only merge the LoRAs that are left anew, and there is {lost}. "
+                f"LoRAs: --mask and --only merge the remaining LoRAs again, but there is {lost}. "
                 "Put it back, or name all of them with --loras."
             )
         mixture.only("a", "b")
@@ -127,7 +127,7 @@ def test_a_lora_that_is_another_now_is_refused_whatever_else_is_missing(world: W
     world.lose(*missing)
     shutil.rmtree(world.loras["b"])
     world.make(world.model, world.loras["b"], seed=9, rank=2)
-    expected = pytest.raises(MismatchError, match="b: its weights are not those the composition was made with")
+    expected = pytest.raises(MismatchError, match="b: its weights differ from those in the composition")
     if missing:
         with pytest.warns(UserWarning, match="no a at"), expected:
             attach(world.model, composition=run)

@@ -265,8 +265,8 @@ def test_an_unknown_name_is_refused_and_switches_nothing(
         ({}, "attach: no LoRA is named. Write loras={'a': 'path/to/a'}."),
         ({"loras": []}, "attach: no LoRA is named. Write loras={'a': 'path/to/a'}."),
         ({"weights": {"c": 1.0}}, "c: no such LoRA in this composition. Known: a, b."),
-        ({"mode": "lineal"}, "--mode: no composition method 'lineal'. Did you mean linear?"),
-        ({"mode": "single"}, "--mode single: 2 LoRAs were given. Say which one with --only NAME."),
+        ({"mode": "lineal"}, "--mode: there is no composition method 'lineal'. Did you mean linear?"),
+        ({"mode": "single"}, "--mode single: 2 LoRAs are given. Name one of them with --only NAME."),
         ({"mode": "single", "only": "c"}, "c: no such LoRA in this composition. Known: a, b."),
         ({"mode": "linear", "only": "a"}, "attach: only= says something in mode 'single' alone. Write mode='single'."),
         ({"gate": GATE}, "attach: gate= says something in mode 'gated' alone. Write mode='gated'."),
@@ -276,7 +276,7 @@ def test_an_unknown_name_is_refused_and_switches_nothing(
         ),
         (
             {"mode": "nla", "weights": {"a": 1.0, "b": -1.0}},
-            "--loras: the weights sum to 0, which `nla` divides by. Change a weight or use --mode linear.",
+            "--loras: the weights sum to 0, and `nla` divides by their sum. Change a weight or use --mode linear.",
         ),
         (
             {"mode": "gated", "gate": GateConfig(pool="mean")},
@@ -332,7 +332,7 @@ def test_a_lora_trained_further_is_refused(
     known = {record.name: record.sha256 for record in load_composition(composed).experts}
     now = {e.name: e.sha256 for e in attach(model, loras={"b": str(other)}).bank.experts}
     assert refused(model, composition=composed, loras={"a": folders["a"], "b": str(other)}) == (
-        f"b: its weights are not those the composition was made with ({now['b'][:12]}, not {known['b'][:12]}). "
+        f"b: its weights differ from those in the composition ({now['b'][:12]}, not {known['b'][:12]}). "
         f"Give the LoRA from {folders['b']}, or compose again."
     )
 
@@ -351,7 +351,7 @@ def test_loras_under_other_names_are_refused(model: nn.Module, folders: dict[str
 
 def test_a_lora_too_few_is_refused(model: nn.Module, folders: dict[str, str], composed: Path) -> None:
     assert refused(model, composition=composed, loras={"a": folders["a"]}) == (
-        "--loras: the number of LoRAs is 1, the composition was made with 2. Give them in this order: a, b."
+        "--loras: 1 LoRAs are given, and the composition was made with 2. Give them in this order: a, b."
     )
 
 
@@ -365,7 +365,7 @@ def test_a_lora_whose_alpha_was_edited_is_refused(
     config = json.loads((edited / "adapter_config.json").read_text())
     (edited / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
     assert refused(model, composition=composed, loras={"a": str(edited), "b": folders["b"]}) == (
-        "a: its alpha is 16, the composition was made with 8. Restore its adapter_config.json, or compose again."
+        "a: its alpha is 16, and the composition was made with 8. Restore its adapter_config.json, or compose again."
     )
 
 
@@ -409,5 +409,5 @@ def test_a_matrix_that_the_base_lacks_is_named(model: nn.Module, folders: dict[s
     with pytest.raises(MismatchError) as caught:
         Mixture(lacking, bank, [], {}, streams=TextStreams(lacking, seq2seq=False))
     assert str(caught.value) == (
-        "model.layers.1.mlp.down_proj: the LoRAs adapt this matrix, and the base has none of that name."
+        "model.layers.1.mlp.down_proj: the LoRAs adapt this matrix, but the base has no matrix of that name."
     )

@@ -168,7 +168,7 @@ def test_a_model_with_adapters_of_peft_is_refused(world: Callable[..., Any]) -> 
     with pytest.raises(MismatchError) as refused, mixture:
         pass
     assert str(refused.value) == (
-        "base: it has adapters of PEFT already, which would mix with the LoRAs. Give the model without them."
+        "base: it already has PEFT adapters, which would mix with the LoRAs. Give the model without them."
     )
 
 
@@ -279,7 +279,7 @@ def test_arrow_generates_the_same_with_a_cache_and_without(
     [
         (
             lambda experts: [experts[0], drop(experts[1], lambda matrix: "mlp" not in matrix)],
-            "--mode arrow: b.c does not adapt model.layers.0.mlp.gate_proj as a does, and PEFT routes where all do. "
+            "--mode arrow: all LoRAs must adapt the same matrices, but b.c lacks model.layers.0.mlp.gate_proj of a. "
             "Use LoRAs of the same matrices, or --mode gated.",
         ),
         (lambda experts: experts[:2], "method.top_k: 3 is more than the 2 LoRAs. Lower it."),
@@ -415,7 +415,7 @@ def test_xlora_generates_without_a_cache_whoever_asks(world: Callable[..., Any],
         with pytest.raises(RunError) as refused:
             model(input_ids=ids, use_cache=True)
     assert str(refused.value) == (
-        "generation: X-LoRA runs the model twice a call, and a key-value cache would take in every token twice. "
+        "generation: X-LoRA runs the model twice per call, so a key-value cache would get every token twice. "
         "Write use_cache=False."
     )
     with torch.no_grad():
@@ -457,8 +457,8 @@ def test_a_pipeline_is_refused(tiny_sd: Any, mode: str) -> None:
     with pytest.raises(UsageError) as refused:
         build_mixture(host_of(tiny_sd), [expert], mode=mode)
     assert str(refused.value) == (
-        f"--mode {mode}: PEFT routes in language models alone, and the base is a diffusion pipeline. "
-        "Write gated, linear or another that is for a diffusion pipeline."
+        f"--mode {mode}: PEFT routes only in language models, and the base is a diffusion pipeline. "
+        "Write gated, linear or another mode for a diffusion pipeline."
     )
 
 

@@ -237,7 +237,7 @@ def test_left_padding_does_not_reach_a_gate(tiny_llama: Any, mixture: Any) -> No
 def test_a_cache_from_before_the_experts_were_switched_is_refused(switch: str, tiny_llama: Any, mixture: Any) -> None:
     model = tiny_llama.model
     message = (
-        "generation: the cache holds tokens from before the experts were attached or masked. Start with an empty cache."
+        "generation: the cache has tokens from before the experts were attached or masked. Start with an empty cache."
     )
     if switch == "attach":
         cache = run(model, input_ids=IDS, use_cache=True).past_key_values
@@ -261,7 +261,7 @@ def test_a_generation_goes_on_from_its_own_prompt_alone(pool: str, tiny_llama: A
         with pytest.raises(RunError) as caught:
             run(model, input_ids=IDS[:, :1], past_key_values=first)
         assert str(caught.value) == (
-            "generation: the cache is another than the last prompt's, whose gates are in force. "
+            "generation: the cache is not that of the last prompt, for which the gates were computed. "
             "Start with an empty cache."
         )
         run(model, input_ids=IDS[:, :1], past_key_values=second)

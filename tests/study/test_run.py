@@ -83,7 +83,7 @@ def test_a_column_may_have_some_of_the_numbers(pair: Pair, tmp_path: Path, in_pr
     assert [name for name in in_process if name.startswith("compositions/2")] == ["compositions/2-loras/fixed/linear"]
     assert [None in row.scores for row in report.curve().rows] == [False, True]
     assert (tmp_path / "study.png").stat().st_size > 1000
-    with pytest.raises(UsageError, match=r"methods\.nla\.numbers: 3 is none of the study's numbers"):
+    with pytest.raises(UsageError, match=r"methods\.nla\.numbers: 3 is not among the study's `numbers`"):
         recipe(pair, tmp_path, methods={"nla": {"numbers": [3]}}, numbers=[1, 2])
 
 
@@ -216,18 +216,18 @@ def test_parts_share_nothing_and_leave_nothing_out() -> None:
     ("changes", "message"),
     [
         ({"methods": {}}, "a study compares methods"),
-        ({"methods": {"a/b": {"mode": "linear"}}}, "no name for a column"),
+        ({"methods": {"a/b": {"mode": "linear"}}}, "not a valid name of a column"),
         ({"methods": {"g": {"mode": "gated", "gate": {"granularty": "block"}}}}, r"methods\.g\.gate\.granularty"),
         ({"subject": "gatde"}, "^subject: no column is called 'gatde'. Did you mean 'gated'"),
         ({"subject": "none", "methods": {"none": {"mode": "base"}, "nla": None}}, r"called 'none'. Known: base, nla\."),
-        ({"numbers": [9]}, "9 LoRAs are to be composed, and there are 2"),
-        ({"groups": {"some": ["up", "dwon"]}}, r"groups\.some: no task of the test is 'dwon'.*down"),
+        ({"numbers": [9]}, "9 LoRAs should be composed, but there are only 2"),
+        ({"groups": {"some": ["up", "dwon"]}}, r"groups\.some: the test has no task 'dwon'.*down"),
         ({"methods": {"single": None}}, "single is one LoRA alone"),
         (
             {"methods": {"svdiff": {"experts": {"adapter": {"method": "svdiff"}}}}},
             r"methods\.svdiff\.experts: the LoRAs",
         ),
-        ({"methods": {"g": {"mode": "gated", "experts": {"adaptor": {}}}}}, "adaptor|ready ones"),
+        ({"methods": {"g": {"mode": "gated", "experts": {"adaptor": {}}}}}, "adaptor|experts.loras"),
     ],
 )
 def test_what_cannot_be_a_study(pair: Pair, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -295,7 +295,7 @@ def test_published_figures_stand_beside_those_of_here(
     chosen = recipe(pair, tmp_path, methods={"linear": None}, published=published, source="Table 9")
     rows = run_study(chosen, at_once=1).comparisons["all"].contests[0][0].rows()
     text = (tmp_path / "study.md").read_text()
-    assert "- published: not measured here, but Table 9" in text
+    assert "- published: not measured here, but taken from Table 9" in text
     assert f"- here: this study, on {pair.base}" in text
     lines = text[text.index("## Beside the published figures") :].splitlines()
     heads = ("linear, here", "linear, published", "theirs, published", "own LoRA, here", "own LoRA, published")
@@ -548,9 +548,9 @@ def test_each_task_without_its_own_lora(pair: Pair, tmp_path: Path, in_process: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"per_task": False}, "leave_out: LoRAs are left out of the composition of each task"),
-        ({"numbers": [1]}, "leave_out: LoRAs are left out of the composition of each task"),
-        ({"methods": {"linear": {"tune": {"method.scale": [1.0]}}}}, r"methods\.linear\.tune: settings are chosen for"),
+        ({"per_task": False}, "leave_out: it needs one composition per task"),
+        ({"numbers": [1]}, "leave_out: it needs one composition per task"),
+        ({"methods": {"linear": {"tune": {"method.scale": [1.0]}}}}, r"methods\.linear\.tune: settings are tuned with"),
     ],
 )
 def test_what_leaves_nothing_out(pair: Pair, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -198,15 +198,15 @@ def test_what_lies_beyond_the_edge(settings: dict[str, Any], tried: dict[str, fl
 @pytest.mark.parametrize(
     ("tune", "changes", "message"),
     [
-        ({"scale": [1]}, {}, r"methods\.tuned\.tune: 'scale' is no setting"),
-        ({"experts.train": [1]}, {}, "is no setting"),
-        ({"method.scale": []}, {}, r"no value of method\.scale is listed"),
+        ({"scale": [1]}, {}, r"methods\.tuned\.tune: 'scale' is not a setting"),
+        ({"experts.train": [1]}, {}, "is not a setting"),
+        ({"method.scale": []}, {}, r"no values of method\.scale are listed"),
         ({"method.scael": [1]}, {}, r"methods\.tuned\.method\.scael"),
         ({"method.scale": [1, -1]}, {}, r"methods\.tuned\.method\.scale"),
         (
             {"gate.temperature": [1]},
             {"per_task": True, "methods": {"tuned": {"mode": "gated", "tune": {"gate.temperature": [1]}}}},
-            "its examples are what this method learns from",
+            "this method learns from each task",
         ),
         ({"method.scale": [1]}, {"fit": {"suite": "builtin"}}, r"held-out examples, and none are held out.*holdout"),
         ({"method.scale": [1]}, {"methods": {"base": {"mode": "base", "tune": {"method.scale": [1]}}}}, "is not"),

@@ -94,7 +94,11 @@ def test_a_lone_file_is_halved_by_its_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("arc_easy", {**ARC, "answerKey": "D"}, ": the answer 'D' is none of the options 1, 2, 3. Mend that line."),
+        (
+            "arc_easy",
+            {**ARC, "answerKey": "D"},
+            ": the answer 'D' is not among the options 1, 2, 3. Correct that line.",
+        ),
         ("arc_easy", {"question": "q"}, ": the field 'choices' is missing. Every line needs it."),
         ("natural_questions", {"question": "q"}, ": the field 'answer' is missing or empty. Every line needs it."),
         ("trivia_qa", {"question": "q", "answer": {}}, ", answer: the field 'value' is missing. Every line needs it."),

@@ -69,13 +69,13 @@ def test_a_folder_must_be_named_and_hold_the_lists(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         SUITE.tasks({}, None)
     assert str(caught.value) == (
-        "suite composlora: its lists of LoRAs are read from a folder, and none is named. "
+        "suite composlora: it reads its lists of LoRAs from a folder, and none is given. "
         "Write --data-dir DIR with the testbed's *_lora_info.json."
     )
     with pytest.raises(UsageError) as caught:
         SUITE.tasks({}, str(tmp_path))
-    wanted = "no anime_lora_info.json or reality_lora_info.json in it"
-    assert str(caught.value) == f"{tmp_path}: {wanted}. Give --data-dir the testbed's folder."
+    wanted = "it has no anime_lora_info.json or reality_lora_info.json"
+    assert str(caught.value) == f"{tmp_path}: {wanted}. Give --data-dir the folder of the testbed."
     with pytest.raises(UsageError, match=r"no such folder. Check --data-dir."):
         SUITE.tasks({}, str(tmp_path / "gone"))
 
@@ -83,5 +83,5 @@ def test_a_folder_must_be_named_and_hold_the_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[1]", "{", '{"character": [{"id": "a"}]}', '{"character": []}'])
 def test_a_damaged_list_is_explained(tmp_path: Path, text: str) -> None:
     (tmp_path / "anime_lora_info.json").write_text(text)
-    with pytest.raises(MismatchError, match=r"anime_lora_info.json: (not a list of LoRAs|no character in it)"):
+    with pytest.raises(MismatchError, match=r"anime_lora_info.json: (it is not a list of LoRAs|it has no character)"):
         SUITE.scenes("anime 2", {}, str(tmp_path))

@@ -83,17 +83,17 @@ def test_what_is_missing_is_explained(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         suite.scenes("dog6 + cat", {**CONCEPTS, "cat": None}, str(folder))
     assert str(caught.value) == (
-        "concepts.cat: nothing says by which words prompts call this LoRA. "
+        "concepts.cat: the trigger words of this LoRA are not known. "
         'Write concepts: {NAME: {prompt: "a photo of sks dog"}}.'
     )
-    with pytest.raises(UsageError, match="no LoRA has the name of a subject, and those given are: mine"):
+    with pytest.raises(UsageError, match="no LoRA has the name of a subject; the given LoRAs are: mine"):
         DreamboothSuite().tasks({"mine": None}, str(folder))
-    with pytest.raises(UsageError, match="its pictures and prompts are read from a folder, and none is named"):
+    with pytest.raises(UsageError, match="it reads its pictures and prompts from a folder, and none is given"):
         DreamboothSuite().tasks(CONCEPTS, None)
-    with pytest.raises(UsageError, match=r"no prompts_and_classes.txt in it. Give --data-dir a copy"):
+    with pytest.raises(UsageError, match=r"it has no prompts_and_classes.txt. Give --data-dir a copy"):
         read_listing(str(folder / "dog6"))
     (folder / "prompts_and_classes.txt").write_text("Classes")
-    with pytest.raises(MismatchError, match="no subjects or no prompts in it"):
+    with pytest.raises(MismatchError, match="it has no subjects or no prompts"):
         read_listing(str(folder))
 
 

@@ -73,7 +73,7 @@ def test_other_loras_alone_are_refused() -> None:
     with pytest.raises(UsageError) as caught:
         SUITE.tasks({"mine": None})
     assert str(caught.value).startswith(
-        "suite emoji: it is made of embedded LoRAs, and those given are: mine. Write --loras with some of: octopus, "
+        "suite emoji: it is for the embedded LoRAs, and the given ones are: mine. Write --loras with some of: octopus, "
     )
 
 

@@ -108,7 +108,7 @@ def test_the_authors_repository_is_not_asked_offline(monkeypatch: pytest.MonkeyP
     with pytest.raises(RunError) as caught:
         InstructionInductionSuite().load("sum", "train")
     assert str(caught.value).endswith(
-        "/data/raw/induce/sum.json: could not be loaded (offline by choice). "
+        "/data/raw/induce/sum.json: could not be loaded (offline mode). "
         "HF_HUB_OFFLINE is set: give the files with --data-dir, or unset it."
     )
 

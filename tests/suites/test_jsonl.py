@@ -89,7 +89,7 @@ def test_an_empty_file(tmp_path: Path, text: str) -> None:
 
 def test_a_line_that_is_not_json(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "4\t5\n")
-    assert message(path) == f"{path}, line 2: not JSON (Extra data, column 3). Mend that line."
+    assert message(path) == f"{path}, line 2: not JSON (Extra data, column 3). Correct that line."
 
 
 def test_a_line_that_is_no_object(tmp_path: Path) -> None:

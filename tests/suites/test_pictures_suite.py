@@ -43,7 +43,7 @@ def test_scenes_that_all_name_classes_are_recognised_first(tmp_path: Path) -> No
     ("row", "message"),
     [
         ({"loras": []}, "line 1: the field 'prompt' is missing. Every line needs it."),
-        ({"prompt": " ", "loras": []}, "line 1: the prompt is empty. Write what is to be drawn."),
+        ({"prompt": " ", "loras": []}, "line 1: the prompt is empty. Write what to draw."),
         ({"prompt": "a", "loras": ["x", "x"]}, "line 1: a LoRA is named twice. Name each one once."),
         ({"prompt": "a", "loras": "x"}, 'line 1: the field \'loras\' is not a list of texts. Write ["...", "..."].'),
         (

@@ -16,7 +16,7 @@ from molecli.bases.loading import load_backbone
 from molecli.commands.evaluate import run_evaluate
 from molecli.config import BaseConfig, EvalConfig, EvaluateRecipe
 from molecli.errors import UsageError
-from molecli.evaluation.report import OWN_LORA
+from molecli.evaluation.scoring import OWN_LORA
 from molecli.text.evaluate import make_bench
 
 PROMPTS = ["one two", "three", "four five six", "seven", "eight nine", "ten"]
@@ -136,7 +136,7 @@ def test_an_unknown_name_to_mask_stops_before_scoring(world: dict[str, Any], tmp
 def test_modes_without_loras_are_explained(world: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         run_evaluate(recipe(world, tmp_path, loras=[], modes=["linear"]))
-    assert str(caught.value) == "--modes: 'linear' needs LoRAs, and none are named. Write --loras a=PATH,b=PATH."
+    assert str(caught.value) == "--modes: 'linear' needs LoRAs, but none are named. Write --loras a=PATH,b=PATH."
 
 
 def test_without_loras_the_base_alone_is_scored(world: dict[str, Any], tmp_path: Path) -> None:
@@ -202,5 +202,5 @@ def test_what_only_a_diffusion_base_reads_is_refused(
 ) -> None:
     with pytest.raises(UsageError) as caught:
         run_evaluate(recipe(world, tmp_path, **{field: value}))
-    what = "only a diffusion pipeline reads it, and the base is a language model"
+    what = "it is only for diffusion pipelines, and the base is a language model"
     assert str(caught.value) == f"{field}: {what}. Leave it out."

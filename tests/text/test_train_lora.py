@@ -183,7 +183,7 @@ def test_resuming_a_finished_run_changes_nothing_and_another_recipe_is_refused(m
     with pytest.raises(UsageError) as caught:
         run_train_lora(make_recipe(train={"steps": 9}), resume=True)
     assert str(caught.value) == (
-        f"--resume {recipe.output}: the run there is finished, and its recipe was another. "
+        f"--resume {recipe.output}: the run there is finished, and it had another recipe. "
         "Choose another --output, or start again with --overwrite."
     )
 

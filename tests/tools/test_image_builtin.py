@@ -203,7 +203,7 @@ def test_pictures_of_a_lora_have_seeds_from_the_first_and_the_guidance_that_is_a
 def test_some_loras_are_named_and_a_wrong_name_is_said() -> None:
     assert [lesson.name for lesson in lessons_of(frozenset({"teapot", "flat"}))] == ["teapot", "flat"]
     assert [lesson.name for lesson in lessons_of(frozenset())] == [*OBJECTS.concepts, "flat"]
-    with pytest.raises(UsageError, match=r"--only violon: no LoRA is called so\. Did you mean 'violin'\?"):
+    with pytest.raises(UsageError, match=r"--only violon: there is no LoRA of this name\. Did you mean 'violin'\?"):
         lessons_of(frozenset({"violon"}))
 
 

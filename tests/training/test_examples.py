@@ -97,7 +97,7 @@ def test_one_example_cannot_be_split() -> None:
     with pytest.raises(UsageError) as caught:
         hold_out({"a": numbered(1)}, 0.1, seed=1)
     assert str(caught.value) == (
-        "data.holdout: the task 'a' has one example, and none can be held out. "
+        "data.holdout: the task 'a' has only one example, so none can be held out. "
         "Give it more examples, or write data.holdout: 0."
     )
 

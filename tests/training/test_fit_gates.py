@@ -191,7 +191,7 @@ def test_a_gate_that_gets_no_gradient_is_an_error_that_names_it(
     with mixture, pytest.raises(RunError) as caught:
         fit(backbone, mixture, pair.examples(), settings(balance=0.0), seed=0, folder=tmp_path)
     assert str(caught.value) == (
-        "train step 1: no gradient reaches site/network/logits: training would leave it as it is. "
+        "train step 1: no gradient reaches site/network/logits: training would not change it. "
         "Check that it is used by the model and that targets are not empty."
     )
 

@@ -275,7 +275,7 @@ def test_a_parameter_without_gradient_is_an_error_that_names_it(tmp_path: Path) 
     with pytest.raises(RunError) as caught:
         train_toy(tmp_path, toy, parameters=unused)
     assert str(caught.value) == (
-        "train step 1: no gradient reaches unused: training would leave it as it is. "
+        "train step 1: no gradient reaches unused: training would not change it. "
         "Check that it is used by the model and that targets are not empty."
     )
 
@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_spoils_no_checkpoint(tmp_path
 
 def test_a_batch_without_scored_tokens_is_an_error(tmp_path: Path) -> None:
     toy = Toy()
-    with pytest.raises(RunError, match="train step 1: no token of the batch is scored"):
+    with pytest.raises(RunError, match="train step 1: the batch has no scored token"):
         train_toy(tmp_path, toy, loss_fn=lambda e, c: StepLoss(toy.loss(e, c).sum * 1.0, 0))
 
 

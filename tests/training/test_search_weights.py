@@ -85,7 +85,7 @@ def test_a_killed_search_goes_on_to_the_same_weights(pair: Pair, tmp_path: Path)
 def test_another_search_is_not_gone_on_with(pair: Pair, tmp_path: Path) -> None:
     run_compose(lorahub(pair, tmp_path / "hub", evaluations=6))
     (tmp_path / "hub" / "report.json").unlink()
-    with pytest.raises(UsageError, match="the search there was another"):
+    with pytest.raises(UsageError, match="the log there is of another search"):
         run_compose(lorahub(pair, tmp_path / "hub", evaluations=6, bound=0.3), resume=True)
 
 

@@ -150,12 +150,12 @@ def test_a_value_that_repeats_has_one_shift_and_zeros_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "kind"), [({"groups": 2}, "in groups"), ({"padding_mode": "circular"}, "padded by 'circular'")]
+    ("options", "kind"), [({"groups": 2}, "with groups"), ({"padding_mode": "circular"}, "with 'circular' padding")]
 )
 def test_a_convolution_that_shifts_cannot_follow(options: dict[str, Any], kind: str) -> None:
     model = nn.ModuleDict({"c": nn.Conv2d(4, 4, 3, padding=1, **options)})
     with pytest.raises(UsageError) as caught:
         shifted(model, ["c"])
     assert str(caught.value) == (
-        f"c: a convolution {kind}, which shifts cannot follow. Leave it out of adapter.targets."
+        f"c: it is a convolution {kind}, whose singular values cannot be shifted. Leave it out of adapter.targets."
     )

@@ -3,6 +3,6 @@
 python -m tools.image_builtin all --data-dir FOLDER --work /tmp/work --export out   # what is shipped, on a GPU
 python -m tools.image_builtin all --data-dir FOLDER --work /tmp/work --smoke        # every step of it, briefly
 
-One concept a file: `data` the pictures, `captions` the language, `scenes` the drawing, `tokenizer`, `models` the
-shapes, one file a stage (`vae`, `clip`, `recogniser`, `unet`, `judge`, `concepts`), and `driver`, which runs them.
+Files: `data` (the pictures), `captions` (the language), `scenes` (the drawing), `tokenizer`, `models` (the shapes), one
+file for each stage (`vae`, `clip`, `recogniser`, `unet`, `judge`, `concepts`), and `driver`, which runs the stages.
 """

@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m tools.image_builtin", description=__doc__)
     options.add_argument("stage", choices=["all", "pack", "install", "loras", "judge-loras", "install-loras", *STAGES])
     options.add_argument("--data-dir", type=Path, default=Path("../shared/data/emoji"), help="folder, or a pack of it")
-    options.add_argument("--work", type=Path, default=Path("/tmp/work"), help="where stages leave what they make")
-    options.add_argument("--export", type=Path, default=Path("/tmp/export"), help="small files to take along")
+    options.add_argument("--work", type=Path, default=Path("/tmp/work"), help="folder of the stages' outputs")
+    options.add_argument("--export", type=Path, default=Path("/tmp/export"), help="folder of the small files to keep")
     options.add_argument("--pack-to", type=Path, default=Path(".gpu/emoji.npz"), help="what `pack` writes")
     options.add_argument("--install-to", type=Path, default=BUILTIN, help="where `install` unpacks --export")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -32,25 +32,25 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--minutes-vae", type=float, default=2.0)
     options.add_argument("--minutes-clip", type=float, default=1.5)
     options.add_argument("--minutes-recogniser", type=float, default=1.5)
-    options.add_argument("--minutes-unet", type=float, help="this call's; unless told, what the deadline leaves")
+    options.add_argument("--minutes-unet", type=float, help="this call's; by default the time that the deadline leaves")
     options.add_argument("--schedule", type=float, default=13.0, help="minutes of the UNet's training over all calls")
     options.add_argument("--last", action="store_true", help="the UNet's schedule ends with this call")
-    options.add_argument("--deadline", type=float, default=9.5, help="minutes for `all`, judging and packing included")
-    options.add_argument("--no-judge", action="store_true", help="`all`: leave the judging to a call of its own")
-    options.add_argument("--initial", type=Path, help="a folder like molecli/builtin to go on from without checkpoints")
+    options.add_argument("--deadline", type=float, default=9.5, help="minutes for `all`, with judging and packing")
+    options.add_argument("--no-judge", action="store_true", help="`all`: do not judge; judge in a separate call")
+    options.add_argument("--initial", type=Path, help="a folder like molecli/builtin to start from without checkpoints")
     options.add_argument("--spent", type=float, default=0.0, help="with --initial: minutes already spent")
     options.add_argument("--until", type=float, help="seconds since the epoch by which the stage ends")
-    options.add_argument("--loras", type=Path, default=Path("runs/loras"), help="`loras`: where they go")
-    options.add_argument("--train", default="", help="`loras`: further flags of mole train-lora, in one text")
+    options.add_argument("--loras", type=Path, default=Path("runs/loras"), help="`loras`: the output folder")
+    options.add_argument("--train", default="", help="`loras`: more flags of mole train-lora, as one text")
     options.add_argument(
-        "--only", default="", help="`loras`, `judge-loras`: names, with commas between; all unless told"
+        "--only", default="", help="`loras`, `judge-loras`: names, separated by commas; all by default"
     )
     options.add_argument("--at-once", type=int, default=1, help="`loras`: trainings side by side")
     options.add_argument(
         "--guidance",
         type=float,
         default=BUILTIN_IMAGE_GUIDANCE,
-        help="`judge` and `judge-loras`: the base's unless told",
+        help="`judge` and `judge-loras`: the base's by default",
     )
     options.add_argument(
         "--first-seed", type=int, default=0, help="`judge` and `judge-loras`: other pictures, of other prompts"
@@ -58,13 +58,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="`judge-loras`: the base's weights"
     )
-    options.add_argument("--smoke", action="store_true", help="three tiny steps a stage")
+    options.add_argument("--smoke", action="store_true", help="three tiny steps for each stage")
     options.add_argument("--warm", action="store_true", help="`unet`: only fill the compiler's cache")
     return options
 
 
 def main() -> int:
-    """Run what the command line says."""
+    """Runs the stage that the command line names."""
     given = parser().parse_args()
     if given.stage == "pack":
         pack(given.data_dir, given.pack_to)

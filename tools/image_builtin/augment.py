@@ -1,4 +1,4 @@
-"""What may happen to a true picture before a scoring network sees it, and pictures that show no object fully."""
+"""Degrades real pictures before a scoring network sees them, and makes pictures that show no object fully."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of captioned scenes: which objects, which style, which background; drawn by `scenes`."""
+"""Batches of captioned scenes: objects, styles and backgrounds, drawn by `scenes`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tokenizer import build_tokenizer
 
 @dataclass(frozen=True)
 class Batch:
-    """Scenes with what they show."""
+    """Scenes, and what they show."""
 
     images: Tensor  # [B, 3, 64, 64] in [0, 1]
     which: Tensor  # [B, K] positions in Objects.words, -1 for none
@@ -27,7 +27,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class World:
-    """Everything scenes are drawn from, on one device."""
+    """Everything that scenes are made from, on one device."""
 
     objects: Objects
     named: Tensor  # [2 * objects, 4, 64, 64]: the base's style, then the held-out one
@@ -37,7 +37,7 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """Where the pictures lie."""
+        """The device of the pictures."""
         return self.named.device
 
     def base(self) -> Tensor:
@@ -61,7 +61,7 @@ class World:
         allowed: Tensor | None = None,
         flat: float = 0.0,
     ) -> Batch:
-        """Scenes with `allowed` objects (all the base's unless told), a share of them in the held-out style."""
+        """Scenes with `allowed` objects (by default all of the base), a share of them in the held-out style."""
         allowed = self.base() if allowed is None else allowed
         count = scenes.counts(generator, batch, shares)
         which = scenes.choose(generator, count, len(shares), allowed)
@@ -77,7 +77,7 @@ class World:
         sizes: Mapping[int, tuple[float, float]] = scenes.SIZES,
         background: Tensor | None = None,
     ) -> Batch:
-        """Scenes with these objects [B, K] in these styles [B], each on its background [B], else on any."""
+        """Scenes with these objects [B, K] in these styles [B], each on its background [B], or on a random one."""
         if background is None:
             kinds = len(self.objects.phrases)
             background = torch.randint(kinds, (len(which),), generator=generator, device=self.device)
@@ -89,7 +89,7 @@ class World:
 
 
 def load_world(source: Path, device: torch.device | str, tokenizer_folder: Path, *, small: bool = False) -> World:
-    """Read the pictures and build the tokenizer of their language; `small` reads the named pictures alone."""
+    """Reads the pictures and builds the tokenizer of their language; `small`: read only the named pictures."""
     objects = load_objects()
     only = {*objects.base.values(), *objects.concepts.values(), "1f600", "1f680"} if small else None
     sprites = load_sprites(source, device, only=only)

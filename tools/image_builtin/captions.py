@@ -1,6 +1,6 @@
 """The caption language's vocabulary, and captions as token ids built in batches on the device.
 
-The captions themselves are put together in `molecli.suites._captions`, where the suite `emoji` reads them too.
+The captions themselves are made in `molecli.suites._captions`, which the suite `emoji` uses too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXTRA_WORDS = ("sks", "zwx", "ohwx", "qrz", "vpt", "photo", "picture", "drawing"
 
 
 def vocabulary(objects: Objects) -> tuple[str, ...]:
-    """Every word of the language, each to become one token."""
+    """Every word of the language; each becomes one token."""
     phrases = [word for phrase in objects.phrases for word in phrase.split()]
     ordered = ["a", "an", "and", "in", objects.style, *EXTRA_WORDS, *phrases, *objects.words]
     return tuple(dict.fromkeys(ordered))
@@ -30,7 +30,7 @@ def vocabulary(objects: Objects) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class CaptionIds:
-    """Token ids of captions, from tables on the device: what the tokenizer gives for `caption`, without strings."""
+    """Token ids of captions, from tables on the device: the same as from the tokenizer, without strings."""
 
     names: Tensor  # [objects, 2] article and word
     phrases: Tensor  # [backgrounds, longest], -1 after the end

@@ -20,7 +20,7 @@ from .loop import Average, Clock, adamw, compiled, fast, prepare, rate, set_rate
 from .models import clip_config
 
 SHARES = (0.35, 0.3, 0.2, 0.15)
-AUXILIARY = 0.2  # weight of a head that names the objects; it teaches the tower and is thrown away
+AUXILIARY = 0.2  # weight of the loss of a head that names the objects; it helps to train the tower and is not saved
 
 
 def captions(world: World, generator: torch.Generator, batch: Batch) -> Tensor:
@@ -90,7 +90,7 @@ def train_clip(
 
 
 def save_clip(model: CLIP, tokenizer: Path, folder: Path, config: dict[str, object]) -> None:
-    """What open_clip's `local-dir:` schema reads: configuration, weights in fp16, the tokenizer's files."""
+    """Writes the files that open_clip's `local-dir:` schema reads: configuration, fp16 weights, tokenizer files."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(tokenizer, folder)
     weights = {name: value.detach().half().contiguous().cpu() for name, value in model.state_dict().items()}

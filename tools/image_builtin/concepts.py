@@ -1,4 +1,4 @@
-"""Stage `concepts`: the handful of pictures from which a LoRA learns each concept and the drawing style."""
+"""Stage `concepts`: the few pictures from which a LoRA learns each concept and the drawing style."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .batches import Batch, World
 from .captions import caption
 
 PICTURES = 6  # a concept: half of them alone, half beside an object of the base, as photographs of a thing would be
-# Where six pictures tell too little: a thing of many fine parts, or of the colour of a background, is shown larger and
-# on every background, alone and beside an object, and of the style every object of the base: it draws each differently.
+# Concepts for which six pictures are too few. A thing with many fine parts, or with the colour of a background, is
+# shown larger and on every background, alone and beside an object. The style is shown on every object of the base.
 EVERYWHERE = frozenset({"teapot", "helicopter", "violin"})
 LARGE = {**scenes.SIZES, 1: (32.0, 52.0), 2: (28.0, 38.0)}
 ATTRIBUTION = """\
@@ -33,7 +33,7 @@ Unicode data as packaged in emoji-datasource 16.0.0 (MIT).
 
 
 def write_concepts(world: World, folder: Path) -> None:
-    """Write `<concept>/N.png`, `<style>/N.png`, a prompts.json beside each set, and where the pictures come from."""
+    """Writes `<concept>/N.png`, `<style>/N.png`, a prompts.json for each set, and the sources of the pictures."""
     objects = world.objects
     for row, concept in enumerate(objects.concepts):
         batch = everywhere(world, row) if concept in EVERYWHERE else distinct(world, row)

@@ -1,4 +1,4 @@
-"""The named pictures: read from the data folder or from a pack of it; which words name which picture."""
+"""The named pictures, from the data folder or from a pack of it, and the words that name them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Objects:
 
 
 def load_objects(path: Path = OBJECTS_FILE) -> Objects:
-    """The objects' file as it lies in the package."""
+    """The objects' file in the package."""
     raw = json.loads(path.read_text("utf-8"))
     return Objects(raw["base"], raw["concepts"], raw["style"], {k: (a, b) for k, (a, b) in raw["backgrounds"].items()})
 
@@ -76,7 +76,7 @@ _LOOKALIKES = frozenset(Path(__file__).with_name("lookalikes.txt").read_text("ut
 
 
 def pack(data_dir: Path, target: Path) -> None:
-    """Write all pictures of both styles as one compressed .npz (uint8 RGBA), to travel without the folder."""
+    """Writes all pictures of both styles as one compressed .npz (uint8 RGBA), which replaces the folder elsewhere."""
     ids = sorted(path.stem for path in (data_dir / STYLES[0] / "64").glob("*.png"))
     arrays = {style: np.stack([_rgba(data_dir / style / "64" / f"{name}.png") for name in ids]) for style in STYLES}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def pack(data_dir: Path, target: Path) -> None:
 
 
 def load_sprites(source: Path, device: torch.device | str = "cpu", *, only: set[str] | None = None) -> Sprites:
-    """Pictures from a data folder (noto/64, twemoji/64) or from a pack of it; `only` reads these file ids alone."""
+    """Pictures from a data folder (noto/64, twemoji/64) or from a pack of it; `only`: read only these file ids."""
     if source.is_dir():
         ids = sorted(path.stem for path in (source / STYLES[0] / "64").glob("*.png"))
         ids = [name for name in ids if only is None or name in only]

@@ -1,4 +1,4 @@
-"""Runs the stages as processes within a deadline, side by side where they leave the device idle, and packs results."""
+"""Runs the stages as processes within a deadline, in parallel if they leave the device idle, and packs the results."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from .export import export
 
 GPUS = torch.cuda.device_count()
-# Kept free at the end. The UNet's stage still writes its pipeline when its own minutes are over.
+# Minutes that are kept free at the end. The UNet's stage writes its pipeline after its own minutes are over.
 JUDGE_MINUTES, PACK_MINUTES = 0.9, 0.4
 
 
 @dataclass
 class Driver:
-    """One call: what all stages are told, and until when."""
+    """One call: the options that all stages get, and the deadline."""
 
     work: Path
     target: Path
@@ -37,7 +37,7 @@ class Driver:
     def start(
         self, stage: str, *options: str, gpu: int | None = None, together: bool = False
     ) -> subprocess.Popen[bytes]:
-        """Start a stage in a process of its own: on one GPU of several, or `together` in one process for each GPU."""
+        """Starts a stage in its own process: on one GPU of several, or `together` with one process for each GPU."""
         self.work.mkdir(parents=True, exist_ok=True)
         print(f"[all] {self.elapsed:.2f} min: {stage} {' '.join(options)}", flush=True)
         launcher = ["torch.distributed.run", "--nproc-per-node", str(GPUS), "--virtual-local-rank", "-m"]
@@ -53,7 +53,7 @@ class Driver:
         return subprocess.Popen(command, env=environment)
 
     def wait(self, process: subprocess.Popen[bytes], *, reserve: float = 0.2) -> bool:
-        """Whether a stage ended well; it is stopped when less than `reserve` minutes are left."""
+        """Whether a stage succeeded; it is stopped when less than `reserve` minutes are left."""
         try:
             code = process.wait(max(1.0, (self.deadline - reserve - self.elapsed) * 60))
         except subprocess.TimeoutExpired:
@@ -83,15 +83,15 @@ def run_all(
     last: bool,
     judge: bool,
 ) -> int:
-    """The VAE beside the scorers (while the UNet compiles), then the UNet until the deadline, then the judge.
+    """Runs the VAE and the scorers (while the UNet compiles), then the UNet until the deadline, then the judge.
 
-    Of several GPUs the first trains the VAE, the second the scorers, and all of them the UNet.
+    With several GPUs, the first trains the VAE, the second the scorers, and all of them the UNet.
     """
     warm = None if (driver.work / "inductor-warm").exists() else driver.start("unet", "--warm", gpu=1)
     autoencoder = driver.start("vae", "--minutes", str(vae), gpu=0)
     if GPUS < 2 and not driver.wait(autoencoder):
         return 1
-    # Without an autoencoder to begin with, the scorers see no picture that went through one.
+    # If there is no autoencoder at the start, the scorers see no pictures that were decoded by one.
     scorers = [
         driver.start("recogniser", "--minutes", str(recogniser), gpu=1),
         driver.start("clip", "--minutes", str(clip), gpu=1),

@@ -1,4 +1,4 @@
-"""Packs what was built into a few small files, and puts such files into the package."""
+"""Packs the results of a build into a few small files, and unpacks such files into the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LIMIT = 16 * 2**20
 
 
 def export(work: Path, target: Path) -> list[str]:
-    """Write the archives of what lies in `work`, each under 16 MiB, and return one line a file."""
+    """One line for each archive, after writing the contents of `work` to archives of less than 16 MiB."""
     target.mkdir(parents=True, exist_ok=True)
     lines = []
     for archive, folders in GROUPS.items():
@@ -28,7 +28,7 @@ def export(work: Path, target: Path) -> list[str]:
 
 
 def install(source: Path, package: Path) -> None:
-    """Unpack the archives into a folder such as molecli/builtin; the loose autoencoder and tokenizer stay out."""
+    """Unpacks the archives into a folder such as molecli/builtin, without the separate autoencoder and tokenizer."""
     for archive in GROUPS:
         if (source / archive).is_file():
             with tarfile.open(source / archive) as tar:

@@ -1,4 +1,4 @@
-"""Stage `judge`: what the base draws, by diffusers' own pipeline, as the recogniser sees it; a table and a sheet."""
+"""Stage `judge`: draws pictures with the base in diffusers' own pipeline and recognises them; a table and a sheet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Request:
 def requests(objects: Objects, seeds: int, mixed: int, first_seed: int = 0) -> list[Request]:
     """Every base object alone `seeds` times, then `mixed` scenes each of two and of three objects.
 
-    Seeds are counted up from the first, which other backgrounds and scenes follow from too.
+    Seeds are counted up from the first, which also determines backgrounds and scenes.
     """
     draw = random.Random(5 + first_seed)
     words = list(objects.base)
@@ -46,7 +46,7 @@ def requests(objects: Objects, seeds: int, mixed: int, first_seed: int = 0) -> l
 
 @torch.no_grad()
 def sampled(pipeline: StableDiffusionPipeline, wanted: list[Request], batch: int, guidance: float) -> Tensor:
-    """Pictures [N, 3, 64, 64] in [0, 1], one seed each."""
+    """Pictures [N, 3, 64, 64] in [0, 1], with one seed each."""
     parts = []
     for start in range(0, len(wanted), batch):
         some = wanted[start : start + batch]
@@ -115,7 +115,7 @@ def judge(
 
 
 def contact_sheet(cells: list[tuple[Tensor, tuple[str, ...], list[bool]]], path: Path, columns: int = 10) -> None:
-    """Pictures at twice their size with the words asked for; a word not recognised is crossed out with a dash."""
+    """Pictures at twice their size with the requested words; a word that was not recognised is marked by a dash."""
     side, label = 2 * SIZE, 26
     sheet = Image.new("RGB", (columns * side, -(-len(cells) // columns) * (side + label)), "white")
     pen = ImageDraw.Draw(sheet)

@@ -1,4 +1,4 @@
-"""What every stage shares: a budget of minutes, learning rates, averages of weights, files that survive a kill."""
+"""Shared by all stages: a budget of minutes, learning rates, averages of weights, files that survive a kill."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Clock:
     max_steps: int | None = None  # a smoke run ends here
     every: float = 10.0
     done_before: float = 0.0  # minutes of the schedule spent by earlier calls
-    schedule: float | None = None  # minutes of the whole schedule; this call's budget unless told
+    schedule: float | None = None  # minutes of the whole schedule; by default this call's budget
     step: int = 0
     _now: float = 0.0  # minutes since the start, when the current step began
     _start: float = field(default_factory=time.monotonic)
@@ -165,11 +165,11 @@ class Average:
             kept.copy_(held)
 
     def state(self) -> dict[str, Any]:
-        """What `load` takes."""
+        """The state, for `load`."""
         return {"kept": self.kept, "updates": self.updates}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continues from a state."""
         for kept, saved in zip(self.kept, state["kept"], strict=True):
             kept.copy_(saved)
         self.updates = state["updates"]
@@ -205,7 +205,7 @@ def uncompiled(module: nn.Module) -> None:
 
 
 def save(state: Any, path: Path) -> None:
-    """Write a file under another name and move it into place: a kill leaves the old one."""
+    """Writes a file under another name and moves it into place, so that a kill leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)

@@ -1,6 +1,6 @@
-"""Stage `loras`: a LoRA for each concept and the drawing style by `mole train-lora`, side by side, then judged.
+"""Stage `loras`: trains a LoRA for each concept and the drawing style by `mole train-lora`, and judges them.
 
-What ships was made by `python -m tools.image_builtin loras --train "--dtype bfloat16"` on the installed base.
+The shipped LoRAs come from `python -m tools.image_builtin loras --train "--dtype bfloat16"` on the installed base.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .data import BUILTIN, Objects, load_objects
 from .judge import STEPS, contact_sheet
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-# Where the base's defaults showed too little, chosen on pictures of other seeds than those that `judge_loras` draws. Of
-# the objects guidance drove colours out of range, until some prompts were left empty; the style has forty to learn.
+# Settings for LoRAs that learned too little with the defaults, chosen on pictures of other seeds than `judge_loras`
+# uses. Guidance drove the objects' colours out of range until some prompts were dropped; the style has forty objects.
 _THING = ("--steps", "500", "--lr", "2e-3", "--set", "train.schedule=cosine", "--prompt-dropout", "0.15")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "teapot": _THING,
@@ -47,7 +47,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Lesson:
-    """One LoRA to train: its folder of pictures, the words that call it, what kind of thing it is."""
+    """One LoRA to train: its folder of pictures, its trigger words, its kind."""
 
     name: str
     trigger: str
@@ -65,7 +65,7 @@ class Lesson:
 
 
 def lessons(objects: Objects) -> list[Lesson]:
-    """Every concept, and the style last."""
+    """Every concept, then the style."""
     return [
         *(Lesson(name, name, "object") for name in objects.concepts),
         Lesson(objects.style, f"in {objects.style} style", "style"),
@@ -73,16 +73,16 @@ def lessons(objects: Objects) -> list[Lesson]:
 
 
 def lessons_of(only: frozenset[str]) -> list[Lesson]:
-    """Those that are named; every one where none is. Raises: UsageError for a name that none has."""
+    """The named LoRAs, or all if none is named. Raises: UsageError for an unknown name."""
     found = lessons(load_objects())
     names = [lesson.name for lesson in found]
     if unknown := sorted(only - set(names)):
-        raise UsageError(f"--only {unknown[0]}", "no LoRA is called so", suggestion(unknown[0], names))
+        raise UsageError(f"--only {unknown[0]}", "there is no LoRA of this name", suggestion(unknown[0], names))
     return [lesson for lesson in found if not only or lesson.name in only]
 
 
 def train_loras(target: Path, more: tuple[str, ...], *, at_once: int, only: frozenset[str] = frozenset()) -> list[str]:
-    """Train them all, or those named; returns the names of those that failed."""
+    """The names of the LoRAs that failed, after training all or those named in `only`."""
     chosen = lessons_of(only)
 
     def one(lesson: Lesson) -> int:
@@ -143,7 +143,7 @@ def judge_loras(
 
 
 def drawn(backbone: Diffusion, prompts: list[str], guidance: float, first_seed: int, batch: int = 64) -> Tensor:
-    """Pictures [N, 3, H, W] in [0, 1], one seed each, counted up from the first."""
+    """Pictures [N, 3, H, W] in [0, 1]; the seeds are counted up from the first."""
     parts = []
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
@@ -154,7 +154,7 @@ def drawn(backbone: Diffusion, prompts: list[str], guidance: float, first_seed: 
 
 
 def run_loras(target: Path, more: tuple[str, ...], *, at_once: int, only: frozenset[str] = frozenset()) -> int:
-    """Train; 1 if one failed, whose log's end is printed."""
+    """Trains; returns 1 if a training failed, after printing the end of its log."""
     failed = train_loras(target, more, at_once=at_once, only=only)
     for name in failed:
         print((target / f"{name}.log").read_text()[-600:], flush=True)
@@ -162,7 +162,7 @@ def run_loras(target: Path, more: tuple[str, ...], *, at_once: int, only: frozen
 
 
 def install_loras(source: Path, package: Path = BUILTIN) -> None:
-    """Copy what ships of each LoRA there is into the package; its concept names the pictures beside it there."""
+    """Copies the shipped files of each LoRA into the package, with a concept that names its pictures there."""
     for lesson in lessons(load_objects()):
         folder = package / "image-loras" / lesson.name
         if not (source / lesson.name / WEIGHTS).is_file():
@@ -181,7 +181,7 @@ def _prompt(lesson: Lesson, objects: Objects, draw: random.Random) -> tuple[str,
 
 
 def _seen(recogniser: Recogniser, images: Tensor, names: list[str], objects: Objects) -> Tensor:
-    """[N] bool: whether each picture shows what it is asked for; the style has a class of its own."""
+    """[N] bool: whether each picture shows the wanted object; the style has its own class."""
     wanted = [f"{name} style" if name == objects.style else name for name in names]
     places = [recogniser.classes.index(name) for name in wanted]
     return recogniser.found(images).cpu()[torch.arange(len(places)), places].float()

@@ -1,4 +1,4 @@
-"""Stage `recogniser`: the network of molecli.metrics.recogniser, on true scenes of one to five objects, both styles."""
+"""Stage `recogniser`: the network of molecli.metrics.recogniser, on real scenes of one to five objects, both styles."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Labelled:
 
 
 def labelled(world: World, generator: torch.Generator, batch: int) -> Labelled:
-    """Scenes with true objects and things that are none; the last class is the held-out drawing style."""
+    """Scenes with objects and with things that are not objects; the last class is the held-out drawing style."""
     device, kinds = world.device, len(world.objects.words)
     count = scenes.counts(generator, batch, SHARES)
     draw = torch.rand(batch, 2 + 2 * EXTRA, generator=generator, device=device)
     which = scenes.choose(generator, count, len(SHARES), world.all())
-    which = torch.where((draw[:, :1] < 0.1), -1, which)  # some scenes show nothing that has a name
+    which = torch.where((draw[:, :1] < 0.1), -1, which)  # some scenes show no named object
     styled = draw[:, 1] < 0.5
     rows = torch.where(which >= 0, which + styled.unsqueeze(1) * kinds, -1)
     # The bank: named pictures of both styles, decoys of both, unnamed pictures of the base's style.
@@ -68,7 +68,7 @@ def labelled(world: World, generator: torch.Generator, batch: int) -> Labelled:
 def train_recogniser(
     world: World, vae: AutoencoderKL | None, folder: Path, clock: Clock, *, batch: int = 512, peak: float = 2e-3
 ) -> dict[str, float]:
-    """Train for the clock's minutes, choose thresholds, save, and return what it reaches on other scenes."""
+    """The scores on other scenes, after training for the clock's minutes, choosing thresholds and saving."""
     device = world.device
     prepare(device)
     torch.manual_seed(3)
@@ -104,7 +104,7 @@ def train_recogniser(
 def scored(
     recogniser: Recogniser, world: World, vae: AutoencoderKL | None, seed: int, rounds: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, labels and which count, on other scenes: half plain, half worn."""
+    """Probabilities, labels and which of them count, on other scenes: half plain, half degraded."""
     generator = scenes.seeded(seed, world.device)
     parts = []
     for turn in range(rounds):

@@ -14,13 +14,13 @@ from .data import SIZE, Objects
 
 BASE_COUNTS = (0.4, 0.3, 0.3)  # shares of scenes with one, two and three objects
 SIZES = {1: (26.0, 52.0), 2: (24.0, 38.0), 3: (22.0, 31.0), 4: (20.0, 27.0), 5: (18.0, 24.0)}  # pixels, by count
-STARTS, TRIES = 6, 16  # arrangements tried for a scene, and places for each picture in each of them
+STARTS, TRIES = 6, 16  # arrangements tried for a scene, and positions tried for each picture in an arrangement
 TILT = math.radians(12)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which picture lies where: K pictures at most a scene, later ones on top."""
+    """Which picture is where: at most K pictures per scene, later ones on top."""
 
     which: Tensor  # [B, K] long, -1 for none
     size: Tensor  # [B, K] pixels
@@ -42,7 +42,7 @@ def choose(generator: torch.Generator, count: Tensor, slots: int, allowed: Tenso
 
 
 def arrange(generator: torch.Generator, which: Tensor, sizes: Mapping[int, tuple[float, float]] = SIZES) -> Layout:
-    """A layout of these pictures [B, K]: sizes by how many there are, places where they cover little of each other."""
+    """A layout of these pictures [B, K]: sizes depend on their number, positions avoid overlap."""
     device = generator.device
     batch, slots = which.shape
     count = (which >= 0).sum(1).clamp(1, 5)

@@ -1,4 +1,4 @@
-"""One function a stage: reads its inputs from the work folder, writes its output there, is done once that exists."""
+"""A function for each stage. It reads and writes the work folder, and is done if its output exists there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .loop import Clock, join, rank
 
 @dataclass(frozen=True)
 class Options:
-    """What every stage is told."""
+    """The options of every stage."""
 
     source: Path
     work: Path
@@ -33,7 +33,7 @@ class Options:
     warm: bool = False
     initial: Path | None = None
     spent: float = 0.0
-    until: float | None = None  # seconds since the epoch: however long a stage took to start, it ends by then
+    until: float | None = None  # seconds since the epoch when the stage must end, however long it took to start
     guidance: float = BUILTIN_IMAGE_GUIDANCE
     first_seed: int = 0
 
@@ -43,12 +43,12 @@ class Options:
 
     @property
     def initial_vae(self) -> Path | None:
-        """The autoencoder to begin with."""
+        """The initial autoencoder."""
         folder = self.initial / "tiny-sd" / "vae" if self.initial else None
         return folder if folder is not None and folder.exists() else None
 
     def clock(self, name: str) -> Clock:
-        """This stage's budget; a smoke run makes a few steps."""
+        """This stage's budget; a smoke run has only a few steps."""
         left = self.minutes if self.until is None else min(self.minutes, (self.until - time.time()) / 60)
         return Clock(left, name, max_steps=3 if self.smoke or self.warm else None, schedule=self.schedule)
 
@@ -58,7 +58,7 @@ class Options:
 
 
 def run_vae(options: Options) -> None:
-    """Train the autoencoder, from the weights of `initial` if it has some."""
+    """Trains the autoencoder, starting from the weights in `initial` if there are some."""
     from .vae import train_vae
 
     join(options.device)
@@ -68,7 +68,7 @@ def run_vae(options: Options) -> None:
 
 
 def run_clip(options: Options) -> None:
-    """Train the tiny CLIP, or take the one of `initial`."""
+    """Trains the tiny CLIP, or copies that of `initial`."""
     from .clip import train_clip
 
     if _taken(options, "tiny-clip"):
@@ -79,7 +79,7 @@ def run_clip(options: Options) -> None:
 
 
 def run_recogniser(options: Options) -> None:
-    """Train the recogniser, or take the one of `initial`."""
+    """Trains the recogniser, or copies that of `initial`."""
     from .recogniser import train_recogniser
 
     if _taken(options, "recogniser"):
@@ -90,7 +90,7 @@ def run_recogniser(options: Options) -> None:
 
 
 def run_unet(options: Options) -> None:
-    """Train the UNet and text encoder further and write the pipeline; `warm` only fills the compiler's cache."""
+    """Continues to train the UNet and text encoder and writes the pipeline; `warm` only fills the compiler's cache."""
     from .unet import Pool, level_embeddings, prepare_pool, save_pipeline, train_unet
     from .vae import load_vae
 
@@ -162,7 +162,7 @@ STAGES: dict[str, Callable[[Options], None]] = {
 
 
 def _taken(options: Options, name: str) -> bool:
-    """Whether a stage's folder exists, taken from `initial` if it lies there."""
+    """Whether a stage's folder exists, after copying it from `initial` if it is there."""
     folder = options.work / name
     if options.initial and not folder.exists() and (options.initial / name).exists():
         shutil.copytree(options.initial / name, folder)
@@ -170,7 +170,7 @@ def _taken(options: Options, name: str) -> bool:
 
 
 def _wearing(options: Options) -> AutoencoderKL | None:
-    """The autoencoder through which the scorers see pictures: that of `initial` while another is trained, if any."""
+    """The autoencoder through which scorers see pictures, if any: that of `initial` while another one is trained."""
     from .vae import load_vae
 
     folder = options.initial_vae or options.work / "vae"
@@ -178,5 +178,5 @@ def _wearing(options: Options) -> AutoencoderKL | None:
 
 
 def _note(options: Options, name: str, values: dict[str, float]) -> None:
-    """Keep a stage's numbers in a file of its own."""
+    """Writes a stage's numbers to its own file."""
     (options.work / f"report-{name}.json").write_text(json.dumps(values, indent=1) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer with a tiny vocabulary: every word of the language is one token, anything else falls to letters."""
+"""A CLIP tokenizer with a tiny vocabulary: every word of the language is one token; other words become letters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `unet`: the UNet and the text encoder together, on latents prepared ahead, over several calls if need be."""
+"""Stage `unet`: trains the UNet and the text encoder on latents computed in advance, in several calls if necessary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pool:
 
 
 class Denoiser(nn.Module):
-    """The two networks that train together."""
+    """The two networks that are trained together."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def train_unet(
         model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(initial / "unet").float().state_dict())
         model.text.load_state_dict(CLIPTextModel.from_pretrained(initial / "text_encoder").float().state_dict())
     model.unet.to(memory_format=torch.channels_last)
-    # Words that no caption of the base has keep their vectors: no decay on the embeddings.
+    # No decay on the embeddings, so that words in no caption of the base keep their vectors.
     optimizer = adamw(model.parameters(), peak, 0.01, device, model.text.get_input_embeddings().weight)
     average = Average(model.parameters(), 0.999)
     samples = 0
@@ -149,7 +149,7 @@ def _checkpoint(
 
 @torch.no_grad()
 def level_embeddings(model: Denoiser, world: World) -> None:
-    """Give tokens that no caption of the base has the mean length of those that do."""
+    """Gives the embeddings of tokens in no caption of the base the mean length of the others."""
     table = model.text.get_input_embeddings().weight
     ids = world.ids
     seen = torch.zeros(len(table), dtype=torch.bool, device=table.device)

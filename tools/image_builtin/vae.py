@@ -23,7 +23,7 @@ def train_vae(
 ) -> None:
     """Train for the clock's minutes, from the weights in `initial` if given; save with the measured `scaling_factor`.
 
-    Not compiled: compiling takes longer than it saves in a few minutes. Small batches, since it is steps that count.
+    Not compiled, because compiling takes longer than it saves in a few minutes. Batches are small, to get more steps.
     """
     device = world.device
     prepare(device)
@@ -69,7 +69,7 @@ def sampled(world: World, generator: torch.Generator, batch: int) -> Tensor:
     which = torch.where(torch.arange(len(COUNTS), device=device) < count.unsqueeze(1), anything, -1)
     background = torch.randint(len(world.objects.phrases), (half,), generator=generator, device=device)
     canvas = scenes.draw_backgrounds(generator, background, world.objects)
-    # Any colour may stand behind a picture: the backgrounds' own are only twelve.
+    # Any colour can be behind a picture, because there are only twelve backgrounds.
     shift = torch.rand(half, 3, 1, 1, generator=generator, device=device) - 0.5
     canvas = torch.where(torch.rand(half, 1, 1, 1, generator=generator, device=device) < 0.3, canvas + shift, canvas)
     drawn = scenes.render(world.everything, scenes.arrange(generator, which), canvas.clamp(0, 1))

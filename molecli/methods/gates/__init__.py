@@ -1,1 +1,1 @@
-"""Methods whose learned gates weigh the LoRAs at every site: `build_gates`."""
+"""Methods whose learned gates weight the LoRAs at every site: `build_gates`."""

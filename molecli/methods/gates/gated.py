@@ -1,7 +1,7 @@
 """Gates that weight the experts by the input (MoLE, Wu et al., ICLR 2024), and their variants.
 
-One `Gate` per site: pool the site's reading over positions, normalise, reduce to one logit per expert, softmax with a
-learnable temperature. Source: Eq. 9-11. Departs: docs/method.md lists each departure and why.
+Each site has one gate: pool the site's reading over positions, normalise, reduce to one logit per expert, softmax with
+a learnable temperature. Source: Eq. 9-11. Departs: docs/method.md lists each departure and why.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from molecli.protocols import Reading, Site, Stream
 
 
 def resolve_pool(pool: str, stream: Stream, *, seq2seq: bool, reads: str = "hidden") -> str:
-    """How positions are pooled at a site of `stream` by a gate that reads `hidden` or `experts`.
+    """How a gate that reads `hidden` or `experts` pools positions at a site: mean, running, prompt or token.
 
-    One of mean, running, prompt or token. `auto` is the prompt, which all positions may know; in a seq2seq decoder the
-    experts' outputs know it only position by position, so there it is the running mean. In a diffusion pipeline, where
-    every position sees every other, it is the mean.
+    `auto` is the prompt, which all positions can see. In a seq2seq decoder the experts' outputs see the prompt only
+    position by position, so there `auto` is the running mean. In a diffusion pipeline, where every position sees every
+    other, it is the mean.
     Raises: UsageError for `mean` on a causal model, whose tokens must not see later ones; for `running` and `prompt` on
-    a pipeline, which reads nothing token by token.
+    a pipeline, which does not read token by token.
     """
     if stream in ("spatial", "text", "time") and pool in ("prompt", "running"):
         raise UsageError(
@@ -40,7 +40,7 @@ def resolve_pool(pool: str, stream: Stream, *, seq2seq: bool, reads: str = "hidd
     if stream in ("spatial", "text", "time"):
         return "mean"
     if stream in ("encoder", "memory"):
-        return "mean"  # every token of an encoder is prompt, and sees every other
+        return "mean"  # every token of an encoder belongs to the prompt and sees every other
     if pool == "auto":
         return "running" if seq2seq and reads == "experts" else "prompt"
     if pool == "mean" and not seq2seq:
@@ -51,7 +51,7 @@ def resolve_pool(pool: str, stream: Stream, *, seq2seq: bool, reads: str = "hidd
 
 
 class StaticGate(nn.Module):
-    """`input: none`: learned weights per site, the same for every input (LoRA Soups, with a softmax)."""
+    """The gate of `input: none`: learned weights per site, the same for every input (LoRA Soups, with a softmax)."""
 
     per_sequence = True
     remembers = False
@@ -69,7 +69,7 @@ class StaticGate(nn.Module):
 
 
 class InputGate(nn.Module):
-    """Weights from the site's input (`hidden`) or from the experts' outputs there (`experts`)."""
+    """A gate that computes weights from the site's input (`hidden`) or from the experts' outputs there (`experts`)."""
 
     constant = False
     mean: Tensor
@@ -83,7 +83,7 @@ class InputGate(nn.Module):
         self.head = head
         self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)), config.learn_temperature)
         self.observed: _Moments | None = None
-        # With moments and temperature in the head, where it can be: what it rests on, its stamp, weight and bias.
+        # The head with moments and temperature folded in, if possible: its sources, their stamp, weight and bias.
         self._folds = config.normalize == "standardize" and isinstance(head, FeatureHead)
         self._fold: tuple[tuple[Tensor, ...], Stamp, Tensor, Tensor] | None = None
         if self.normalize == "standardize":
@@ -103,7 +103,7 @@ class InputGate(nn.Module):
         features = self.features(reading)
         if self.observed is not None:
             self.observed.add(features.detach(), reading.valid if features.dim() == 3 else None)
-            # Uniform whatever the weights: drawn ones are for features that are standardised, as these are not yet.
+            # Uniform whatever the weights: random weights are meant for standardised features, which these are not yet.
             even = torch.zeros_like(self.head.get_parameter("bias")).expand(*features.shape[:-1], -1)
             return gate_values(even, top_k=self.top_k, keep=keep)
         if self._folds and not torch.is_grad_enabled():
@@ -113,9 +113,9 @@ class InputGate(nn.Module):
         return gate_values(logits, self.log_temperature, top_k=self.top_k, keep=keep)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """The head's weight and bias with moments and temperature in them, made anew when one of these changed.
+        """The head's weight and bias with moments and temperature folded in; computed again if one of these changed.
 
-        Six small operations fewer a gate: at small batches an accelerator waits for such.
+        This saves six small operations per gate, for which an accelerator would wait at small batches.
         """
         fold = self._fold
         if fold is None or fold[1] != stamp(fold[0]):
@@ -147,19 +147,19 @@ class InputGate(nn.Module):
 
     def _normalized(self, features: Tensor) -> Tensor:
         if self.normalize == "standardize":
-            # Of norm about 1 whatever the width: Adam moves a logit by lr · Σ|f|, which would else grow with the width.
+            # Norm about 1 whatever the width: Adam moves a logit by lr · Σ|f|, which would otherwise grow with width.
             return (features - self.mean) / self.std / math.sqrt(features.shape[-1])
         if self.normalize == "unit" and not isinstance(self.head, OutputHead):
             return unit(features)
         return features
 
     def observe(self) -> None:
-        """From here on, gather the features' mean and spread until `settle`."""
+        """Starts to collect the features' mean and spread, until `settle`."""
         if self.normalize == "standardize":
             self.observed = _Moments()
 
     def settle(self) -> None:
-        """Standardise with what was observed from now on; both are saved with the gate."""
+        """Standardises with the collected mean and spread from now on; both are saved with the gate."""
         if self.observed is not None:
             mean, std = self.observed.result()
             self.mean.copy_(mean)
@@ -168,7 +168,7 @@ class InputGate(nn.Module):
 
 
 def _mean(reading: Reading, x: Tensor, weight: Tensor | None) -> Tensor:
-    """`mean_pool` of x, over all of it without a `weight`; what it needs of `weight` is computed once a pass."""
+    """`mean_pool` of x, over all positions without a `weight`. Values computed from `weight` are shared in a pass."""
     if weight is None:
         return x.mean(1, dtype=torch.float32)
     key = "span", id(weight), x.dtype
@@ -178,7 +178,7 @@ def _mean(reading: Reading, x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 class _Moments:
-    """Mean and standard deviation over all rows seen, by sums in float64."""
+    """The mean and standard deviation over all rows, from sums in float64."""
 
     def __init__(self) -> None:
         self.count: Tensor | float = 0.0
@@ -195,7 +195,7 @@ class _Moments:
     def result(self) -> tuple[Tensor, Tensor]:
         mean = torch.as_tensor(self.sum / self.count)
         std = torch.as_tensor(self.squares / self.count - mean.square()).clamp_min(0).sqrt()
-        # A feature that never changes tells nothing: the floor keeps its noise from being blown up.
+        # A constant feature carries no information: the floor keeps its rounding noise from being amplified.
         return mean, std.clamp_min(1e-3 * float(std.mean()) + 1e-8)
 
 
@@ -207,9 +207,9 @@ def build_gates(
     seq2seq: bool,
     memory_width: int | None = None,
 ) -> dict[str, nn.Module]:
-    """A fresh gate for each site; `memory_width` is that of the encoder's output.
+    """A new gate for each site; `memory_width` is the width of the encoder's output.
 
-    All are uniform, unless `config.init_std` is the spread of their weights: then torch's global generator draws these.
+    They are uniform. With `config.init_std` their weights are random with that spread (torch's global generator).
     """
     gates = {site.name: _build_gate(config, bank, site, seq2seq, memory_width) for site in sites}
     if config.init_std > 0:
@@ -219,7 +219,7 @@ def build_gates(
 
 
 def _weight_of(gate: nn.Module) -> str:
-    """The parameter that makes a gate's logits: where it is zero, and the bias too, the gate is uniform."""
+    """The parameter that a gate's logits come from: if it and the bias are zero, the gate is uniform."""
     return "logits" if isinstance(gate, StaticGate) else "head.weight"
 
 

@@ -1,7 +1,7 @@
 """Heads: from a gate's features to one logit per expert (MoLE, Eq. 10).
 
-All start at zero, so that a fresh gate is uniform: training starts at Eq. 2. Where `gate.init_std` says otherwise,
-`gated.build_gates` draws their weights.
+All start at zero, so that a new gate is uniform and training starts at Eq. 2. With `gate.init_std`, `gated.build_gates`
+makes their weights random.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FeatureHead(nn.Module):
 
 
 class PerExpertHead(nn.Module):
-    """Each expert's logit from its own projection alone: R weights in all, so the cost does not grow with N²."""
+    """Each expert's logit depends only on its own projection: R weights in total, so the cost does not grow with N²."""
 
     owner: Tensor
 
@@ -55,10 +55,10 @@ class PerExpertHead(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """The paper's: e applied to the concatenation of the experts' outputs, normalised as one vector.
+    """The paper's head: e applied to the concatenation of the experts' outputs, normalised as one vector.
 
-    The outputs [.., N, d] are never built. A logit is linear in them, so e is taken through B first; the squared norm
-    of E_i = B_i u_i is u_iᵀ(B_iᵀB_i)u_i. Factors are padded to the largest rank here only, [N, d, r].
+    The outputs [.., N, d] are never computed. A logit is linear in them, so e is multiplied with B first. The squared
+    norm of E_i = B_i u_i is u_iᵀ(B_iᵀB_i)u_i. Only here are factors padded to the largest rank, [N, d, r].
     """
 
     slot: Tensor
@@ -74,7 +74,7 @@ class OutputHead(nn.Module):
         self.widths = [s.B.shape[0] for s in stacked]
         rows = [[int((s.owner == i).sum()) for s in stacked] for i in range(experts)]
         self.padded_rank = max(sum(row) for row in rows)
-        # slot[i, k]: which rank of the reading is expert i's k-th; the last, appended, is always zero.
+        # slot[i, k]: the rank of the reading that is expert i's k-th. An appended last rank is always zero.
         slot = torch.full((experts, self.padded_rank), len(owner))
         outputs = torch.zeros(experts, sum(self.widths), self.padded_rank)
         self._fill(stacked, slot, outputs)
@@ -104,7 +104,7 @@ class OutputHead(nn.Module):
         """u [..., R] -> logits [..., N]."""
         owned = F.pad(u, (0, 1))[..., self.slot]  # [..., N, r]
         e = self.down if self.down is not None else self.weight
-        through = e @ self.outputs  # [N, readers, r]: what e makes of each expert's ranks
+        through = e @ self.outputs  # [N, readers, r]: e applied to each expert's ranks
         if self.normalize:
             squared = torch.einsum("...nr,nrs,...ns->...n", owned, self.gram, owned).sum(-1)
             owned = owned / squared.clamp_min(1e-12).sqrt()[..., None, None]

@@ -1,7 +1,7 @@
-"""Learned static weights per site, no input. Source: LoRA Soups (Prabhakar et al. 2024, 2410.13025), its CAT.
+"""Learned constant weights per site, without input. Source: LoRA Soups (Prabhakar et al. 2024, 2410.13025), its CAT.
 
-Departs: a softmax with a learnable temperature that starts uniform, as the gates do, where the published code starts at
-random logits (`gate.init_std` is their spread here); one weight per site of any granularity, per layer there.
+Departs: a softmax with a learnable temperature that starts uniform, like the gates. The published code starts with
+random logits; `gate.init_std` is their spread here. Sites can have any granularity here; there they are layers.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Methods that make one LoRA of all, matrix by matrix: `merge`."""
+"""Methods that merge all LoRAs into one, matrix by matrix: `merge`."""

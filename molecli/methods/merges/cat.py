@@ -1,6 +1,6 @@
-"""Concatenation: all ranks side by side, Σ w_i ΔW_i exactly (Eq. 1 of MoLE) as one LoRA of rank Σ r_i.
+"""Concatenation: all factors side by side. This is exactly Σ w_i ΔW_i (Eq. 1 of MoLE), as one LoRA of rank Σ r_i.
 
-Source: PEFT's `cat`. With `rank` the best approximation of that rank, as `svd`.
+Source: PEFT's `cat`. With `rank`, the best approximation of that rank, as in `svd`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,6 @@ from molecli.methods.merges.updates import Result, Updates
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """Exact unless `config.rank` is smaller."""
+    """The concatenated LoRA; exact unless `config.rank` is smaller."""
     A, B = factors.cat(updates.factors, updates.weights)
     return factors.truncated(A, B, config.rank) if config.rank is not None else (A, B, 0.0)

@@ -14,12 +14,12 @@ DENSITY = 0.5
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """Of each update a random share `config.density` stays; `config.seed` says which."""
+    """The sum of the updates, each with a random share `config.density` of its entries, chosen by `config.seed`."""
     return factored(updates.scaled(dropped(updates, config)).sum(0), config.rank or updates.width)
 
 
 def dropped(updates: Updates, config: MethodConfig) -> Tensor:
-    """[N, d_out, d_in], each update after its own drop, whatever others there are."""
+    """[N, d_out, d_in], each update after its drop; the choice does not depend on the other updates."""
     density = config.density or DENSITY
     generators = [torch.Generator().manual_seed(seed) for seed in updates.seeds]
     kept = [drop(update, density, g) for update, g in zip(updates.dense(), generators, strict=True)]

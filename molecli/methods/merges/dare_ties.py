@@ -1,4 +1,4 @@
-"""DARE's drop in place of TIES' trim, then TIES' election and mean. Source: 2311.03099 with 2306.01708."""
+"""DARE's random drop instead of TIES' trim, then TIES' election and mean. Source: 2311.03099 with 2306.01708."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from molecli.methods.merges.updates import Result, Updates
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """Of each update a random share `config.density` stands for election."""
+    """The elected mean of the updates, each with a random share `config.density` of its entries."""
     kept = updates.scaled(dropped(updates, config))
     return factored(elected_mean(kept), config.rank or updates.width)

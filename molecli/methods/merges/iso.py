@@ -1,8 +1,8 @@
-"""Iso-C: the sum of the updates with all its singular values made their mean. Source: Marczak et al. 2025, 2502.04959.
+"""Iso-C: the sum of the updates with all singular values set to their mean. Source: Marczak et al. 2025, 2502.04959.
 
 Σ w_i ΔW_i = U S Vᵀ becomes α · mean(S) · U Vᵀ. α is `scale`.
-Departs: U, S and V are cut to the sum's numerical rank. The paper's full-rank updates have no null space; that of LoRAs
-would be filled with arbitrary directions, and its zeros drawn into the mean.
+Departs: U, S and V are cut to the sum's numerical rank. The paper's full-rank updates have no null space. With LoRAs,
+arbitrary directions of the null space would be added, and its zeros would lower the mean.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from molecli.config import MethodConfig
 from molecli.functional import factors
 from molecli.methods.merges.updates import Result, Updates
 
-NEGLIGIBLE = 1e-6  # singular values up to this share of the largest are rounding
+NEGLIGIBLE = 1e-6  # singular values up to this share of the largest are rounding errors
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """One LoRA alone is changed too: its spectrum is made flat."""
+    """The sum with a flat spectrum. This changes even a single LoRA."""
     A, B = factors.cat(updates.factors, updates.weights)
     U, S, Vt = factors.svd(A, B)
     rank = int((NEGLIGIBLE * S[0] < S).sum())

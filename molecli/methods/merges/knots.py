@@ -1,7 +1,7 @@
 """KnOTS: TIES in the updates' shared left space. Source: Stoica et al. 2024, 2410.19735, and its public code.
 
-[ΔW₁ … ΔW_N] = U S [V₁ᵀ … V_Nᵀ]; trim, election and mean act on the S V_iᵀ, and U takes the result back. λ is `scale`.
-Departs: the trim is by matrix, as in `ties`; every weight counts, where the code applies the first to all.
+[ΔW₁ … ΔW_N] = U S [V₁ᵀ … V_Nᵀ]. Trim, election and mean act on the S V_iᵀ; U maps the result back. λ is `scale`.
+Departs: the trim is by matrix, as in `ties`; each LoRA has its own weight, where the code applies the first to all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NEGLIGIBLE = 1e-5  # singular values up to this share of the largest are dropped
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """Of each S V_iᵀ the share `config.density` stands for election."""
+    """The elected mean of the S V_iᵀ, each trimmed to the share `config.density` of its entries, mapped back by U."""
     U, aligned = shared_space(updates)
     kept = updates.scaled(trim(aligned, config.density or DENSITY))
     A, B = elected_mean(kept).to(updates.factors[0][0].dtype), U.to(updates.factors[0][1].dtype)
@@ -27,9 +27,9 @@ def merge(updates: Updates, config: MethodConfig) -> Result:
 
 
 def shared_space(updates: Updates) -> tuple[Tensor, Tensor]:
-    """U [d_out, k] and the updates in it, S V_iᵀ [N, k, d_in], float64: ΔW_i = U (S V_iᵀ).
+    """U [d_out, k] and the updates in that basis, S V_iᵀ [N, k, d_in], float64: ΔW_i = U (S V_iᵀ).
 
-    From triangular factors: the core is R x R, however wide the matrices.
+    Computed from triangular factors: the SVD is of an R x R matrix, however wide the matrices are.
     """
     q_out, r_out = torch.linalg.qr(torch.cat([B for _, B in updates.factors], dim=1).double())
     inward = [torch.linalg.qr(A.double().T) for A, _ in updates.factors]

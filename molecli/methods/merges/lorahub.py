@@ -1,8 +1,8 @@
 """LoRAHub: one weight for each LoRA, found on a few examples without gradients. Source: Huang et al. 2024, 2307.13269.
 
-A = Σ w_i A_i, B = Σ w_i B_i, as its code does; `on: updates` takes Σ w_i ΔW_i, the paper's Eq. 1 read plainly. The
-search is `training.search_weights`. Departs: every LoRA keeps its own scaling, where the code applies the first one's
-to all.
+A = Σ w_i A_i, B = Σ w_i B_i, as in its code; `on: updates` uses Σ w_i ΔW_i, the literal reading of the paper's Eq. 1.
+The search is in `training.search_weights`. Departs: every LoRA keeps its own scaling, where the code applies the first
+one's to all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from molecli.methods.merges.updates import Result, Updates
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """With weight w alone: w² ΔW by factors, w ΔW by updates."""
+    """The weighted sum. A single LoRA with weight w gives w² ΔW by factors, w ΔW by updates."""
     if config.on == "updates":
         return cat.merge(updates, config)
     weights = updates.vector

@@ -1,4 +1,4 @@
-"""Σ w_i of the updates' largest entries. Source: PEFT's `magnitude_prune`, on ΔW instead of A and B apart."""
+"""The weighted sum of the updates' largest entries. Source: PEFT's `magnitude_prune`, on ΔW instead of A and B."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ DENSITY = 0.2
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """Of each update the share `config.density` stays."""
+    """The sum of the updates, each with the share `config.density` of its largest entries."""
     kept = trim(updates.dense(), config.density or DENSITY)
     return factored(updates.scaled(kept).sum(0), config.rank or updates.width)

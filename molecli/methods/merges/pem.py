@@ -1,7 +1,7 @@
 """PEM: module arithmetic over names, such as `a + b - c`. Source: Zhang et al. 2023, 2306.14870.
 
-A = Σ |λ_i| A_i, B = Σ λ_i B_i: addition, negation (B turned, A kept) and analogy in one formula; `on: updates` takes
-Σ λ_i ΔW_i. λ are the expression's coefficients times the users' weights.
+A = Σ |λ_i| A_i, B = Σ λ_i B_i: addition, negation (of B, not of A) and analogy in one formula; `on: updates` uses
+Σ λ_i ΔW_i. λ are the expression's coefficients times the user's weights.
 Contents: merge, coefficients, usual.
 """
 
@@ -21,7 +21,7 @@ _HOW = "Write sums and differences of LoRAs, such as 'a + b - c' or '0.5 * a + 0
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """The updates' weights are the expression's already."""
+    """The sum by factors or by updates. The updates' weights already contain the expression's coefficients."""
     if config.on == "updates":
         return cat.merge(updates, config)
     weights = updates.vector
@@ -29,17 +29,17 @@ def merge(updates: Updates, config: MethodConfig) -> Result:
 
 
 def coefficients(config: MethodConfig, names: Sequence[str]) -> tuple[float, ...]:
-    """The coefficient of each of `names` in `method.expression`, 0 for one that is not in it.
+    """The coefficient of each of `names` in `method.expression`, 0 for a name that is not in it.
 
-    A name that is no Python name is written in quotes. Raises: UsageError for what is no sum of these names.
+    A name that is not a Python name is written in quotes. Raises: UsageError if it is not a sum of these names.
     """
     expression = config.expression
     if expression is None or not expression.strip():
-        raise UsageError(_WHERE, "mode pem composes by an expression, and none is given", _HOW)
+        raise UsageError(_WHERE, "mode pem needs an expression, and none is given", _HOW)
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
     except SyntaxError:
-        raise UsageError(_WHERE, f"{expression!r} is no sum of names", _HOW) from None
+        raise UsageError(_WHERE, f"{expression!r} is not a sum of names", _HOW) from None
     found = dict.fromkeys(names, 0.0)
     for name, factor in _terms(tree, 1.0, expression):
         if name not in found:
@@ -49,12 +49,12 @@ def coefficients(config: MethodConfig, names: Sequence[str]) -> tuple[float, ...
 
 
 def usual(names: Sequence[str]) -> dict[str, str]:
-    """Options where none are written: all LoRAs, with weights that are equal and add up to 1."""
+    """The default options: the sum of all LoRAs with equal weights that sum to 1."""
     return {"expression": " + ".join(f"{1 / len(names)!r} * {name!r}" for name in names)}
 
 
 def _terms(node: ast.expr, factor: float, expression: str) -> Iterator[tuple[str, float]]:
-    """(name, coefficient) of every term below `node`, itself multiplied by `factor`."""
+    """(name, coefficient) of every term in `node`, multiplied by `factor`."""
     match node:
         case ast.BinOp(left, ast.Add() | ast.Sub() as op, right):
             yield from _terms(left, factor, expression)
@@ -70,4 +70,4 @@ def _terms(node: ast.expr, factor: float, expression: str) -> Iterator[tuple[str
         case ast.Name(id=name) | ast.Constant(str() as name):
             yield name, factor
         case _:
-            raise UsageError(_WHERE, f"{expression!r} is no sum of names", _HOW)
+            raise UsageError(_WHERE, f"{expression!r} is not a sum of names", _HOW)

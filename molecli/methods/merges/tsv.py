@@ -1,8 +1,8 @@
 """TSV-Merge: the updates' singular vectors, made orthogonal to one another. Source: Gargiulo et al. 2025, 2412.00081.
 
-The top ⌊min(d_out, d_in)/N⌋ of each update, side by side: α U⊥ S V⊥ᵀ with X⊥ = P Qᵀ for X = P D Qᵀ. α is `scale`.
-Departs: never more of an update than its rank, and no direction of X that rounding alone gives: either would add
-arbitrary directions.
+The top ⌊min(d_out, d_in)/N⌋ vectors of each update, side by side: α U⊥ S V⊥ᵀ with X⊥ = P Qᵀ for X = P D Qᵀ. α is
+`scale`. Departs: an update gives at most as many vectors as its rank, and directions of X from rounding errors are
+dropped. Otherwise arbitrary directions would be added.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from molecli.config import MethodConfig
 from molecli.functional import factors
 from molecli.methods.merges.updates import Result, Updates
 
-NEGLIGIBLE = 1e-6  # singular values up to this share of the largest are rounding
+NEGLIGIBLE = 1e-6  # singular values up to this share of the largest are rounding errors
 
 
 def merge(updates: Updates, config: MethodConfig) -> Result:
-    """Exact unless `config.rank` is smaller."""
+    """The merged LoRA; exact unless `config.rank` is smaller."""
     most = max(1, updates.width // len(updates.factors))
     parts = [_top(*pair, most) for pair in updates.factors]
     S = torch.cat([weight * s for weight, (_, s, _) in zip(updates.weights, parts, strict=True)])
@@ -30,7 +30,7 @@ def merge(updates: Updates, config: MethodConfig) -> Result:
 
 
 def polar(X: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, on the directions that X has."""
+    """The nearest matrix with orthonormal rows or columns, restricted to the directions in X."""
     P, D, Qt = torch.linalg.svd(X, full_matrices=False)
     kept = NEGLIGIBLE * D[0] < D
     return P[:, kept] @ Qt[kept]

@@ -1,4 +1,4 @@
-"""What a merge is given: the experts' updates at one matrix. A merge returns (A, B, relative error of truncation)."""
+"""The input of a merge: the experts' updates at one matrix. A merge returns (A, B, relative error of truncation)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from molecli.config import MethodConfig
 from molecli.functional.spectral import Spectrum
 
-# A [r, d_in], B [d_out, r], and ‖what was meant − B A‖ / ‖what was meant‖.
+# A [r, d_in], B [d_out, r], and ‖exact update − B A‖ / ‖exact update‖.
 Result = tuple[Tensor, Tensor, float]
 
 
@@ -22,10 +22,10 @@ def _baseless() -> Spectrum:
 
 @dataclass(frozen=True)
 class Updates:
-    """N updates at one matrix as (A [r_i, d_in], B [d_out, r_i]), scalings in B, and the users' weights.
+    """N updates at one matrix as (A [r_i, d_in], B [d_out, r_i]), with scalings in B, and the user's weights.
 
-    A convolution's A comes flattened. seeds: of each expert at this matrix, so that what is random stays with it;
-    spectrum: the base's own matrix by its singular values, which takes long the first time.
+    A convolution's A is flattened. seeds: one per expert at this matrix, so that random choices depend only on the
+    expert. spectrum: the singular value decomposition of the base's matrix, which takes long the first time.
     """
 
     matrix: str
@@ -36,7 +36,7 @@ class Updates:
 
     @property
     def vector(self) -> Tensor:
-        """[N], the weights where the factors are."""
+        """[N], the weights on the factors' device."""
         return _vector(self.weights, self.factors[0][0].device)
 
     @property
@@ -45,7 +45,7 @@ class Updates:
 
     @property
     def width(self) -> int:
-        """min(d_out, d_in), the rank that a merge entry by entry may have."""
+        """min(d_out, d_in), the largest rank that a merge entry by entry can have."""
         A, B = self.factors[0]
         return min(A.shape[1], B.shape[0])
 
@@ -64,7 +64,7 @@ class Updates:
 
 @lru_cache(maxsize=1)
 def _vector(weights: tuple[float, ...], device: torch.device) -> Tensor:
-    """One transfer for all matrices."""
+    """The weights as a tensor, transferred once for all matrices."""
     return torch.tensor(weights, device=device)
 
 

@@ -1,1 +1,1 @@
-"""Methods that act on a denoising step of a UNet: `method`."""
+"""Methods that combine the UNet's outputs in a denoising step: `method`."""

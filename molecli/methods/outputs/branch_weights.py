@@ -1,6 +1,6 @@
-"""What the methods on a UNet's outputs share: the rows of weights of their branches, and their text encoder's.
+"""Shared by the methods on a UNet's outputs: the weights of their branches and of the text encoder.
 
-Tensors in, tensors out. `keep` [N] is 0 for masked experts, None when none is. Axes: see `molecli.experts`; K branches.
+`keep` [N] is 0 for masked experts; None if none is masked. Axes: see `molecli.experts`; K branches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def kept(turns: Sequence[int], keep: Tensor | None) -> list[int]:
 
 
 def one_each(weights: Tensor, experts: Sequence[int]) -> Tensor:
-    """[K, N]: branch k runs expert `experts[k]` alone, with its own weight; the base alone where there is none."""
+    """[K, N]: branch k runs only expert `experts[k]`, with its weight. Without experts, one branch runs the base."""
     rows = weights.new_zeros(max(1, len(experts)), len(weights))
     for row, expert in enumerate(experts):
         rows[row, expert] = weights[expert]
@@ -28,10 +28,10 @@ def one_each(weights: Tensor, experts: Sequence[int]) -> Tensor:
 
 
 def mean_weights(weights: Tensor, keep: Tensor | None) -> Tensor:
-    """[N], w_i over the number of kept experts: one LoRA alone keeps the weight it has.
+    """[N], w_i divided by the number of kept experts, so that a single LoRA keeps its weight.
 
-    Departs: the published code of these methods encodes the prompt with whichever LoRA is active first (Composite: with
-    all), so that the picture depends on their order. A prompt is encoded once; the mean treats all alike.
+    Departs: the published code of these methods encodes the prompt with the LoRA that is active first (Composite: with
+    all), so the picture depends on their order. Here a prompt is encoded once, with the mean, which treats all alike.
     """
     mask = torch.ones_like(weights) if keep is None else (keep != 0).to(weights)
     return weights * mask / mask.sum().clamp_min(1.0)

@@ -1,8 +1,8 @@
-"""Composite: every LoRA alone, their outputs averaged. Source: Multi-LoRA Composition, arXiv 2402.16843.
+"""Composite: each LoRA runs alone, and their outputs are averaged. Source: Multi-LoRA Composition, arXiv 2402.16843.
 
-mean_i u_i + g·mean_i(c_i − u_i): the mean over the experts of both halves, which the pipeline then guides by g; N
-passes.
-Departs: without guidance the published code keeps the last LoRA's output only; this is the mean there too.
+mean_i u_i + g·mean_i(c_i − u_i): the mean over the experts of both halves, to which the pipeline applies the guidance
+scale g; N passes.
+Departs: without guidance the published code keeps only the last LoRA's output; here it is the mean in that case too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def method(
     triggers: Mapping[str, str],
     kinds: Mapping[str, str],
 ) -> OutputMethod:
-    """Composite of all."""
+    """Composite over all experts."""
     return Composite(weights)
 
 
 class Composite:
-    """An `OutputMethod` with a branch for each kept expert: `weights` [N]."""
+    """An `OutputMethod` with a branch for each kept expert. weights: [N]."""
 
     reads_prompt = False
 
@@ -37,14 +37,14 @@ class Composite:
         self.weights = weights
 
     def prepare(self, prompt: str, encode: Callable[[Sequence[str]], Tensor]) -> None:
-        """Nothing: every prompt is composed alike."""
+        """Does nothing: the method does not depend on the prompt."""
 
     def text_weights(self, keep: Tensor | None) -> Tensor:
         """[N], see `mean_weights`."""
         return mean_weights(self.weights, keep)
 
     def branches(self, moment: Moment, keep: Tensor | None) -> Tensor:
-        """[K, N], each kept expert alone with its own weight."""
+        """[K, N], a branch for each kept expert, with its own weight."""
         return one_each(self.weights, kept(range(len(self.weights)), keep))
 
     def combine(self, outputs: Tensor, moment: Moment, keep: Tensor | None) -> Tensor:

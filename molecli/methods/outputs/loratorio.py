@@ -1,11 +1,11 @@
-"""LoRAtorio: where an expert departs from the base, it counts. Source: arXiv 2508.11624, its public page and figures.
+"""LoRAtorio: an expert counts where it differs from the base. Source: arXiv 2508.11624, its public page and figures.
 
 For each patch p of the predicted noise: Ω_ip = cos(c_i, c_0) of conditional outputs, 0 the base; Ω̂ = softmin over the
 experts; c̃ = Σ Ω̂_i c_i and ũ = λ u_0 + (1−λ) Σ Ω̂_i u_i, which the pipeline guides as ũ + g(c̃ − ũ). N + 1 passes.
 
-Our choice, since what is public leaves it open: patches of 4 x 4 latents (32 x 32 pixels), over all channels together;
-temperature 1 in the softmin; a patch's weights hold for all its positions. Its choice of LoRAs from a large pool
-(top-k) is left out: k is not public. With one expert it is that LoRA only for λ = 0.
+The publication does not specify these, and we chose: patches of 4 x 4 latents (32 x 32 pixels), over all channels
+together; temperature 1 in the softmin; the same weights for all positions of a patch. Choosing LoRAs from a large pool
+(top-k) is left out, because k is not public. With one expert, the result equals that LoRA only if λ = 0.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class Loratorio:
         self.weights, self.base_share, self.patch, self.temperature = weights, base_share, patch, temperature
 
     def prepare(self, prompt: str, encode: Callable[[Sequence[str]], Tensor]) -> None:
-        """Nothing: the weights are read off the outputs."""
+        """Does nothing: the weights are computed from the outputs."""
 
     def text_weights(self, keep: Tensor | None) -> Tensor:
         """[N], see `mean_weights`."""
         return mean_weights(self.weights, keep)
 
     def branches(self, moment: Moment, keep: Tensor | None) -> Tensor:
-        """[1 + K, N]: the base, then each kept expert alone with its own weight."""
+        """[1 + K, N]: a branch for the base, then one for each kept expert, with its own weight."""
         experts = one_each(self.weights, kept(range(len(self.weights)), keep))
         return torch.cat([torch.zeros_like(experts[:1]), experts])
 
     def combine(self, outputs: Tensor, moment: Moment, keep: Tensor | None) -> Tensor:
-        """[ũ; c̃] where the rows are guided, else c̃."""
+        """[ũ; c̃] with guidance, otherwise c̃."""
         conditional = outputs.chunk(2, dim=1)[1] if moment.guided else outputs
         shares = self.shares(conditional[0], conditional[1:]).to(outputs.dtype)
         mixed = (shares * conditional[1:]).sum(0)
@@ -75,11 +75,11 @@ class Loratorio:
 def patch_cosine(a: Tensor, b: Tensor, patch: int) -> Tensor:
     """cos of a and b [K, B, C, H, W] over each patch's channels and positions: [K, B, ⌈H/patch⌉, ⌈W/patch⌉].
 
-    The last patches of a row or column are smaller where `patch` does not divide it.
+    The last patches of a row or column are smaller if `patch` does not divide its length.
     """
 
     def sums(products: Tensor) -> Tensor:
-        # Without padding; a cut patch sums what it has.
+        # Without padding: a smaller patch sums only its own positions.
         return F.avg_pool2d(products.sum(2), patch, ceil_mode=True, divisor_override=1)
 
     norms = sums(a * a).sqrt() * sums(b * b).sqrt()

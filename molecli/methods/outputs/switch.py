@@ -1,8 +1,8 @@
 """Switch: one LoRA at a time, taking turns every τ denoising steps. Source: Multi-LoRA Composition, arXiv 2402.16843.
 
-At step t = 1, 2, ... the expert is i(t) = ⌊((t−1) mod Nτ)/τ⌋ + 1 of the kept ones in turn: one pass a step.
-Departs: the published code changes LoRAs one step later (its callback runs after the step), so that the first has τ+1
-steps, and resets every weight to 1; this follows the paper and keeps the weights.
+At step t = 1, 2, ... the kept expert number i(t) = ⌊((t−1) mod Nτ)/τ⌋ + 1 is active: one pass per step.
+Departs: the published code changes LoRAs one step later (its callback runs after the step), so the first has τ+1 steps;
+it also resets every weight to 1. This follows the paper and keeps the weights.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def method(
     triggers: Mapping[str, str],
     kinds: Mapping[str, str],
 ) -> OutputMethod:
-    """Switch in the recipe's order."""
+    """Switch with the recipe's order of LoRAs."""
     return Switch(weights, turns=turns(config.order, names), tau=config.tau)
 
 
 class Switch:
-    """An `OutputMethod` with one branch: `weights` [N], the experts' `turns` (indices), `tau` steps each."""
+    """An `OutputMethod` with one branch. weights: [N]; turns: the experts' indices in order; tau: steps per turn."""
 
     reads_prompt = False
 
@@ -40,7 +40,7 @@ class Switch:
         self.tau = tau
 
     def prepare(self, prompt: str, encode: Callable[[Sequence[str]], Tensor]) -> None:
-        """Nothing: every prompt has the same schedule."""
+        """Does nothing: every prompt has the same schedule."""
 
     def text_weights(self, keep: Tensor | None) -> Tensor:
         """[N], see `mean_weights`."""

@@ -1,4 +1,4 @@
-"""How much of a prompt each LoRA's trigger is, by the base's text encoder: what the prompt-aware methods weigh by.
+"""How much of a prompt is about each LoRA's trigger, by the base's text encoder: the weights of prompt-aware methods.
 
 ē(text) is the mean over all positions of the encoded text, padding included. Source: W-Switch and W-Composite,
 arXiv 2606.03792, and its code.
@@ -18,9 +18,9 @@ Encode = Callable[[Sequence[str]], Tensor]
 
 
 def without(prompt: str, trigger: str) -> str:
-    """P∖trigger: the prompt less every phrase of the trigger, whatever the case, and less the commas left over.
+    """P∖trigger: the prompt without the phrases of the trigger (ignoring case) and without superfluous commas.
 
-    A trigger's phrases stand between commas; each is removed as whole words only ("owl" leaves "bowl" alone).
+    A trigger's phrases are separated by commas. Each is removed only as whole words ("owl" does not change "bowl").
     """
     for phrase in filter(None, (part.strip() for part in trigger.split(","))):
         pattern = r"\s+".join(re.escape(word) for word in phrase.split())
@@ -30,7 +30,7 @@ def without(prompt: str, trigger: str) -> str:
 
 
 def same_words(prompt: str, other: str) -> bool:
-    """Whether two prompts differ in spaces and commas at most."""
+    """Whether two prompts differ only in spaces and commas."""
     return without(prompt, "") == without(other, "")
 
 
@@ -41,7 +41,7 @@ def likeness(prompt: str, texts: Sequence[str], encode: Encode) -> Tensor:
 
 
 def prepared(weights: Tensor | None, mode: str) -> Tensor:
-    """`weights`, if a prompt was looked at. Raises: RunError that says how."""
+    """The weights. Raises: RunError if no prompt was prepared."""
     if weights is None:
         what = "no prompt was given yet, and its weights depend on the prompt"
         raise RunError(f"mode {mode}", what, "Call prepare(prompt) before the pipeline.")

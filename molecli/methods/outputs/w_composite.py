@@ -1,8 +1,8 @@
 """W-Composite: Composite weighted by how much the prompt is about each LoRA. Source: arXiv 2606.03792 and its code.
 
-w_i = cos(ē(trigger_i), ē(P)), normalised; Σ w_i [u_i + g(c_i − u_i)] / Σ w_i: the weighted mean of both halves, which
-the pipeline then guides by g. N passes. Departs: ē is the base's own, where the code encodes with the loaded LoRAs; a
-negative cosine counts as 0, and where none is above 0, which leaves the formula without weights, they are equal.
+w_i = cos(ē(trigger_i), ē(P)), normalised; Σ w_i [u_i + g(c_i − u_i)] / Σ w_i: the weighted mean of both halves, to
+which the pipeline applies guidance. N passes. Departs: ē uses only the base, where the code encodes with the loaded
+LoRAs; a negative cosine counts as 0; if no cosine is positive (no weights in the formula), all weights are equal.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def method(
     triggers: Mapping[str, str],
     kinds: Mapping[str, str],
 ) -> OutputMethod:
-    """W-Composite by the experts' triggers."""
+    """W-Composite with the experts' triggers."""
     return WComposite(weights, words("w_composite", names, triggers))
 
 
 class WComposite:
-    """An `OutputMethod` with a branch for each kept expert: `weights` [N], and a trigger each."""
+    """An `OutputMethod` with a branch for each kept expert. weights: [N]; triggers: one per expert."""
 
     reads_prompt = True
 
@@ -41,7 +41,7 @@ class WComposite:
         self.shares: Tensor | None = None
 
     def prepare(self, prompt: str, encode: Callable[[Sequence[str]], Tensor]) -> None:
-        """Sets `shares` [N], cosines; those of kept experts are normalised when used."""
+        """Sets `shares` [N] to the cosines; those of kept experts are normalised when they are used."""
         self.shares = likeness(prompt, self.triggers, encode)
 
     def text_weights(self, keep: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ class WComposite:
         return mean_weights(self.weights, keep)
 
     def branches(self, moment: Moment, keep: Tensor | None) -> Tensor:
-        """[K, N], each kept expert alone with its own weight."""
+        """[K, N], a branch for each kept expert, with its own weight."""
         return one_each(self.weights, kept(range(len(self.weights)), keep))
 
     def combine(self, outputs: Tensor, moment: Moment, keep: Tensor | None) -> Tensor:

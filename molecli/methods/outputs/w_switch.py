@@ -1,10 +1,10 @@
-"""W-Switch: Switch whose blocks are as long as the prompt needs each LoRA. Source: arXiv 2606.03792 and its code.
+"""W-Switch: Switch with longer turns for LoRAs that matter more to the prompt. Source: arXiv 2606.03792 and its code.
 
-w_i ∝ max(1 − cos(ē(P), ē(P∖trigger_i)), 0.05), what the prompt loses without the trigger; expert i's block is
-b_i = max(1, round(τ w_i / max w)) steps, halves to even; the blocks take turns; the last 5 steps are the character's.
-One pass a step. Departs: ē is the base's own, where the code encodes with whichever LoRA is loaded; a prompt that is
-nothing but the trigger is compared with the empty one, where the code sets 2; the code's callback lags one step and it
-raises where no LoRA is a character's, whereas here nobody's then are the last steps.
+w_i ∝ max(1 − cos(ē(P), ē(P∖trigger_i)), 0.05): how much the prompt changes without the trigger. Expert i's block has
+b_i = max(1, round(τ w_i / max w)) steps, halves to even. The blocks take turns; the last 5 steps are for the character.
+One pass per step. Departs: ē uses only the base, where the code encodes with the LoRA that is loaded; a prompt that
+consists only of the trigger is compared with the empty prompt, where the code sets 2; the code's callback is one step
+late; the code raises if no LoRA is a character, while here the turns then go on to the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def method(
     triggers: Mapping[str, str],
     kinds: Mapping[str, str],
 ) -> OutputMethod:
-    """W-Switch by the experts' triggers; the last steps are for those of kind `character`."""
+    """W-Switch with the experts' triggers; the last steps are for the first LoRA of kind `character`."""
     order = turns(config.order, names)
     characters = [turn for turn in order if kinds.get(names[turn]) == CHARACTER]
     spoken = words("w_switch", names, triggers)
@@ -42,10 +42,10 @@ def method(
 
 
 class WSwitch:
-    """An `OutputMethod` with one branch: `weights` [N], a trigger each, the experts' `turns`, and the `character`.
+    """An `OutputMethod` with one branch. weights: [N]; triggers: one per expert; turns, characters: experts' indices.
 
-    A trigger that is not in a prompt gives its expert the least share, 0.05, and a warning: a prompt may be about some
-    of the LoRAs only.
+    If a trigger is not in a prompt, its expert gets the smallest share, 0.05, and there is a warning: a prompt can be
+    about only some of the LoRAs.
     """
 
     reads_prompt = True
@@ -69,7 +69,7 @@ class WSwitch:
         rests = [without(prompt, trigger) for trigger in self.triggers]
         for trigger, rest in zip(self.triggers, rests, strict=True):
             if same_words(prompt, rest):
-                what = f"w_switch: the prompt {prompt!r} has no {trigger!r}: its LoRA gets the fewest steps"
+                what = f"w_switch: the prompt {prompt!r} lacks the trigger {trigger!r}; its LoRA gets the fewest steps"
                 warnings.warn(what, UserWarning, stacklevel=2)
         lost = (1 - likeness(prompt, rests, encode)).clamp_min(LEAST)
         self.shares = lost / lost.sum()
@@ -79,7 +79,7 @@ class WSwitch:
         return mean_weights(self.weights, keep)
 
     def blocks(self, turns: Sequence[int]) -> list[int]:
-        """Steps of each expert of `turns` before the next one's; equal shares make Switch's. Raises: RunError."""
+        """The number of steps of each expert of `turns`; with equal shares the same as in Switch. Raises: RunError."""
         shares = prepared(self.shares, "w_switch")[list(turns)]
         return torch.round(self.tau * shares / shares.max()).clamp_min(1).int().tolist()
 

@@ -1,1 +1,1 @@
-"""Methods that PEFT hosts and routes by its own code: `peft_config`."""
+"""Methods whose LoRAs PEFT holds and routes with its own code: `peft_config`."""

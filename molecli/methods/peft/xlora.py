@@ -2,31 +2,32 @@
 
     h = the last hidden states of the base alone        p = softmax(f(h) / T)        y = W x + γ Σ p_i ΔW_i x
 
-Source: Buehler and Buehler 2024, 2402.07148, as PEFT's `tuners.xlora` has it, which runs. To know of it:
-- Every call is two passes of the model, the first without the LoRAs; no key-value cache follows that, so each new
-  token of a completion costs two passes over all tokens before it.
+Source: Buehler and Buehler 2024, 2402.07148, in PEFT's implementation `tuners.xlora`, which is used here. Note:
+- Every call is two passes of the model, the first without the LoRAs. A key-value cache cannot be used with that, so
+  each new token of a completion costs two passes over all tokens before it.
 - It reads `hidden_states`, which an encoder-decoder does not return: refused below.
-- f is one linear layer unless `xlora_depth` says more. With `top_k` the values left are not rescaled to sum to 1.
-- p is one for all matrices, or with `layerwise_scalings` one for each. γ is `method.scale`.
-- A new classifier is random: training starts near Σ ΔW_i / N, not at it.
-Departs: the classifier is kept in float32 on a base of bfloat16, in which small steps of a bfloat16 one would be lost.
-LoRAs may be masked, as MoLE's gates: the others' p are rescaled in proportion.
+- f is one linear layer, or more with `xlora_depth`. With `top_k` the remaining values are not rescaled to sum to 1.
+- p is the same for all matrices, or with `layerwise_scalings` one for each matrix. γ is `method.scale`.
+- A new classifier is random: training starts near Σ ΔW_i / N, not exactly there.
+Departs: the classifier stays in float32 on a bfloat16 base, because a bfloat16 one would lose small training steps.
+LoRAs can be masked, like with MoLE's gates: the p of the others are rescaled in proportion.
 """
 
 from __future__ import annotations
 
 from peft import XLoraConfig
 
+from molecli.catalog.methods import DEFAULT
 from molecli.config import MethodConfig
 from molecli.errors import UsageError
 from molecli.experts import ExpertBank
 
 
 def peft_config(config: MethodConfig, bank: ExpertBank, *, width: int, seq2seq: bool) -> XLoraConfig:
-    """PEFT's settings of the classifier; `width` is that of h. Raises: UsageError for a base that has no such h."""
+    """PEFT's settings of the classifier; `width` is that of h. Raises: UsageError for a base without such an h."""
     if seq2seq:
         what = "PEFT's X-LoRA reads the last hidden states of a decoder-only model, and the base is an encoder-decoder"
-        raise UsageError("--mode xlora", what, "Use --mode gated or arrow.")
+        raise UsageError("--mode xlora", what, f"Use --mode {DEFAULT}.")
     if config.top_k is not None and config.top_k > len(bank):
         raise UsageError("method.top_k", f"{config.top_k} is more than the {len(bank)} LoRAs", "Lower it.")
     return XLoraConfig(

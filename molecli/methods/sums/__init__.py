@@ -1,1 +1,1 @@
-"""Methods that add the LoRAs up with weights that never change: `gate`."""
+"""Methods that add the LoRAs with constant weights: `gate`."""

@@ -1,4 +1,4 @@
-"""A constant gate: what every weight-level sum of ΔW amounts to when it is hosted beside the base."""
+"""A constant gate: it gives every sum of ΔW with constant weights, without changing the base's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear arithmetic composition, MoLE Eq. 1: W + Σ w_i ΔW_i, with w_i = 1 unless the user says otherwise."""
+"""Linear arithmetic composition, MoLE Eq. 1: W + Σ w_i ΔW_i, with w_i = 1 by default."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from molecli.methods.sums.fixed_gate import FixedGate
 
 
 def gate(weights: Tensor, only: int | None = None) -> FixedGate:
-    """The user's weights as they are; a masked expert leaves the others unchanged."""
+    """The user's weights as they are; masking an expert does not change the others."""
     return FixedGate(weights, normalized=False)

@@ -1,4 +1,4 @@
-"""One LoRA alone: the own-LoRA row that every composition is compared with."""
+"""One LoRA alone: the reference that every composition is compared with."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from molecli.methods.sums.fixed_gate import FixedGate
 
 
 def gate(weights: Tensor, only: int | None = None) -> FixedGate:
-    """The weight of expert `only`, zero elsewhere; with one expert `only` may be left out."""
+    """A gate with the weight of expert `only`, and zero for the others; with one expert `only` may be left out."""
     if only is None and len(weights) != 1:
-        raise UsageError("--mode single", f"{len(weights)} LoRAs were given", "Say which one with --only NAME.")
+        raise UsageError("--mode single", f"{len(weights)} LoRAs are given", "Name one of them with --only NAME.")
     kept = torch.zeros_like(weights)
     kept[only or 0] = weights[only or 0]
     return FixedGate(kept, normalized=False)

@@ -1,7 +1,7 @@
-"""A vision-language judge of pictures in pairs, each pair shown in both orders (Multi-LoRA Composition, 2402.16843).
+"""A vision-language judge of pairs of pictures, each pair in both orders (Multi-LoRA Composition, 2402.16843).
 
-prompt    elements -> the question                 client    one request, one answer; the key stays inside
-pictures  a file -> what a request carries         pair      both orders of one pair -> a verdict
+prompt    elements -> the question                 client    one request, one answer; keeps the key secret
+pictures  a file -> a data URL for the request     pair      both orders of one pair -> a verdict
 parse     an answer -> scores                      run       many pairs at once
 summary   verdicts -> wins, ties, losses with intervals
 """

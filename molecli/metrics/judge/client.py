@@ -1,7 +1,7 @@
 """One request to an OpenAI-compatible /chat/completions endpoint, and its answer.
 
-The key comes from an environment variable, goes out in one header and nowhere else: whatever the endpoint says is
-searched for it before it leaves this file, no exception carries a request, redirects are not followed.
+The key comes from an environment variable and is sent only in one header: it is removed from all texts of the endpoint
+before they leave this file, no exception has a request, and redirects are not followed.
 Contents: read_key, Completion, NoAnswer, Client.
 """
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 _AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
 _LONGEST_ANSWER = 4_000_000  # bytes
-_SHOWN = 300  # characters of what an endpoint says in an error
-# A shorter "key" is a placeholder for a server that asks for none; striking it out would only garble answers.
+_SHOWN = 300  # characters of an endpoint's error message to show
+# A shorter "key" is a placeholder for a server without keys; removing it would garble answers.
 _SHORTEST_KEY = 8
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model said, and whether it was cut off at its length limit."""
+    """The text of the model, and whether it was cut off at the length limit."""
 
     text: str
     cut_off: bool
 
 
 class NoAnswer(Exception):
-    """A request without an answer: whether another try may help and when, and whether no other request can do better.
+    """A request without an answer: whether and when to try again, and whether all requests would fail (`stops`).
 
-    `remedy` goes with `stops`: what the user can do about it.
+    `remedy` comes with `stops`: what the user can do.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class NoAnswer(Exception):
 
 
 def read_key(config: JudgeConfig) -> SecretStr | None:
-    """The key; None where its variable is not set and the endpoint is a plain http one, as local servers are.
+    """The key; None if its variable is not set and the endpoint is plain http, as for local servers.
 
-    Raises: UsageError for an https endpoint without a key, or for a key that no header can carry.
+    Raises: UsageError for an https endpoint without a key, or a key that a header cannot hold.
     """
     key = os.environ.get(config.key_env, "").strip()
     if not key:
@@ -65,13 +65,13 @@ def read_key(config: JudgeConfig) -> SecretStr | None:
             raise UsageError("judge.key_env", what, f"Put the key for {config.endpoint} into it.")
         return None
     if not all("!" <= character <= "~" for character in key):
-        what = f"the key in {config.key_env} holds blanks or characters outside ASCII"
+        what = f"the key in {config.key_env} has blanks or characters outside ASCII"
         raise UsageError("judge.key_env", what, "Copy it again.")
     return SecretStr(key)
 
 
 class Client:
-    """Sends questions; a context manager, safe to share among threads."""
+    """Sends questions. A context manager; threads may share it."""
 
     def __init__(self, config: JudgeConfig, key: SecretStr | None) -> None:
         self._config, self._key = config, key
@@ -114,13 +114,13 @@ class Client:
             failure = NoAnswer(reason, stops=True, remedy="Check judge.endpoint and that its server runs.")
         except httpx2.HTTPError as error:
             failure = NoAnswer(f"the connection broke ({self._clean(str(error)) or type(error).__name__})")
-        raise failure  # out here, where httpx2's error, which holds the request, is no part of it
+        raise failure  # outside the except block, so that httpx2's error with the request is not attached
 
     def _read(self, response: httpx2.Response, end: float) -> bytes:
         body = b""
         for part in response.iter_bytes():
             body += part
-            if time.monotonic() > end:  # httpx2's own limit is for each part
+            if time.monotonic() > end:  # httpx2's limit is per part
                 raise self._late()
             if len(body) > _LONGEST_ANSWER:
                 raise NoAnswer(f"the answer is longer than {_LONGEST_ANSWER} bytes", again=False)
@@ -151,24 +151,24 @@ class Client:
             said = message.get("content") or message.get("refusal") or ""
             finish = choice.get("finish_reason")
         except (LookupError, TypeError, AttributeError):
-            raise NoAnswer(f"this is no chat completion ({self._said(document, body)})") from None
+            raise NoAnswer(f"this is not a chat completion ({self._said(document, body)})") from None
         if isinstance(said, list):  # some servers answer in parts, as questions are asked
             said = "".join(str(part.get("text", "")) for part in said if isinstance(part, Mapping))
         return Completion(self._clean(str(said)), finish == "length")
 
     def _said(self, document: Any, body: bytes) -> str:
-        """What the endpoint says in an error, in one short line."""
+        """The error message of the endpoint, in one short line."""
         found = document
         for key in ("error", "message", "detail"):
             if isinstance(found, Mapping) and key in found:
                 found = found[key]
         text = found if isinstance(found, str) else body.decode("utf-8", errors="replace")
-        # Struck out before it is cut: half a key is a secret too.
+        # The key is removed before the text is cut: half a key is a secret too.
         line = " ".join(self._clean(text).split())
         return line if len(line) <= _SHOWN else line[:_SHOWN].rstrip() + "..."
 
     def _clean(self, text: str) -> str:
-        """`text` without the key, and such that a file can hold it: JSON may carry half a character."""
+        """`text` without the key and without unpaired surrogates, which JSON may have and files cannot."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         key = self._key.get_secret_value() if self._key is not None else ""
         return text.replace(key, "***") if len(key) >= _SHORTEST_KEY else text
@@ -182,7 +182,7 @@ def _document(body: bytes) -> Any:
 
 
 def _retry_after_s(headers: httpx2.Headers) -> float:
-    """Seconds to wait by the Retry-After header, a number or a date; 0 without one."""
+    """Seconds to wait according to the Retry-After header, a number or a date; 0 without one."""
     text = headers.get("retry-after", "")
     try:
         return max(0.0, float(text))

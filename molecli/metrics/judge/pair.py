@@ -1,8 +1,8 @@
 """One pair of pictures, judged in both orders.
 
-Judges favour a position (Multi-LoRA Composition, limitations), so each pair is shown twice, once in either order, and a
-picture's scores are the means of the two: what a position adds, both pictures get. A picture wins on a dimension if its
-mean is strictly higher. Swapping the pictures of a pair swaps its result and changes no number.
+Judges favour a position (Multi-LoRA Composition, limitations). Therefore each pair is shown in both orders, and the
+scores of a picture are the means of the two: both pictures get the same bonus. A picture wins on a dimension if its
+mean is strictly higher. Swapping the pictures of a pair swaps the result and changes no number.
 Contents: Pair, Reply, Judgement, Failure, judge_pair, fingerprint.
 """
 
@@ -31,9 +31,9 @@ Cause = Literal["picture", "answer", "endpoint"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures of the same elements: `picture` by `method`, `other` by `baseline`; None where none was drawn.
+    """Two pictures of the same elements: `picture` by `method`, `other` by `baseline`; None if none was drawn.
 
-    `task` is the row of the results that the pair counts in, `case` tells it from the task's other pairs.
+    `task` is the row of the results, `case` distinguishes the pairs of a task.
     """
 
     task: str
@@ -46,13 +46,13 @@ class Pair:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What tells this pair from every other of a run."""
+        """A unique key of this pair in a run."""
         return self.task, self.case, self.method, self.baseline
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A readable answer, the scores in it by image as it was shown, and how many requests it took."""
+    """A readable answer, its scores by image in the shown order, and the number of requests."""
 
     text: str
     scores: tuple[Scores, Scores]
@@ -61,7 +61,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A pair's two replies: to (picture, other) and to (other, picture). `fingerprint` is of all that was asked."""
+    """The two replies for a pair: to (picture, other) and to (other, picture). `fingerprint` covers the requests."""
 
     pair: Pair
     fingerprint: str
@@ -69,24 +69,24 @@ class Judgement:
 
     @property
     def picture(self) -> Scores:
-        """The picture's scores, means over the two orders."""
+        """The scores of the picture, means over the two orders."""
         return _mean(self.replies[0].scores[0], self.replies[1].scores[1])
 
     @property
     def other(self) -> Scores:
-        """The other picture's scores, means over the two orders."""
+        """The scores of the other picture, means over the two orders."""
         return _mean(self.replies[0].scores[1], self.replies[1].scores[0])
 
     def outcome(self, dimension: Dimension) -> Outcome:
         """Whether the picture wins over the other."""
-        # Scores lie on a grid of 0.5, their means on one of 0.25: both are exact in floating point.
+        # Scores are multiples of 0.5, their means of 0.25: both are exact in floating point.
         mine, theirs = self.picture.on(dimension), self.other.on(dimension)
         return "win" if mine > theirs else "loss" if mine < theirs else "tie"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A pair without scores: why, whose fault it is, and what the judge said all the same."""
+    """A pair without scores: the reason, its cause, and the answers of the judge."""
 
     pair: Pair
     cause: Cause
@@ -98,7 +98,7 @@ Verdict = Judgement | Failure
 
 
 class _Unjudged(Exception):
-    """One order of a pair that no try could settle."""
+    """One order of a pair for which all tries failed."""
 
     def __init__(self, cause: Cause, reason: str, answers: list[str]) -> None:
         super().__init__(reason)
@@ -113,10 +113,10 @@ def judge_pair(
     pause: Callable[[float], None],
     earlier: Judgement | None = None,
 ) -> Verdict:
-    """The verdict on one pair; `earlier` if it is about the same pictures and the same question.
+    """The verdict on one pair; `earlier` is reused if it is about the same pictures and question.
 
     `pause(seconds)` waits between tries.
-    Raises: RunError when no other pair can fare better: no connection, a refused key, an unknown model.
+    Raises: RunError if all pairs would fail: no connection, a refused key, an unknown model.
     """
     if pair.picture is None or pair.other is None:
         missing = pair.method if pair.picture is None else pair.baseline
@@ -140,7 +140,7 @@ def judge_pair(
 
 
 def fingerprint(config: JudgeConfig, text: str, shown: tuple[str, str]) -> str:
-    """A hash of all that an answer depends on: endpoint, model, options, question, pixels and their places."""
+    """A hash of everything that an answer depends on: endpoint, model, options, question, pixels and their order."""
     options = json.dumps(config.options, sort_keys=True, default=str)
     whole = hashlib.sha256()
     for part in (config.endpoint, config.model, options, text, *shown):
@@ -151,7 +151,7 @@ def fingerprint(config: JudgeConfig, text: str, shown: tuple[str, str]) -> str:
 def _ask(
     client: Client, config: JudgeConfig, text: str, shown: tuple[str, str], pause: Callable[[float], None]
 ) -> Reply:
-    """The first readable reply within 1 + retries requests; a growing pause before each further one."""
+    """The first readable reply in 1 + retries requests, with a growing pause before each further one."""
     answers: list[str] = []
     asked, wait_s = text, 0.0
     for number in range(1, config.retries + 2):

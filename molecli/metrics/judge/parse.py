@@ -1,12 +1,12 @@
-"""Scores out of a judge's answer.
+"""Reads the scores in a judge's answer.
 
-A score line is `Image k: Composition Quality: x/10, Image Quality: y/10`. Read whatever the marks of bold, lists and
-headings, and wherever the lines break. The decisions:
+A score line is `Image k: Composition Quality: x/10, Image Quality: y/10`, with any marks of bold, lists and headings,
+and any line breaks. The rules:
 
-- Scores off the grid of 0.5 are moved to the nearest point on it (halfway: up); outside 0 to 10 they are no scores.
-- An image that has several score lines: the last counts, as answers begin with drafts and end with the result. But the
-  last two score lines must be about image 1 and image 2, or else what was meant cannot be told. A line repeated
-  unchanged is one line.
+- Scores are rounded to multiples of 0.5 (halves up); scores outside 0 to 10 are refused.
+- Of several score lines for an image the last counts: answers begin with drafts and end with the result. But the last
+  two score lines must be about image 1 and image 2, otherwise the answer is ambiguous. A line that repeats the one
+  before is ignored.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _SCORE = (
     r"(-?\d{1,9}(?:[.,]\d{1,9})?)\s*(?:/|out\s+of)\s*10(?:\.0+)?(?![.,]?\d)"
 )
 _LINE = re.compile(
-    # Not "better than image 2. Composition quality: ..." in an explanation of image 1.
+    # Must not match "better than image 2. Composition quality: ..." in an explanation of image 1.
     r"(?:(?<=\bfor )|(?<![a-z] ))\bimage\s*(\d{1,3})[\s:：.)\-–—]*"
     rf"composition\s+quality{_SCORE}"
     rf"(?:(?!\bimage\s*\d|composition\s+quality).){{0,1000}}?\bimage\s+quality{_SCORE}",
     re.IGNORECASE | re.DOTALL,
 )
-# How a model opens an answer that it does not give.
+# The beginnings of refusals.
 _REFUSAL = re.compile(
     r"\b(?:can(?:no|['’])t|can not|unable to|won['’]t|not able to)\s+(?:\w+\s+){0,3}?"
     r"(?:help|assist|evaluate|compare|rate|provide|comply|identify|analy[sz]e|do\s+that|view|see)",
@@ -49,13 +49,13 @@ class UnreadableAnswer(Exception):
 
 @dataclass(frozen=True)
 class Scores:
-    """The two marks of one picture, 0 to 10."""
+    """The two scores of one picture, 0 to 10."""
 
     composition: float
     image: float
 
     def on(self, dimension: Dimension) -> float:
-        """The mark for `dimension`."""
+        """The score for `dimension`."""
         return self.composition if dimension == "composition" else self.image
 
 
@@ -74,9 +74,9 @@ def parse_scores(text: str) -> tuple[Scores, Scores]:
 
 
 def _rows(text: str) -> list[tuple[int, Scores]]:
-    """(image, its scores) line by line, a line that only repeats the one before left out."""
+    """(image, its scores) line by line, without lines that only repeat the one before."""
     rows: list[tuple[int, Scores]] = []
-    # Runs of blanks become one, or a model that ends in thousands of line breaks takes the pattern ages.
+    # Blanks are collapsed: on thousands of line breaks at the end the pattern would be very slow.
     plain = _BLANKS.sub(lambda run: "\n" if "\n" in run[0] else " ", _MARKS.sub("", text))
     for match in _LINE.finditer(plain):
         number = int(match[1])

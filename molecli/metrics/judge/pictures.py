@@ -1,4 +1,4 @@
-"""Pictures as a request carries them."""
+"""Pictures as data URLs for a request."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL import Image
 
 
 class UnreadablePicture(Exception):
-    """A picture that cannot be shown to a judge; the message says which and why."""
+    """A picture that cannot be shown to a judge; the message names it and the reason."""
 
 
 def data_url(path: Path) -> str:
     """The picture at `path` as a PNG data URL, transparency on white.
 
-    Only pixels go out: the metadata of a file written by `mole sample` names the method, which a judge must not know.
+    Only pixels are sent: the metadata of a file from `mole sample` names the method, which a judge must not know.
     Raises: UnreadablePicture.
     """
     try:
@@ -24,16 +24,16 @@ def data_url(path: Path) -> str:
             picture.load()
             pixels = _opaque(picture)
     except FileNotFoundError:
-        raise UnreadablePicture(f"{path} is not there") from None
+        raise UnreadablePicture(f"{path} does not exist") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise UnreadablePicture(f"{path} is no readable picture") from None
+        raise UnreadablePicture(f"{path} is not a readable picture") from None
     stream = io.BytesIO()
     pixels.save(stream, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
 def _opaque(picture: Image.Image) -> Image.Image:
-    """A new RGB picture that has nothing but pixels."""
+    """A new RGB picture without metadata."""
     rgba = picture.convert("RGBA")
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba.getchannel("A"))

@@ -1,7 +1,7 @@
-"""What the judge is asked.
+"""The question for the judge.
 
-Source: Multi-LoRA Composition (arXiv 2402.16843), section 4 and appendix: the criteria and the deductions are the
-paper's, the wording is not.
+Source: Multi-LoRA Composition (arXiv 2402.16843), section 4 and appendix: the criteria and the deductions are from the
+paper, the wording is not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from molecli.protocols import Element
 
-VERSION = "1"  # raise it when a change of wording can change scores
+VERSION = "1"  # raise it if a change of the wording can change scores
 
 _OPENING = """\
 You will see two pictures, image 1 and image 2, drawn by two different systems. Both systems had to bring all of these \
@@ -43,13 +43,13 @@ _AGAIN = "An earlier answer to this could not be used: {reason}. Do not leave ou
 
 
 def question(elements: Sequence[Element]) -> str:
-    """The text that goes with two pictures."""
+    """The text of a request with two pictures."""
     lines = "\n".join(f"{i}. {_described(element)}" for i, element in enumerate(elements, start=1))
     return f"{_OPENING}\n{lines}\n\n{_RULES}"
 
 
 def once_more(text: str, reason: str) -> str:
-    """The question `text` again, after an answer that was no use for `reason`."""
+    """The question `text` again, after an answer that was unusable for `reason`."""
     return f"{text}\n\n{_AGAIN.format(reason=reason)}"
 
 

@@ -1,4 +1,4 @@
-"""Many pairs at once: a small pool of threads, verdicts in the order of the pairs."""
+"""Judges many pairs with a small pool of threads; verdicts are in the order of the pairs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from molecli.metrics.judge.pair import Failure, Judgement, Pair, Verdict, judge_
 if TYPE_CHECKING:
     from molecli.config.judge import JudgeConfig
 
-# So many pairs in a row that the endpoint left unanswered, each after all its tries, and it counts as down: hundreds of
-# pairs would otherwise be tried one by one for hours.
+# After this many pairs in a row without an answer, each after all tries, the endpoint counts as down: otherwise
+# hundreds of pairs would be tried for hours.
 DOWN_AFTER = 5
 
 
 class _Stopped(Exception):
-    """The run ends: nobody waits for this pair any more."""
+    """The run has ended; this pair is no longer needed."""
 
 
 def judge_pairs(
@@ -34,10 +34,10 @@ def judge_pairs(
 ) -> list[Verdict]:
     """The verdicts, in the order of `pairs`.
 
-    A pair that fails becomes a `Failure` and the others go on. `finished` is told each verdict as it comes, in this
-    thread, so that whatever ends the run loses none; `earlier` verdicts are taken over where nothing has changed.
-    An interrupt waits for the requests under way, at most `timeout_s`.
-    Raises: UsageError without the key; RunError when the endpoint is down or no pair at all could be judged.
+    A pair that fails becomes a `Failure`, and the others continue. `finished` is called with each verdict at once, in
+    this thread, so that none is lost if the run ends early; `earlier` verdicts are reused if nothing has changed.
+    An interrupt waits for the running requests, at most `timeout_s`.
+    Raises: UsageError without the key; RunError if the endpoint is down or no pair could be judged.
     """
     key, stop = read_key(config), threading.Event()
 
@@ -50,7 +50,7 @@ def judge_pairs(
         try:
             return judge_pair(pair, client, config, pause=pause, earlier=(earlier or {}).get(pair.key))
         except RunError:
-            stop.set()  # here, so that no thread begins another pair
+            stop.set()  # here, so that no thread starts another pair
             raise
 
     verdicts: dict[int, Verdict] = {}
@@ -60,7 +60,7 @@ def judge_pairs(
         try:
             for future in as_completed(waiting):
                 if isinstance(future.exception(), _Stopped):
-                    continue  # the error that stopped it is on its way
+                    continue  # the error that stopped it follows
                 verdict = verdicts[waiting[future]] = future.result()
                 finished(verdict)
                 progress(len(verdicts), len(pairs))
@@ -79,14 +79,14 @@ def judge_pairs(
 
 
 def _unanswered(verdict: Verdict, before: int) -> int:
-    """How many verdicts in a row the endpoint failed; pictures that were not there say nothing about it."""
+    """The number of verdicts in a row without an answer; missing pictures do not count."""
     if isinstance(verdict, Judgement):
         return 0
     return {"endpoint": before + 1, "answer": 0, "picture": before}[verdict.cause]
 
 
 def _late(waiting: Mapping[Future[Verdict], int], seen: Mapping[int, Verdict]) -> list[Verdict]:
-    """The verdicts that came in while the run was ending."""
+    """The verdicts that arrived while the run was ending."""
     done = [future for future, i in waiting.items() if i not in seen and not future.cancelled()]
     return [future.result() for future in done if future.exception() is None]
 

@@ -1,4 +1,4 @@
-"""How often a method wins over the baseline, by dimension, with bootstrap intervals."""
+"""Win rates of methods against the baseline, by dimension, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from molecli.metrics.judge.parse import DIMENSIONS, Dimension
 
 
 @dataclass(frozen=True)
-class Contest:
+class Matchup:
     """One method against the baseline on one dimension.
 
-    wins, ties, losses: numbers of pairs; win, loss: their rates in [0, 1]; score, baseline_score: mean marks, 0 to 10;
-    difference: of the marks. Rates and marks are means over tasks of equal weight, over the pairs of each task that
-    were judged; intervals come from resampling pairs within tasks, and are None without samples.
+    wins, ties, losses: numbers of pairs; win, loss: their rates in [0, 1]; score, baseline_score: mean scores, 0 to 10;
+    difference: of the scores. Rates and scores are means over the judged pairs of each task, and then over tasks with
+    equal weight. Intervals come from resampling pairs within tasks, and are None without samples.
     """
 
     method: str
@@ -47,8 +47,8 @@ class Contest:
         return text + (f"; {self.failed} pairs failed" if self.failed else "")
 
 
-def contests(verdicts: Sequence[Verdict], *, samples: int = 1000, seed: int = 0) -> list[Contest]:
-    """A contest for every method and dimension; a method none of whose pairs was judged has none."""
+def matchups(verdicts: Sequence[Verdict], *, samples: int = 1000, seed: int = 0) -> list[Matchup]:
+    """A contest for each method and dimension; methods without judged pairs have none."""
     rows = []
     for method, baseline in dict.fromkeys((v.pair.method, v.pair.baseline) for v in verdicts):
         mine = [v for v in verdicts if (v.pair.method, v.pair.baseline) == (method, baseline)]
@@ -58,7 +58,7 @@ def contests(verdicts: Sequence[Verdict], *, samples: int = 1000, seed: int = 0)
     return rows
 
 
-def _contest(judged: Sequence[Judgement], dimension: Dimension, failed: int, samples: int, seed: int) -> Contest:
+def _contest(judged: Sequence[Judgement], dimension: Dimension, failed: int, samples: int, seed: int) -> Matchup:
     outcomes = [judgement.outcome(dimension) for judgement in judged]
     marks = [(v.picture.on(dimension), v.other.on(dimension)) for v in judged]
 
@@ -73,11 +73,11 @@ def _contest(judged: Sequence[Judgement], dimension: Dimension, failed: int, sam
         return by_task([float(outcome == wanted) for outcome in outcomes])
 
     def interval(tasks: Sequence[Tensor]) -> Interval | None:
-        # One seed for all: another method in the run leaves these intervals as they are.
+        # One seed for all: other methods in the run do not change these intervals.
         return bootstrap(tasks, generator=torch.Generator().manual_seed(seed), samples=samples) if samples else None
 
     differences = by_task([mine - theirs for mine, theirs in marks])
-    return Contest(
+    return Matchup(
         method=judged[0].pair.method,
         baseline=judged[0].pair.baseline,
         dimension=dimension,

@@ -87,7 +87,7 @@ def test_a_key_that_no_header_can_carry_is_refused_unseen(
     monkeypatch.setenv("MOLE_TEST_KEY", key)
     with pytest.raises(UsageError) as caught:
         read_key(settings("http://127.0.0.1"))
-    message = "judge.key_env: the key in MOLE_TEST_KEY holds blanks or characters outside ASCII. Copy it again."
+    message = "judge.key_env: the key in MOLE_TEST_KEY has blanks or characters outside ASCII. Copy it again."
     assert str(caught.value) == message
 
 
@@ -161,7 +161,7 @@ def test_a_redirect_is_not_followed(settings: Settings) -> None:
 )
 def test_a_body_that_is_no_completion(body: object, said: str, settings: Settings) -> None:
     failure = answering(settings, Answer(body))
-    assert (failure.reason, failure.again) == (f"this is no chat completion ({said})", True)
+    assert (failure.reason, failure.again) == (f"this is not a chat completion ({said})", True)
 
 
 @pytest.mark.parametrize(

@@ -204,9 +204,9 @@ def test_pictures_that_are_not_there_cost_no_request(settings: Settings, make_pa
         assert isinstance(undrawn, Failure)
         assert undrawn.reason == "merge drew no picture"
         pair.other.write_bytes(b"")
-        assert judged(pair, config) == Failure(pair, "picture", f"{pair.other} is no readable picture")
+        assert judged(pair, config) == Failure(pair, "picture", f"{pair.other} is not a readable picture")
         pair.other.unlink()
-        assert judged(pair, config) == Failure(pair, "picture", f"{pair.other} is not there")
+        assert judged(pair, config) == Failure(pair, "picture", f"{pair.other} does not exist")
     assert standin.asked == []
 
 

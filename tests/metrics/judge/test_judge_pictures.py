@@ -44,7 +44,7 @@ def test_every_kind_of_picture_goes_out_as_rgb(mode: str, tmp_path: Path) -> Non
 def test_a_picture_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnreadablePicture) as caught:
         data_url(tmp_path / "a.png")
-    assert str(caught.value) == f"{tmp_path / 'a.png'} is not there"
+    assert str(caught.value) == f"{tmp_path / 'a.png'} does not exist"
 
 
 @pytest.mark.parametrize("cut", [0, 30, 45])
@@ -53,4 +53,4 @@ def test_a_picture_that_is_damaged(cut: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UnreadablePicture) as caught:
         data_url(path)
-    assert str(caught.value) == f"{path} is no readable picture"
+    assert str(caught.value) == f"{path} is not a readable picture"
