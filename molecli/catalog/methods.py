@@ -162,7 +162,7 @@ METHODS: Table[Method] = Table(
             shown=("texts", "pictures"),
         ),
         Method("cat", "merges", False, "PEFT", "the sum as one LoRA with all ranks concatenated"),
-        Method("svd", "merges", False, "PEFT; Eckart-Young", "the sum as one LoRA of a given rank"),
+        Method("svd", "merges", False, "PEFT; Eckart-Young", "the sum as one LoRA of a given rank, by default the largest rank of the LoRAs"),
         Method("magnitude_prune", "merges", False, "PEFT", "the sum of the updates' largest entries", ("density",)),
         Method(
             "ties",
@@ -212,7 +212,7 @@ METHODS: Table[Method] = Table(
             "peft",
             False,
             "Arrow, 2405.11157",
-            "PEFT's: each token goes to the LoRAs whose first singular vectors are closest to it",
+            "PEFT's: each token goes to the LoRAs (by default 3) whose first singular vectors are closest to it",
             ("top_k", "temperature", "seed"),
         ),
         Method(

@@ -68,7 +68,9 @@ class ImageConfig(Section):
     width: Side | None = Field(default=None, ge=8, description="images: width in pixels; by default the base's own")
     height: Side | None = Field(default=None, ge=8, description="images: height in pixels; by default the base's own")
     branches_at_once: int | None = Field(
-        default=None, ge=1, description="composite, w_composite, loratorio: LoRAs per UNet call; fewer need less memory"
+        default=None,
+        ge=1,
+        description="images: LoRAs per UNet call in modes that call it for each LoRA; fewer need less memory",
     )
     replay: bool = Field(
         default=True, description="on CUDA, record a UNet call and replay it: faster, but needs more memory"

@@ -47,7 +47,7 @@ class _Settings(Section):
         default=None,
         description="the part of the depth in which the LoRAs act, in percent, such as 0-20; by default all of it",
     )
-    tau: int = Field(default=5, ge=1, description="denoising steps of a LoRA's turn; in w_switch, of the longest turn")
+    tau: int = Field(default=5, ge=1, description="denoising steps of a LoRA's turn, or of the longest turn")
     order: Annotated[tuple[str, ...], BeforeValidator(as_names)] = Field(
         default=(), description="order of the LoRAs' turns; by default the order of the LoRAs"
     )
@@ -55,15 +55,15 @@ class _Settings(Section):
     rank: int | None = Field(
         default=None,
         ge=1,
-        description="rank of the result; by default nothing is truncated; in svd, the largest rank of the LoRAs",
+        description="rank of the result; by default nothing is truncated, unless the method itself truncates",
     )
     density: float | None = Field(
         default=None,
         gt=0.0,
         le=1.0,
-        description="fraction of an update's entries to keep; by default 0.2, and 0.5 in dare and dare_ties",
+        description="fraction of an update's entries to keep; by default 0.2, or 0.5 if they are dropped at random",
     )
-    seed: int = Field(default=0, ge=0, description="seed of the dropped entries, or of arrow's power iterations")
+    seed: int = Field(default=0, ge=0, description="seed of what the method draws at random")
     expression: str | None = Field(
         default=None, description="sum or difference of LoRAs, such as 'a + b - c' or '0.5 * a + 0.5 * b'"
     )
@@ -72,7 +72,7 @@ class _Settings(Section):
     bound: float = Field(default=1.5, gt=0.0, allow_inf_nan=False, description="largest absolute weight")
     l1: float = Field(default=0.05, ge=0.0, allow_inf_nan=False, description="weight of the penalty on mean |weight|")
     top_k: int | None = Field(
-        default=None, ge=1, description="number of LoRAs for each token; by default all, and 3 in arrow"
+        default=None, ge=1, description="number of LoRAs for each token; by default that of the method"
     )
     temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False, description="temperature of the softmax")
     xlora_depth: int = Field(default=1, ge=1, description="number of layers of the classifier")

@@ -59,13 +59,13 @@ class JudgeReport:
             "baseline": self.config.baseline,
             "prompt_version": VERSION,
             "pairs": len(self.verdicts),
-            "matchups": [asdict(contest) for contest in self.matchups],
+            "contests": [asdict(matchup) for matchup in self.matchups],
             "failed": [{**_names(f.pair), "cause": f.cause, "reason": f.reason} for f in failures],
         }
 
     def lines(self) -> list[str]:
-        """The matchups, one a line, for a terminal."""
-        return [str(contest) for contest in self.matchups]
+        """The matchups, one per line, for a terminal."""
+        return [str(matchup) for matchup in self.matchups]
 
 
 def check_judge(config: JudgeConfig, methods: Sequence[str]) -> None:

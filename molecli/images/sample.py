@@ -266,6 +266,6 @@ def _one_mode(recipe: SampleRecipe, loras: Sequence[LoraLike]) -> tuple[Any, ...
         return (BASE,)
     if len(loras) > 1 and len(recipe.only) != 1:
         what = f"there are {len(loras)} LoRAs, and nothing says how to combine them"
-        remedy = "Write for example --modes linear,switch, name a composition, or choose one LoRA with --only."
+        remedy = f"Write for example --modes {SUM}, name a composition, or choose one LoRA with --only."
         raise UsageError("--loras", what, remedy)
     return (ALONE,)

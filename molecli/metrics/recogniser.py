@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from molecli.errors import UsageError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-REMEDY = "name a folder with config.json and model.safetensors, as in molecli/builtin/recogniser"
+REMEDY = "Name a folder with config.json and model.safetensors, such as molecli/builtin/recogniser."
 
 
 class _Block(nn.Module):

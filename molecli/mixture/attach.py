@@ -27,7 +27,7 @@ from molecli.mixture.build import build_mixture
 from molecli.mixture.layout import adaptable_matrices, host_of
 from molecli.mixture.mixture import Mixture
 
-Loras = Mapping[str, str] | Iterable[str]
+Loras = Mapping[str, str | Path] | Iterable[str]
 
 
 def attach(
@@ -51,11 +51,16 @@ def attach(
         with attach(pipe, loras={"a": "loras/a", "b": "loras/b"}, mode="nla"):
             pipe("a photo of ...")
 
-    Modes that weigh LoRAs by the prompt (w_switch, w_composite) need the words that call each: `triggers` by name, else
-    those of concept.json beside the LoRA; and `mixture.prepare(prompt)` before the pipeline is called.
-    `loras` maps names to folders, files or hub ids (or lists `name=PATH@WEIGHT`); a composition remembers its own.
-    With a composition its gates or weights are loaded and checked against base and LoRAs; without, `mode` says how
-    to compose (default linear). Raises: UsageError, MismatchError.
+    loras: names to folders, files or hub ids; or a list of `name=PATH@WEIGHT`. A composition remembers its own.
+    composition: the folder or file that `mole compose` wrote. It brings mode, weights and gates, which are checked
+        against base and LoRAs.
+    mode: how to compose without one; linear, the plain sum, by default. Gates made so are untrained and even.
+    weights: the LoRAs' coefficients by name, 1 by default; they override `@WEIGHT`.
+    only: the LoRA of mode `single`. gate: settings of a mode with gates. method: settings of the other modes.
+    triggers: words that call each LoRA, by name, for modes that read the prompt; by default those of concept.json
+        beside the LoRA. These modes also need `mixture.prepare(prompt)` before the pipeline is called.
+    allow_partial: take a LoRA although some of its matrices are not in the model.
+    Raises: UsageError, MismatchError.
     """
     model = host_of(model)
     if composition is not None:

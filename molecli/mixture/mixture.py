@@ -104,7 +104,10 @@ class Mixture:
         return self.bank.names
 
     def mask(self, *names: str) -> None:
-        """Switches off exactly the named experts and switches on all others, whose gates are rescaled to sum to 1."""
+        """Switches off exactly the named experts and switches on all others; it stays so after the context is left.
+
+        The weights of gates and of a mean are rescaled to sum to 1; in a sum the others keep theirs.
+        """
         off = {self.bank.index(name) for name in names}
         keep = torch.tensor([0.0 if i in off else 1.0 for i in range(len(self.bank))])
         self._keep = keep.to(reference(self.model).device) if off else None
@@ -119,7 +122,11 @@ class Mixture:
         self.mask(*(name for name in self.bank.names if name not in kept))
 
     def gates(self) -> dict[str, Tensor]:
-        """{site: [batch, expert]} of the last forward pass, averaged over the tokens that are not padding."""
+        """{site: [B, N]}, the weights in the last forward pass, averaged over the tokens that are not padding.
+
+        B is the batch (twice as large under classifier-free guidance), or 1 if the weights do not depend on the input;
+        N is the number of experts. Empty before the first pass.
+        """
         # Copies, because a replayed pass overwrites the tensors of the one before.
         return {name: mean.detach().clone() for name, mean in self._means()}
 

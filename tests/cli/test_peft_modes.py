@@ -87,7 +87,7 @@ def test_an_encoder_decoder_has_no_xlora(mole: Mole, gated_folder: Any, tmp_path
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
         "mole: --mode xlora: PEFT's X-LoRA reads the last hidden states of a decoder-only model, and the base is an "
-        "encoder-decoder. Use --mode gated or arrow.\n"
+        "encoder-decoder. Use --mode gated.\n"
     )
     assert mole("compose", *files, "--mode", "arrow", "--no-evaluate", "--output", tmp_path / "run").code == 0
 

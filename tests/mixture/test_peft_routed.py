@@ -440,7 +440,7 @@ def test_xlora_refuses_what_it_cannot_read(world: Callable[..., Any]) -> None:
         build_mixture(*world("t5"), mode="xlora")
     assert str(refused.value) == (
         "--mode xlora: PEFT's X-LoRA reads the last hidden states of a decoder-only model, and the base is an "
-        "encoder-decoder. Use --mode gated or arrow."
+        "encoder-decoder. Use --mode gated."
     )
     with pytest.raises(UsageError, match=r"method.top_k: 4 is more than the 3 LoRAs"):
         build_mixture(*world("llama"), mode="xlora", method=MethodConfig(top_k=4))

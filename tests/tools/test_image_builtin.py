@@ -255,7 +255,7 @@ def test_a_saved_recogniser_gives_the_same_probabilities(tmp_path: Path) -> None
 
 
 def test_what_is_wrong_with_a_recognisers_folder_or_images_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no config\.json here"):
+    with pytest.raises(UsageError, match=r"it has no config\.json"):
         load_recogniser(tmp_path)
     save_recogniser(Recogniser(RecogniserNet(2), ["a", "b"], [0.5, 0.5], 64), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
