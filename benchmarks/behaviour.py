@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import molecli
 
 SUMS = ("linear", "merge", "nla")
@@ -253,7 +255,7 @@ def _content(path: Path) -> Any:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return {
-                "metadata": dict(sorted((file.metadata() or {}).items())),
+                "metadata": {key: _plain(_parsed(text)) for key, text in sorted((file.metadata() or {}).items())},
                 "tensors": {
                     key: [str(t.dtype), list(t.shape), _digest(_bytes(t))] for key, t in sorted(tensors.items())
                 },
@@ -270,9 +272,19 @@ def _content(path: Path) -> Any:
         return _plain(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
         return [_plain(json.loads(line)) for line in path.read_text().splitlines()]
-    if path.suffix in (".md", ".yaml", ".csv"):
+    if path.suffix == ".yaml":
+        return _plain(yaml.safe_load(path.read_text()))
+    if path.suffix in (".md", ".csv"):
         return path.read_text().splitlines()
     return None  # logs
+
+
+def _parsed(text: str) -> Any:
+    """A value of safetensors' metadata, which are texts, many of them JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _bytes(tensor: Any) -> bytes:
@@ -290,7 +302,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items() if "seconds" not in key and key not in _VOLATILE}
     if isinstance(value, str):
-        return value.replace(str(Path(molecli.__file__).parent), "molecli")
+        return value.replace(str(Path(molecli.__file__).parent), "molecli").replace(str(Path.cwd()), ".")
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -307,6 +319,9 @@ def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
                 yield f"{where}/{key}: only {'before' if key in before else 'after'}"
             else:
                 yield from differences(before[key], after[key], f"{where}/{key}")
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for at, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from differences(old, new, f"{where}/{at}")
     elif before != after:
         yield f"{where}: {str(before)[:160]} -> {str(after)[:160]}"
 

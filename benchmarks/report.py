@@ -24,9 +24,9 @@ from molecli.study.tuning import Choice, choice_table, chosen_on
 HEAD = """# Results
 
 Written by `benchmarks/report.py` from `benchmarks/results/study-*.json`; do not edit. Each table is a `mole study`, on
-the machine named; scores are of the test sets, intervals a paired bootstrap over examples. A setting that is called the
-least or most tried lies at the edge of those it was chosen from: one further out might do better. What is called
-published is the paper's own figure on its own base and data, not measured here.
+the machine named; scores are of the test sets, intervals a paired bootstrap over examples. `Least tried` and `most
+tried` mark a setting at the edge of those it was chosen from: one beyond it might score better. Rows called published
+hold the paper's own figures on its own base and data, not measured here.
 """
 
 
@@ -68,7 +68,7 @@ def page(studies: Sequence[Path], folder: Path) -> str:
             draw_curve(curve_of({n: average(report["comparisons"][0]) for n, report in numbers}), curve)
             parts.append(f"![Averages by the number of LoRAs]({curve.name})\n")
         if found.get("growth"):  # older results have none
-            parts.append("Averages at more LoRAs less those at fewer, * where the interval excludes zero:\n")
+            parts.append("Averages at more LoRAs minus those at fewer, * where the interval excludes zero:\n")
             parts.append(to_markdown(growth_table([Growth.read(one) for one in found["growth"]])))
         parts += [table for number in found["comparisons"] for table in ranked(found, number)]
         if found["tuned"]:

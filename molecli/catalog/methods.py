@@ -162,7 +162,13 @@ METHODS: Table[Method] = Table(
             shown=("texts", "pictures"),
         ),
         Method("cat", "merges", False, "PEFT", "the sum as one LoRA with all ranks concatenated"),
-        Method("svd", "merges", False, "PEFT; Eckart-Young", "the sum as one LoRA of a given rank, by default the largest rank of the LoRAs"),
+        Method(
+            "svd",
+            "merges",
+            False,
+            "PEFT; Eckart-Young",
+            "the sum as one LoRA of a given rank, by default the largest of theirs",
+        ),
         Method("magnitude_prune", "merges", False, "PEFT", "the sum of the updates' largest entries", ("density",)),
         Method(
             "ties",

@@ -1,1 +1,1 @@
-"""One flow a command, from a recipe to what it writes; `domain` says which kind of base it runs on."""
+"""The commands: one file each, from a recipe to the files it writes. `domain` says which kind of base one runs on."""

@@ -1,4 +1,4 @@
-"""`mole compose`: trained LoRAs into one composition, learned or fixed, and what it does beside what it is made of.
+"""`mole compose`: makes one composition of trained LoRAs, learned or fixed, and scores it beside them.
 
 run_compose    recipe -> ComposeReport: the whole command
 Task           a recipe on one kind of base, complete and checked: what a domain's `compose.prepare` returns
@@ -39,16 +39,17 @@ if TYPE_CHECKING:
     from molecli.protocols import Backbone, Note, Progress
     from molecli.training.loop import Record
 
-# From this share on, what a method cannot say of a LoRA is noted.
+# A loss larger than this share of a LoRA's update is noted.
 MOSTLY = 0.5
 
 
 class Task(Protocol):
     """A recipe on one kind of base: complete, and checked before anything is loaded.
 
-    row: of its mode; triggers, kinds: of the LoRAs, by name; rows: what gates learn from, none where nothing learns;
-    examples: how many different ones; passes: of the base, in the mean, for the rows of a step; scored: examples that
-    the finished composition is scored on.
+    recipe: the complete recipe. row: the mode's row in the catalogue.
+    triggers, kinds: trigger words and kind of concept of each LoRA, by name.
+    rows: what is learned from, empty if the mode learns nothing. examples: how many of them differ.
+    passes: mean number of passes of the base in a training step. scored: number of examples for the scores.
     """
 
     @property
@@ -76,13 +77,13 @@ class Task(Protocol):
     def scored(self) -> int: ...
 
     def learn(self, backbone: Any, mixture: Mixture, **how: Any) -> list[Record]:
-        """The records of the training, by the mode's `learner` with the keywords `how`."""
+        """Trains the mixture with the mode's `learner`, which gets `how`; returns the entries of the training log."""
         ...
 
     def finish(
         self, backbone: Any, experts: Sequence[Expert], mixture: Mixture, progress: Progress | None
     ) -> EvaluationReport | None:
-        """The scores, where the recipe asks for them; writes what else shows the composition."""
+        """Draws and writes what shows the composition; returns its scores, if the recipe asks for them."""
         ...
 
 
@@ -92,7 +93,7 @@ class ComposeReport(dict[str, Any]):
     evaluation: EvaluationReport | None = None
 
     def show(self) -> None:
-        """The score table on stdout, or where the composition is when nothing was scored."""
+        """Prints the table of scores, or, if nothing was scored, the composition's folder."""
         if self.evaluation is not None:
             self.evaluation.show()
         else:
@@ -109,17 +110,17 @@ def run_compose(
 ) -> ComposeReport:
     """Composes the LoRAs of `recipe` into its output folder; returns the report, which is also written there.
 
-    `domain` is that of the base, asked for where it is not given. A run that is already finished is returned as it is
-    (with `resume`). `note` gets what a prompt loses, what could not be drawn, and what a method leaves out of a LoRA.
+    domain: that of the base, if it is known. resume: go on from the last checkpoint; a finished run is returned as it
+    is. note: receives a line when words of a prompt are cut, a picture cannot be drawn, or part of a LoRA is left out.
     Raises: UserError.
     """
     accelerator, start_s, digest = accelerator_for(recipe.device), time.monotonic(), recipe_digest(recipe)
     done = finished_report(Path(recipe.output), recipe) if resume and accelerator.is_main_process else None
     if (shared := share_from_main(done, accelerator)) is not None:
         return ComposeReport(shared)  # type: ignore[call-overload]
-    # Complete and checked, and from here on only read.
+    # Complete and check: from here on the recipe is only read.
     task = (domain or domain_of(recipe.base)).command("compose").prepare(recipe, note)
-    # Loaded.
+    # Load.
     backbone = load_backbone(task.recipe.base, accelerator.device)
     experts = read_experts(backbone.model, task.recipe.loras, allow_partial=task.recipe.allow_partial)
     # Run.
@@ -131,7 +132,7 @@ def run_compose(
             history = task.learn(backbone, mixture, **how)
     report = ComposeReport(_summary(task, digest, mixture, history))
     _note_losses(report, experts, note)
-    # Written.
+    # Write.
     if accelerator.is_main_process:
         save_composition(Path(recipe.output), _composition(task, backbone, experts, mixture))
         report.evaluation = task.finish(backbone, experts, mixture, progress)
@@ -142,7 +143,7 @@ def run_compose(
 
 def _mixture(task: Task, backbone: Backbone, experts: Sequence[Expert], progress: Progress | None) -> Mixture:
     recipe = task.recipe
-    with seeded(recipe.seed, backbone.device):  # a low-rank head starts at random, and where asked every head
+    with seeded(recipe.seed, backbone.device):  # a low-rank head starts at random, and with `init_std` every head
         return build_mixture(
             backbone.model,
             experts,
@@ -154,13 +155,13 @@ def _mixture(task: Task, backbone: Backbone, experts: Sequence[Expert], progress
             triggers=task.triggers,
             kinds=task.kinds,
             branches_at_once=recipe.image.branches_at_once,
-            # A search merges at every step, and has a bar of its own.
+            # A search merges at every step and has its own progress bar.
             progress=None if task.row.trained else progress,
         )
 
 
 def _note_losses(report: ComposeReport, experts: Sequence[Expert], note: Note) -> None:
-    """What is missing of the LoRAs in the composition, into the report and as notes."""
+    """Reports and notes which parts of the LoRAs the composition leaves out."""
     partial_ones = {expert.name: expert.left_out for expert in experts if expert.left_out}
     for name, left_out in partial_ones.items():
         note(f"{name}: the base lacks {len(left_out)} of its matrices, such as {left_out[0]}; they are left out")
@@ -188,7 +189,7 @@ def _composition(task: Task, backbone: Backbone, experts: Sequence[Expert], mixt
 
 
 def _settings(task: Task) -> dict[str, Any]:
-    """What a mixture is built with again that is in no tensor."""
+    """The settings that building the mixture again needs besides its tensors."""
     recipe, family = task.recipe, task.row.family
     if family in ("merges", "peft"):
         return {"method": recipe.method.model_dump(mode="json")}
@@ -220,7 +221,7 @@ def _summary(task: Task, digest: str, mixture: Mixture, history: Sequence[Record
 
 
 def _truncation(mixture: Mixture) -> dict[str, Any]:
-    """What the rank of a merged LoRA cost, ‖meant − merged‖ / ‖meant‖ over its matrices."""
+    """The error of a merge due to its rank, ‖exact − merged‖ / ‖exact‖: mean and worst over its matrices."""
     if not isinstance(mixture, MergedMixture):
         return {}
     errors = mixture.merged().errors
@@ -229,7 +230,7 @@ def _truncation(mixture: Mixture) -> dict[str, Any]:
 
 
 def _residuals(row: Method, mixture: Mixture) -> dict[str, Any]:
-    """Of a merge that cannot say all of a LoRA: by expert, the share of its update that is lost."""
+    """For a merge that cannot represent every update: the share of each LoRA's update that is lost."""
     lost = row.part("lost") if row.family == "merges" else None
     if lost is None:
         return {}

@@ -1,6 +1,6 @@
-"""Which kind of base a command runs on: asked here, once a command, and by nobody else.
+"""Whether a command runs on a language model or a diffusion pipeline: decided here, once per command.
 
-A domain is a package with a module for each command, and all domains hold the same functions:
+A domain is a package with a module for each command. All domains have the same functions:
 
     compose        prepare(recipe, note) -> commands.compose.Task
     train_lora     train_lora(recipe, accelerator, *, resume, progress, note) -> report
@@ -10,7 +10,7 @@ A domain is a package with a module for each command, and all domains hold the s
     export         prepare(recipe, composition, note) -> commands.export.Task
     plan           to_train(recipe, shapes, fetch), to_evaluate(...), activations(...); LEARNS_FROM, at_once(count)
 
-A third kind of base is one folder, and one line here.
+A third kind of base would be one more folder, and one line here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of base: the package that serves it, imported command by command, for each needs other libraries."""
+    """A kind of base: its package, of which each command imports only its own module and libraries."""
 
     package: str
 
@@ -40,5 +40,5 @@ TEXT, IMAGES = Domain("molecli.text"), Domain("molecli.images")
 
 
 def domain_of(base: BaseSettings) -> Domain:
-    """The domain of a base. Raises: UsageError where there is no such base; RunError where GGUF cannot be read here."""
+    """The domain of a base. Raises: UsageError if there is no such base; RunError if GGUF cannot be read here."""
     return IMAGES if find_base(base).pipeline else TEXT

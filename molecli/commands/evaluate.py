@@ -1,4 +1,4 @@
-"""`mole evaluate`: one or many compositions, and fixed modes beside them, on one load of the base.
+"""`mole evaluate`: scores compositions and fixed modes side by side, with the base loaded once.
 
 Contents: run_evaluate, domain_for.
 """
@@ -27,10 +27,10 @@ def run_evaluate(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> EvaluationReport:
-    """The report of a whole run; results.json and the samples are complete after every method.
+    """The report of all methods; results.json and the samples are rewritten after each, so nothing finished is lost.
 
-    `domain` is that of the base, asked for where it is not given. `note` gets what a prompt loses, and which of a
-    suite's metrics cannot be computed. Raises: UserError.
+    domain: that of the base, if it is known. note: receives a line when words of a prompt are cut or a metric of the
+    suite cannot be computed. Raises: UserError.
     """
     for name in recipe.eval.metrics or ():
         metric_row(name)
@@ -41,10 +41,10 @@ def run_evaluate(
 
 
 def read_compositions(recipe: EvaluateRecipe) -> dict[str, Composition]:
-    """The compositions that are scored, by their names in the table."""
+    """The compositions to score, by their names in the table."""
     return {name: load_composition(path) for name, path in folder_names(recipe.compositions).items()}
 
 
 def domain_for(recipe: EvaluateRecipe, compositions: Mapping[str, Composition]) -> Domain:
-    """The domain of the base that is meant: the recipe's, else that of the first composition."""
+    """The domain of the recipe's base, or else of the first composition's."""
     return domain_of(base_of(recipe.base, next(iter(compositions.values()), None)))

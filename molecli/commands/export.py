@@ -1,4 +1,4 @@
-"""`mole export`: a composition as one plain adapter, and how far it is from what it stands for.
+"""`mole export`: writes a composition as one ordinary adapter and measures how far the two differ.
 
 run_export    recipe -> ExportReport: the whole command
 prepare       recipe -> Task, checked before anything is loaded
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
     from molecli.suites.origins import Sources
 
 Factors = Mapping[str, LowRank]
-# All there is to a gate that looks at no input.
+# A gate that does not depend on the input needs nothing else.
 _STILL = ("/logits", "/log_temperature")
 
 
 class Task(Protocol):
     """A recipe on one kind of base, checked before anything is loaded.
 
-    layouts: those it can be written in, the usual one first; of: what the calibration inputs are; unit: of the loss;
-    sources: where they come from, if they are examples; inputs: how many there are, which raises UsageError for inputs
-    that are missing.
+    layouts: the file formats it can be written in, the usual one first.
+    of: what the calibration inputs are called. sources: where they come from, if they are examples.
+    unit: the unit of the loss.
     """
 
     layouts: tuple[str, ...]
@@ -83,7 +83,7 @@ class Task(Protocol):
         ...
 
     def loaded(self, backbone: Any, folder: Path, layout: str) -> AbstractContextManager[None]:
-        """Inside, the base has the adapter as its own library loads it."""
+        """A context in which the base has the adapter, loaded by its own library."""
         ...
 
     def probe(self, backbone: Any) -> Tensor:
@@ -91,7 +91,7 @@ class Task(Protocol):
         ...
 
     def library(self, layout: str) -> str:
-        """Who loads the adapter, with its version."""
+        """The library that loads the adapter, with its version."""
         ...
 
 
@@ -103,7 +103,7 @@ class ExportReport(dict[str, Any]):
         self.lines = lines
 
     def show(self) -> None:
-        """The report on stdout."""
+        """Prints the report."""
         sys.stdout.write("\n".join(self.lines) + "\n")
 
 
@@ -116,9 +116,9 @@ def run_export(
 ) -> ExportReport:
     """Writes the composition of `recipe` as an adapter into its output folder; returns the report, also written there.
 
-    `domain` is that of the base, asked for where it is not given.
-    Raises: UsageError for what no one adapter can do; MismatchError where base, LoRAs and composition do not fit;
-    RunError where --verify finds a difference that rounding does not explain, with the files kept.
+    domain: that of the base, if it is known.
+    Raises: UsageError if no single adapter can do what the composition does; MismatchError if base, LoRAs and
+    composition do not belong together; RunError if --verify finds a difference too large for rounding (the files stay).
     """
     composition = load_composition(str(recipe.composition))
     task = prepare(recipe, composition, domain, note)
@@ -165,9 +165,9 @@ def run_export(
 def prepare(
     recipe: ExportRecipe, composition: Composition, domain: Domain | None = None, note: Note = lambda text: None
 ) -> Task:
-    """The recipe on its kind of base. Raises: UsageError for what no one adapter can be."""
+    """The recipe on its kind of base. Raises: UsageError if no single adapter can hold it."""
     if get_method(composition.mode).level == "output":
-        what = f"mode {composition.mode} composes the UNet's outputs step by step, which no one adapter can"
+        what = f"mode {composition.mode} composes the UNet's outputs step by step, which a single adapter cannot"
         raise UsageError(
             str(recipe.composition), what, f"Compose the LoRAs with --mode {DEFAULT} or {SUM}, and export that."
         )
@@ -179,19 +179,19 @@ def prepare(
 
 
 def domain_for(recipe: ExportRecipe) -> Domain:
-    """The domain of the base that is meant: the recipe's, else the composition's."""
+    """The domain of the recipe's base, or else of the composition's."""
     return domain_of(base_of(recipe.base, load_composition(str(recipe.composition))))
 
 
 def needs_inputs(recipe: ExportRecipe, composition: Composition) -> bool:
-    """Whether something is measured on calibration inputs: gates that look at them, or an export that was to be."""
+    """Whether calibration inputs are needed: for gates that depend on the input, or to measure the error."""
     given = bool(recipe.calibration.examples or recipe.calibration.prompts)
     looking = not all(name.endswith(_STILL) for name in composition.tensors)
     return given or (get_method(composition.mode).level == "site" and looking)
 
 
 def chosen_layout(recipe: ExportRecipe, task: Task) -> str:
-    """The layout to write. Raises: UsageError for one that is not for this kind of base."""
+    """The layout to write. Raises: UsageError if it is not for this kind of base."""
     if recipe.format == "auto":
         return task.layouts[0]
     if recipe.format not in task.layouts:
@@ -230,7 +230,7 @@ def _renormalizes(composition: Composition) -> bool:
 
 
 def _as_stored(factors: Factors, layout: str, dtype: str) -> dict[str, LowRank]:
-    """The factors as the file has them. Raises: RunError where they overflow its type."""
+    """The factors in the file's dtype. Raises: RunError if they overflow it."""
     kind = getattr(torch, dtype)
     if layout == "kohya":
         factors = with_one_alpha(factors)
@@ -251,7 +251,7 @@ def _compared(
     written: Factors,
     progress: Progress | None,
 ) -> ExportError | None:
-    """The export beside the original and the base on the calibration inputs, where there are some."""
+    """The export compared with the original and the base on the calibration inputs, if there are any."""
     if not needs_inputs(recipe, composition):
         return None
 
@@ -265,10 +265,10 @@ def _compared(
 
 
 def _write(folder: Path, write: Callable[[Path], Path]) -> list[str]:
-    """The names of the files that `write` leaves in a new folder, now in `folder`, each of them whole."""
+    """Moves the files that `write` makes in a new folder to `folder`, each atomically; returns their names."""
     with tempfile.TemporaryDirectory() as scratch:
         made = write(Path(scratch) / "adapter")
-        # The configuration last: readers look for it first.
+        # The configuration comes last, because readers look for it first.
         found = sorted((path for path in made.rglob("*") if path.is_file()), key=lambda p: (p.name == CONFIG_FILE, p))
         for path in found:
             data = path.read_bytes()
@@ -280,7 +280,7 @@ def _write(folder: Path, write: Callable[[Path], Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Content:
-    """What the report says."""
+    """The content of the report."""
 
     recipe: ExportRecipe
     composition: Composition

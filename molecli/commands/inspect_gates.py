@@ -30,9 +30,9 @@ def run_inspect(
 ) -> GateReport:
     """The report on the composition of `recipe`; with `save` also gates.json, .csv, .png and entropy.png.
 
-    `domain` is that of the base, asked for where it is not given; on a diffusion base the report is by denoising step,
-    and `note` gets what a prompt loses.
-    Raises: UsageError for a composition without gates; MismatchError where base, LoRAs and gates do not fit.
+    domain: that of the base, if it is known; on a diffusion base the report is by denoising step. note: receives a line
+    when words of a prompt are cut.
+    Raises: UsageError if the composition has no gates; MismatchError if base, LoRAs and gates do not belong together.
     """
     composition = load_composition(str(recipe.composition))
     check_gates(str(recipe.composition), composition)
@@ -44,13 +44,13 @@ def run_inspect(
 
 
 def check_gates(path: str, composition: Composition) -> None:
-    """Nothing. Raises: UsageError for a composition whose mode has no gates."""
+    """Raises: UsageError if the composition's mode has no gates."""
     row = get_method(composition.mode)
     if row.level != "site" or not row.trained:
         raise UsageError(path, f"a composition of mode {composition.mode} has no gates", f"Name one of mode {DEFAULT}.")
 
 
 def defaults_for(path: str, composition: Composition, domain: Domain) -> dict[str, Any]:
-    """What to look at where nothing is named, as keys of the recipe."""
+    """Keys of the recipe that say what to look at by default."""
     keys: dict[str, Any] = domain.command("inspect_gates").defaults(composition)
     return {"composition": path, **keys}

@@ -1,4 +1,4 @@
-"""What a run would do, checked without loading weights: `--dry-run`, and the first look of every run.
+"""What a run would do, checked without loading weights, for `--dry-run`; every run begins with the same checks.
 
 make_plan    recipe -> Plan; raises what the run itself would raise for a wrong recipe, LoRA or data file
 Plan         what is known beforehand: LoRAs, matrices, gates, steps, passes, memory
@@ -51,9 +51,9 @@ class LoraPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do. Counts are numbers of things, memory is in bytes; None where it does not apply.
+    """What a run would do: counts, and memory in bytes; None if it does not apply.
 
-    Examples that would be fetched are not counted: of them, `examples` holds at most what a limit allows, else nothing.
+    Examples that would be downloaded cannot be counted: `examples` has their limit, if there is one.
     """
 
     command: str
@@ -79,15 +79,15 @@ class Plan:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """The plan as JSON would hold it."""
+        """The plan as a JSON document."""
         return asdict(self)
 
 
 def make_plan(recipe: Recipe, *, domain: Domain | None = None, fetch: bool = False) -> Plan:
-    """The plan of `recipe`, on `domain`, asked for where it is not given.
+    """The plan of `recipe`. domain: that of the base, if it is known.
 
-    fetch: examples from public places are fetched and counted, and a RunError raised where they cannot be.
-    Raises: UsageError and MismatchError as the run would.
+    fetch: download examples from public places and count them (RunError if that fails).
+    Raises: UsageError and MismatchError, as the run would.
     """
     if isinstance(recipe, ComposeRecipe):
         return _plan_compose(recipe, domain or domain_of(recipe.base))
@@ -221,9 +221,9 @@ def _composition(path: str, base: str, composition: Composition) -> dict[str, An
 
 
 def _adapter_numbers(adapter: AdapterConfig, shapes: Sequence[Shape]) -> tuple[int, int]:
-    """(numbers that an adapter needs beside the base, numbers of it that train).
+    """(how many numbers an adapter needs besides the base, how many of them train).
 
-    Of shifts there is one for each singular value (fewer where one repeats), and the singular vectors stay.
+    SVDiff trains a shift per singular value (fewer if one repeats) and keeps the singular vectors in memory.
     """
     if adapter.method == "lora":
         return 0, sum(_factor_numbers(shape, adapter.rank) for shape in shapes)
@@ -232,12 +232,12 @@ def _adapter_numbers(adapter: AdapterConfig, shapes: Sequence[Shape]) -> tuple[i
 
 
 def _factor_numbers(shape: Shape, rank: int) -> int:
-    """The numbers in the two factors of rank `rank`: of a convolution, A has its kernel and B is 1x1."""
+    """How many numbers the two factors have at that rank; in a convolution A has the kernel and B is 1x1."""
     return rank * (prod(shape[1:]) + shape[0])
 
 
 def _outline(found: Coverage) -> Expert:
-    """The LoRA as an expert whose factors have shapes and no memory: one zero, seen at every place."""
+    """The LoRA as an expert whose factors have their shapes but no memory: one zero, expanded."""
     info, zero = found.info, torch.zeros(1)
     factors = {}
     for name in found.matched:

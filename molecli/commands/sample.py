@@ -1,4 +1,4 @@
-"""`mole sample`: completions or pictures of prompts, by a composition, single LoRAs or the bare base.
+"""`mole sample`: completes or draws prompts with a composition, a single LoRA or the bare base.
 
 run_sample    recipe -> Samples: the whole command
 Samples       what was made: what a domain's `sample.sample` returns
@@ -24,15 +24,15 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def document(self) -> list[dict[str, Any]]:
-        """What was made, as JSON holds it."""
+        """The samples as a JSON document."""
         ...
 
     def lines(self) -> list[str]:
-        """What goes to stdout: the completions, or the pictures' paths."""
+        """The lines for stdout: the completions, or the pictures' paths."""
         ...
 
     def check(self) -> None:
-        """Nothing, when all was made. Raises: RunError."""
+        """Raises: RunError if something could not be drawn."""
         ...
 
 
@@ -43,10 +43,10 @@ def run_sample(
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> Any:
-    """What is made of `recipe.prompts`, in order (`Samples`); with `recipe.output` also written there.
+    """The completions or pictures of `recipe.prompts`, in order; with `recipe.output` also written there.
 
-    `domain` is that of the base, asked for where it is not given. `note` gets what a prompt loses.
-    Raises: UsageError where it is not clear which experts to use; MismatchError where they do not fit.
+    domain: that of the base, if it is known. note: receives a line when words of a prompt are cut.
+    Raises: UsageError if it is not clear which LoRAs to use; MismatchError if they do not fit the base.
     """
     if not recipe.prompts:
         raise UsageError("prompts", "there is none", "Write at least one.")
@@ -56,5 +56,5 @@ def run_sample(
 
 
 def domain_for(recipe: SampleRecipe) -> Domain:
-    """The domain of the base that is meant: the recipe's, else the composition's."""
+    """The domain of the recipe's base, or else of the composition's."""
     return domain_of(base_of(recipe.base, load_composition(recipe.composition) if recipe.composition else None))

@@ -1,4 +1,4 @@
-"""`mole train-lora`: one adapter trained on a frozen base, on a suite's tasks or on a few pictures.
+"""`mole train-lora`: trains one adapter on a frozen base, from a suite's tasks or a few pictures.
 
 Contents: run_train_lora, domain_to_train.
 """
@@ -27,8 +27,8 @@ def run_train_lora(
 ) -> dict[str, Any]:
     """Trains the adapter of `recipe` into its output folder; returns the report, which is also written there.
 
-    `domain` is that of the base, asked for where it is not given; on a diffusion base `note` gets what a prompt loses.
-    A run that is already finished is returned as it is (with `resume`). Raises: UserError.
+    domain: that of the base, if it is known. resume: go on from the last checkpoint; a finished run is returned as it
+    is. note: receives a line when words of a prompt are cut. Raises: UserError.
     """
     accelerator = accelerator_for(recipe.device)
     found = finished_report(Path(recipe.output), recipe) if resume and accelerator.is_main_process else None
@@ -41,5 +41,5 @@ def run_train_lora(
 
 
 def domain_to_train(recipe: TrainLoraRecipe) -> Domain:
-    """The domain that the recipe is for: pictures to learn from are for a diffusion base, whatever base is named."""
+    """The recipe's domain: images if it has pictures to learn from, whichever base is named."""
     return IMAGES if recipe.pictures is not None else domain_of(recipe.base)

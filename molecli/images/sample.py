@@ -20,7 +20,7 @@ from PIL import Image
 from molecli.bases.diffusion import Diffusion
 from molecli.bases.loading import load_backbone
 from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, builtin_loras
-from molecli.catalog.methods import ALONE, BASE
+from molecli.catalog.methods import ALONE, BASE, SUM
 from molecli.config import ImageConfig, SampleRecipe
 from molecli.config.unread import check_fields, check_options, composing
 from molecli.errors import UsageError

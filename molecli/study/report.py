@@ -107,7 +107,7 @@ class StudyReport:
             return [self.curve()], []
         first = next(iter(self.comparisons.values()))
         what = "a method's average at the larger number minus that at the smaller, over the same test examples"
-        lines = [f"more LoRAs less fewer: {what}", *([first.star] if first.samples else [])]
+        lines = [f"gain from more LoRAs: {what}", *([first.star] if first.samples else [])]
         return [self.curve(), growth_table(self.growth)], lines
 
     def show(self) -> None:

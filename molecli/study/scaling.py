@@ -81,7 +81,7 @@ def growth_table(found: Sequence[Growth]) -> TextTable:
         TextRow(method, tuple(cells.get((method, step), "–") for step in steps))
         for method in dict.fromkeys(growth.method for growth in found)
     ]
-    return TextTable("more LoRAs less fewer", steps, tuple(rows))
+    return TextTable("gain from more LoRAs", steps, tuple(rows))
 
 
 def _count(number: str) -> int:

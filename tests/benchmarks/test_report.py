@@ -62,8 +62,8 @@ def test_steps_between_numbers_of_loras_are_on_the_page_where_they_were_measured
     (tmp_path / "study-scale.json").write_text(json.dumps(found), "utf-8")
     page = report.page([tmp_path / "study-scale.json"], tmp_path)
     before, table, after = page.partition(
-        "Averages at more LoRAs less those at fewer, * where the interval excludes zero:\n\n"
-        "| more LoRAs less fewer | 8 → 24 | 24 → 48 |\n|---|---:|---:|\n"
+        "Averages at more LoRAs minus those at fewer, * where the interval excludes zero:\n\n"
+        "| gain from more LoRAs | 8 → 24 | 24 → 48 |\n|---|---:|---:|\n"
         "| gated | +13.2 [+11.0, +15.4] * | -0.2 [-1.0, +0.6] |\n| nla | – | +1.5 |\n\n"
     )
     assert table

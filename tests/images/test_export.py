@@ -226,7 +226,7 @@ def test_what_acts_on_the_steps_is_refused_before_the_base_is_loaded(
     with pytest.raises(UsageError) as caught:
         world.export(run)
     assert str(caught.value) == (
-        f"{run}: mode {mode} composes the UNet's outputs step by step, which no one adapter can. "
+        f"{run}: mode {mode} composes the UNet's outputs step by step, which a single adapter cannot. "
         "Compose the LoRAs with --mode gated or linear, and export that."
     )
 

@@ -444,7 +444,7 @@ def test_a_study_of_numbers_tells_whether_a_method_grows(
     assert list(found) == ["linear", "iso"]  # base and own LoRA are what they are at every number
     text = (tmp_path / "study.md").read_text()
     part = text[text.index("## Average by the number of LoRAs") :].splitlines()
-    at = part.index("| more LoRAs less fewer | 1 → 2 |")
+    at = part.index("| gain from more LoRAs | 1 → 2 |")
     for line, (method, one) in zip(part[at + 2 :], found.items(), strict=False):
         assert (one["from"], one["to"]) == ("1-loras", "2-loras")
         assert one["difference"] == pytest.approx(average(2, method) - average(1, method))
@@ -452,7 +452,7 @@ def test_a_study_of_numbers_tells_whether_a_method_grows(
         star = " *" * one["significant"]
         assert line == f"| {method} | {one['difference']:+.1f} [{one['low']:+.1f}, {one['high']:+.1f}]{star} |"
     assert {name: one["significant"] for name, one in found.items()} == {"linear": False, "iso": True}
-    assert part[at + 5].startswith("- more LoRAs less fewer: a method's average at the larger number")
+    assert part[at + 5].startswith("- gain from more LoRAs: a method's average at the larger number")
     assert part[at + 6].startswith("- * the 95% interval of the difference excludes zero (paired bootstrap, 50 resam")
 
     done = list(in_process)

@@ -123,12 +123,12 @@ def test_what_is_the_same_at_every_number_or_has_one_alone_is_left_out() -> None
     }
     found = growths({n: report(base, own, run(f"scores/{n}", methods)) for n, methods in numbers.items()})
     table = growth_table(found)
-    assert (table.corner, table.columns) == ("more LoRAs less fewer", ("8 → 24", "24 → 48"))
+    assert (table.corner, table.columns) == ("gain from more LoRAs", ("8 → 24", "24 → 48"))
     rows = {row.label: row.texts for row in table.rows}
     assert list(rows) == ["nla", "xlora"]  # of soup no two are neighbours
     assert rows["nla"] == tuple(str(one.margin) for one in found if one.method == "nla")
     assert rows["xlora"] == (str(found[-1].margin), "–")
-    assert to_markdown(table).splitlines()[0] == "| more LoRAs less fewer | 8 → 24 | 24 → 48 |"
+    assert to_markdown(table).splitlines()[0] == "| gain from more LoRAs | 8 → 24 | 24 → 48 |"
 
 
 def test_a_method_of_the_larger_numbers_alone_keeps_its_columns_in_order() -> None:
