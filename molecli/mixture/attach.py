@@ -96,7 +96,7 @@ def attach(
 
 
 def read_experts(model: nn.Module, loras: Sequence[LoraLike], *, allow_partial: bool = False) -> list[Expert]:
-    """The experts that `loras` name, checked against the matrices of `model`."""
+    """The experts of `loras`, checked against the matrices of `model`."""
     matrices, base = adaptable_matrices(model), BaseWeights(model)
     return [read_expert(lora, matrices, allow_partial=allow_partial, base=base) for lora in loras]
 
@@ -109,10 +109,10 @@ def attach_composition(
     base: str = "",
     experts: Sequence[Expert] | None = None,
 ) -> Mixture:
-    """The composition on `model`, its base and LoRAs checked; `experts` saves reading the LoRAs again.
+    """The composition on `model`, after its base and LoRAs are checked; `experts` are its LoRAs, if already read.
 
-    A merged one has its factors: LoRAs that it remembers and that are not to be found are absent, with a warning.
-    Raises: MismatchError where base, LoRAs or gates are not those it was made of.
+    A merge keeps its own factors, so its LoRAs may be missing: that is only a warning.
+    Raises: MismatchError if base, LoRAs or gates are not those that it was made of.
     """
     check_base(composition, fingerprint(model), same_base, base=base)
     if experts is None:
@@ -120,7 +120,7 @@ def attach_composition(
         found = read_experts(model, loras or specs_of(composition), allow_partial=True)
         experts = found if loras else _with_absent(composition, found, adaptable_matrices(model))
     check_experts(composition, ExpertBank(experts))
-    with torch.random.fork_rng(devices=[]):  # what fresh gates draw is loaded over: it costs no random number
+    with torch.random.fork_rng(devices=[]):  # new gates are overwritten: their random numbers do not count
         mixture = build_mixture(
             model,
             experts,
@@ -136,24 +136,24 @@ def attach_composition(
 
 
 def not_found(composition: Composition) -> list[ExpertRecord]:
-    """The LoRAs of a merged composition that are not where they were; of others none, which cannot do without."""
+    """The LoRAs of a merge that are no longer where they were; none for other modes, which need all their LoRAs."""
     if get_method(composition.mode).family != "merges":
         return []
     return [record for record in composition.experts if not is_there(LoraSpec(record.name, record.source))]
 
 
 def specs_of(composition: Composition) -> list[LoraSpec]:
-    """The LoRAs that a composition remembers, less those that it can do without, of which it warns."""
+    """The LoRAs that a composition remembers; a merge's missing ones are left out, with a warning."""
     gone = not_found(composition)
     if gone:
         listed = ", ".join(f"no {record.name} at {record.source}" for record in gone)
         what = f"the LoRAs of this composition ({composition.mode}) are not all there: {listed}"
-        warnings.warn(f"{what}. It is taken as it was merged; --mask and --only need them", stacklevel=2)
+        warnings.warn(f"{what}. The merge is used as it is; --mask and --only need the LoRAs", stacklevel=2)
     return [LoraSpec(record.name, record.source) for record in composition.experts if record not in gone]
 
 
 def _with_absent(composition: Composition, found: Iterable[Expert], shapes: Mapping[str, Shape]) -> list[Expert]:
-    """The composition's experts in its order; those not found are absent ones, on the base's matrices `shapes`."""
+    """The composition's experts in its order; missing ones get empty factors, of the base's matrices `shapes`."""
     there = {expert.name: expert for expert in found}
     return [there.get(record.name) or _absent(record, shapes) for record in composition.experts]
 
@@ -168,7 +168,7 @@ def _absent(record: ExpertRecord, shapes: Mapping[str, Shape]) -> Expert:
 
 
 def _concepts(specs: Sequence[LoraSpec]) -> dict[str, Concept]:
-    """What lies beside the LoRAs that says what they add, by name."""
+    """The concept.json beside each LoRA that has one, by the LoRA's name."""
     found = {spec.name: read_concept(resolve_source(spec)) for spec in specs}
     return {name: concept for name, concept in found.items() if concept is not None}
 
@@ -180,7 +180,7 @@ def _specs(loras: Loras) -> tuple[LoraSpec, ...]:
 
 
 def base_of(base: BaseConfig | None, composition: Composition | None) -> BaseConfig:
-    """The base that was named, else the one the composition was made on, else the built-in one."""
+    """The named base, else that of the composition, else the built-in one."""
     if base is not None:
         return base
     if composition is None:

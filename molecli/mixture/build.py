@@ -1,4 +1,4 @@
-"""From a model, its experts and a method to a mixture that can be attached: one builder a family of methods.
+"""Makes a mixture of a model, its experts and a method, with one builder for each family of methods.
 
 Contents: build_mixture, sum_of.
 """
@@ -40,11 +40,10 @@ def build_mixture(
     branches_at_once: int | None = None,
     progress: Progress | None = None,
 ) -> Mixture:
-    """The experts on `model`, composed by `mode`, not attached yet; fresh gates start as `gate.init_std` says.
+    """The experts on `model`, composed by `mode`, not attached yet; new gates start as `gate.init_std` says.
 
-    `weights` are the users' coefficients by expert name, 1 where not given; `method`, `triggers` and `kinds` (by expert
-    name) are for the modes that act on the denoising steps; `method.layers` holds for all. Methods that merge do so
-    when they are first needed. Raises: UsageError, MismatchError.
+    weights: the user's coefficients by expert name, 1 by default. triggers, kinds: by expert name, for the modes that
+    act on the denoising steps. A merge is computed when it is first needed. Raises: UsageError, MismatchError.
     """
     row, config, layout = get_method(mode), method or MethodConfig(), layout_of(model)
     check_runs_on(row.name, layout.kind)
@@ -57,13 +56,13 @@ def build_mixture(
 
 
 def sum_of(model: nn.Module, experts: Sequence[Expert], weights: Mapping[str, float] | None = None) -> Mixture:
-    """The experts added up: of one, the LoRA as it was trained, times its weight."""
+    """The weighted sum of the experts; for a single one, the LoRA as it was trained, times its weight."""
     return build_mixture(model, experts, mode=SUM, weights=weights)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """All that a builder is given; `own` [N] are the users' coefficients, `only` the place of the one expert."""
+    """The arguments of a builder; `own` [N]: the user's coefficients, `only`: the index of the only expert."""
 
     row: Method
     model: nn.Module
@@ -80,7 +79,7 @@ class Asked:
 
     @property
     def values(self) -> Tensor:
-        """[N], the experts' weights: the users' coefficients times `method.scale`."""
+        """[N], the experts' weights: the user's coefficients times `method.scale`."""
         return self.own * self.config.scale
 
     def sites(self, granularity: Granularity = "network", *, per_token: bool = False) -> list[Site]:
@@ -104,7 +103,7 @@ def _summed(asked: Asked) -> Mixture:
 
 
 def _merged(asked: Asked) -> Mixture:
-    """The experts as the one LoRA that the method makes of them."""
+    """The experts merged into one LoRA by the method."""
     merge, factors = asked.row.load(), asked.row.part("coefficients")
     own = asked.own
     if factors is not None:
@@ -113,7 +112,7 @@ def _merged(asked: Asked) -> Mixture:
 
     @cache
     def there() -> ExpertBank:
-        """The experts beside the base: a search merges them again and again."""
+        """The experts on the base's device, since a search merges them again and again."""
         return asked.bank.to(device)
 
     def merged(weights: Sequence[float], kept: Sequence[int]) -> Merged:
@@ -134,7 +133,7 @@ def _branching(asked: Asked) -> Mixture:
 
 
 def _through_peft(asked: Asked) -> Mixture:
-    """The experts where PEFT hosts them."""
+    """The experts, hosted by PEFT."""
     from molecli.mixture.peft_routed import routed, weighed_at  # which imports PEFT
 
     width = asked.layout.memory_width
@@ -154,9 +153,9 @@ _BUILDERS: Mapping[Family, Callable[[Asked], Mixture]] = {
 
 
 def _within(experts: Sequence[Expert], layout: Layout, share: str) -> list[Expert]:
-    """The experts with their factors in that share of the model's blocks alone: those whose middle lies in it.
+    """The experts with only their factors in that share of the model's blocks, those whose middle lies in it.
 
-    So shares that follow one another divide the blocks among them. Raises: UsageError where no factor is left.
+    So adjacent shares have no block in common and miss none. Raises: UsageError if no factor is left.
     """
     (low, high), blocks = share_of(share), blocks_of(layout)
     inside = {m for i, block in enumerate(blocks) if low <= (i + 0.5) / len(blocks) < high for m in block}
@@ -169,7 +168,7 @@ def _within(experts: Sequence[Expert], layout: Layout, share: str) -> list[Exper
 
 
 def _values(bank: ExpertBank, weights: Mapping[str, float]) -> Tensor:
-    """[N], the users' coefficients."""
+    """[N], the user's coefficients."""
     for name in weights:
         bank.index(name)  # an unknown name is an error
     return torch.tensor([float(weights.get(name, 1.0)) for name in bank.names])

@@ -33,8 +33,8 @@ def merge(mole: Mole, folder: Path, base: Path, loras: dict[str, Path], *flags: 
     lost = f"no {first} at {copies[first]}"
     return Merged(
         folder / "run",
-        f"mole: the LoRAs of this composition (ties) are not all there: {lost}. It is taken as it was merged; --mask "
-        "and --only need them\n",
+        f"mole: the LoRAs of this composition (ties) are not all there: {lost}. The merge is used as it is; --mask "
+        "and --only need the LoRAs\n",
         f"mole: LoRAs: --mask and --only merge the remaining LoRAs again, but there is {lost}. "
         "Put it back, or name all of them with --loras.\n",
         lambda: shutil.copytree(loras[first], copies[first]),

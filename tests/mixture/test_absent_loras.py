@@ -66,7 +66,7 @@ def test_it_acts_bit_for_bit_as_it_was_merged(world: World, mode: str) -> None:
         assert mixture.names == ("a", "b")
     assert [str(one.message) for one in said] == [
         f"the LoRAs of this composition ({mode}) are not all there: {lost}. "
-        "It is taken as it was merged; --mask and --only need them"
+        "The merge is used as it is; --mask and --only need the LoRAs"
     ]
 
 
