@@ -265,7 +265,7 @@ def test_a_mode_on_the_steps_is_code_2(mole: Mole, picture_world: Any, tmp_path:
         ran = mole("export", tmp_path / "run", "--output", tmp_path / "out", *more)
         assert (ran.code, ran.out) == (2, "")
         assert ran.err == (
-            f"mole: {tmp_path / 'run'}: mode switch composes the UNet's outputs step by step, which no one adapter "
-            "can. Compose the LoRAs with --mode gated or linear, and export that.\n"
+            f"mole: {tmp_path / 'run'}: mode switch composes the UNet's outputs step by step, which a single adapter "
+            "cannot. Compose the LoRAs with --mode gated or linear, and export that.\n"
         )
     assert not (tmp_path / "out").exists()

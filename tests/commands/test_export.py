@@ -282,7 +282,9 @@ def test_a_router_that_tells_no_weights_is_refused(world_of: Callable[[str], Wor
 @pytest.mark.parametrize("mode", [name for name, row in METHODS.items() if row.level == "output"])
 def test_modes_over_the_denoising_steps_are_refused(mode: str, tmp_path: Path) -> None:
     composition = Composition(mode, "output", "base", "f", (), None, {}, "", {})
-    with pytest.raises(UsageError, match=f"mode {mode} composes the UNet's outputs step by step, which no one adapter"):
+    with pytest.raises(
+        UsageError, match=f"mode {mode} composes the UNet's outputs step by step, which a single adapter"
+    ):
         exporting.prepare(export_recipe(tmp_path / "run", tmp_path / "out"), composition)
 
 
