@@ -15,7 +15,7 @@ from molecli.adapters import LoraLike, LoraSpec, parse_loras, read_expert
 from molecli.adapters.source import is_there, resolve_source
 from molecli.adapters.weights import Shape
 from molecli.bases.weights import BaseWeights
-from molecli.catalog.methods import ALONE, DEFAULT, SUM, get_method
+from molecli.catalog.methods import ALONE, DEFAULT, SUM, Method, get_method
 from molecli.config import BaseConfig, GateConfig, MethodConfig
 from molecli.config.unread import check_options
 from molecli.errors import UsageError
@@ -71,14 +71,7 @@ def attach(
     if not specs:
         raise UsageError("attach", "no LoRA is named", "Write loras={'a': 'path/to/a'}.")
     row = get_method(mode or SUM)
-    own_of = (("gate", gate, DEFAULT, row.family == "gates"), ("only", only, ALONE, row.name == ALONE))
-    for name, value, of, there in own_of:
-        if value is not None and not there:
-            raise UsageError("attach", f"{name}= says something in mode {of!r} alone", f"Write mode={of!r}.")
-    if weights is not None and row.level == "site" and row.trained:
-        raise UsageError("attach", f"the gates learn the weights in mode {mode!r}", "Leave weights= out.")
-    if method is not None:
-        check_options(method, [row.name])
+    _check_read(row, gate=gate, only=only, weights=weights, method=method)
     experts = read_experts(model, specs, allow_partial=allow_partial)
     own = {spec.name: spec.weight for spec in specs} | dict(weights or {})
     concepts = _concepts(specs) if row.level == "output" else {}
@@ -93,6 +86,20 @@ def attach(
         triggers={name: concept.trigger for name, concept in concepts.items()} | dict(triggers or {}),
         kinds={name: concept.kind for name, concept in concepts.items()},
     )
+
+
+def _check_read(row: Method, *, gate: Any, only: Any, weights: Any, method: MethodConfig | None) -> None:
+    """Raises: UsageError for an argument of `attach` that this mode does not read."""
+    for name, value, mode, read in (
+        ("gate", gate, DEFAULT, row.family == "gates"),
+        ("only", only, ALONE, row.name == ALONE),
+    ):
+        if value is not None and not read:
+            raise UsageError("attach", f"{name}= has an effect only in mode {mode!r}", f"Write mode={mode!r}.")
+    if weights is not None and row.level == "site" and row.trained:
+        raise UsageError("attach", f"the gates learn the weights in mode {row.name!r}", "Leave weights= out.")
+    if method is not None:
+        check_options(method, [row.name])
 
 
 def read_experts(model: nn.Module, loras: Sequence[LoraLike], *, allow_partial: bool = False) -> list[Expert]:

@@ -235,7 +235,7 @@ def test_python_says_who_learns_weights(pair: Pair) -> None:
     model = load_backbone(pair.recipe("unused").base, "cpu").model
     with pytest.raises(UsageError, match="the gates learn the weights in mode 'xlora'"):
         attach(model, loras=pair.loras, mode="xlora", weights={"up": 2.0})
-    with pytest.raises(UsageError, match="gate= says something in mode 'gated' alone"):
+    with pytest.raises(UsageError, match="gate= has an effect only in mode 'gated'"):
         attach(model, loras=pair.loras, mode="arrow", gate=GateConfig())
 
 

@@ -268,8 +268,8 @@ def test_an_unknown_name_is_refused_and_switches_nothing(
         ({"mode": "lineal"}, "--mode: there is no composition method 'lineal'. Did you mean linear?"),
         ({"mode": "single"}, "--mode single: 2 LoRAs are given. Name one of them with --only NAME."),
         ({"mode": "single", "only": "c"}, "c: no such LoRA in this composition. Known: a, b."),
-        ({"mode": "linear", "only": "a"}, "attach: only= says something in mode 'single' alone. Write mode='single'."),
-        ({"gate": GATE}, "attach: gate= says something in mode 'gated' alone. Write mode='gated'."),
+        ({"mode": "linear", "only": "a"}, "attach: only= has an effect only in mode 'single'. Write mode='single'."),
+        ({"gate": GATE}, "attach: gate= has an effect only in mode 'gated'. Write mode='gated'."),
         (
             {"mode": "gated", "weights": {"a": 1.0}},
             "attach: the gates learn the weights in mode 'gated'. Leave weights= out.",
