@@ -106,6 +106,10 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+# What decoding takes from a checkpoint's generation config; everything else in it has no effect.
+OWN_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How one batch is completed: greedily at temperature 0, otherwise by plain sampling, repeatable with `seed`."""
@@ -128,16 +132,13 @@ class Decoding:
         """The output of `model.generate` for prompts ids, mask [B, T], each with up to max_new_tokens more tokens."""
         device = next(model.parameters()).device
         settings = self._settings(stop, pad_id, use_cache=self.use_cache and model not in _UNCACHED)
-        with torch.no_grad(), seeded(self.seed, device):
+        with torch.no_grad(), seeded(self.seed, device), _plain(model):
             return model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
             )
 
     def _settings(self, stop: Sequence[int], pad_id: int, *, use_cache: bool) -> GenerationConfig:
-        """Settings with neutral values for all that a checkpoint's generation config can set (beams, penalties, top-k).
-
-        Otherwise transformers would use the checkpoint's values, and scores would depend on a file that nobody reads.
-        """
+        """Greedy decoding or plain sampling, in transformers' terms."""
         sampling = self.temperature > 0
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -148,14 +149,22 @@ class Decoding:
             temperature=self.temperature if sampling else 1.0,
             top_p=self.top_p if sampling else 1.0,
             top_k=0 if sampling else 50,  # transformers treats 50 as unset in greedy decoding
-            num_beams=1,
-            num_return_sequences=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            length_penalty=1.0,
-            early_stopping=False,
-            min_length=0,
         )
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """A context in which the model's generation config has only its token ids.
+
+    transformers fills every unset value from it: beams, penalties, suppressed tokens. Scores would then depend on
+    settings that the recipe does not name.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in OWN_TOKENS})
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextmanager
