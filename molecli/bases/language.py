@@ -81,9 +81,24 @@ def summed(losses: Tensor) -> tuple[Tensor, Tensor]:
     return losses.sum(), torch.tensor(len(losses), device=losses.device)
 
 
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model: of a multimodal model, its text part; of two stacks, the encoder's."""
+    config: Any = model.config
+    return getattr(config, "encoder", config) if config.is_encoder_decoder else config.get_text_config()
+
+
+def outside_text(model: nn.Module, matrices: Iterable[str]) -> list[str]:
+    """Those of the matrices that are not in the language model of a multimodal one, such as the vision encoder's."""
+    kind = type(text_config(model))
+    if isinstance(model.config, kind) or model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return []
+    parts = [name for name, module in model.named_modules() if isinstance(getattr(module, "config", None), kind)]
+    return [name for name in matrices if not any(name.startswith(f"{part}.") for part in parts)]
+
+
 def position_limit(model: nn.Module) -> int | None:
     """The number of tokens that the model has positions for; None if positions are relative and unlimited (T5)."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 

@@ -92,8 +92,17 @@ def _gated(asked: Asked) -> Mixture:
     sites = asked.sites(settings.granularity, per_token=settings.pool == "token")
     build = asked.row.load()
     gates = build(settings, asked.bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
+    if not all(gate.constant for gate in gates.values()):
+        _check_inside(asked)
     renormalize = settings.absent == "renormalize"
     return Mixture(asked.model, asked.bank, sites, gates, streams=layout.streams(), renormalize_absent=renormalize)
+
+
+def _check_inside(asked: Asked) -> None:
+    """Raises: UsageError if a LoRA adapts a part of the model that does not read the prompt's tokens."""
+    for outside in asked.layout.outside(asked.bank.matrices)[:1]:
+        what = f"gates weigh LoRAs by the prompt, and a LoRA adapts {outside}, which does not read the prompt's tokens"
+        raise UsageError(f"--mode {asked.row.name}", what, f"Use LoRAs of the language model alone, or --mode {SUM}.")
 
 
 def _summed(asked: Asked) -> Mixture:

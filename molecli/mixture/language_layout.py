@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from molecli.bases import language
 from molecli.catalog.methods import Kind
@@ -28,7 +29,8 @@ class TextLayout:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-        width = getattr(model.config, "d_model", None) or model.config.hidden_size
+        text = language.text_config(model)
+        width = getattr(text, "d_model", None) or text.hidden_size
         self.memory_width: int | None = int(width)
 
     def matrices(self) -> dict[str, Shape]:
@@ -42,6 +44,10 @@ class TextLayout:
     def streams(self) -> Streams:
         """The passes of encoder and decoder."""
         return TextStreams(self.model, seq2seq=self.seq2seq)
+
+    def outside(self, matrices: Iterable[str]) -> list[str]:
+        """Matrices of a multimodal model's other parts, such as its vision encoder."""
+        return language.outside_text(self.model, matrices)
 
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
         """See `sites.make_sites`."""
@@ -97,7 +103,7 @@ class TextStreams:
                 (found for name in CACHE_ARGUMENTS if (found := getattr(output, name, None)) is not None), None
             )
             if cache is not None:
-                self.decoder.cache = weakref.ref(cache)
+                self.decoder.cache = _reference(cache)
 
         if not self.seq2seq:
             return [watch(self.model, self._read_causal), self.model.register_forward_hook(note_cache)]
@@ -106,12 +112,12 @@ class TextStreams:
         return [watch(encoder, self._read_encoder), watch(decoder, self._read_decoder), noting]
 
     def _read_encoder(self, kwargs: Mapping[str, Any]) -> None:
-        valid = _valid(kwargs, past=0)
+        valid = _valid(kwargs)
         self.encoder = Pass(self.encoder.step + 1, valid=valid, prompt=valid)
 
     def _read_decoder(self, kwargs: Mapping[str, Any]) -> None:
         past, cache = _past(kwargs)
-        valid = _valid(kwargs, past)
+        valid = _valid(kwargs)
         memory = kwargs.get("encoder_hidden_states")
         memory_valid = kwargs.get("encoder_attention_mask")
         if memory is not None and (memory_valid is None or memory_valid.dim() != 2):
@@ -122,7 +128,7 @@ class TextStreams:
 
     def _read_causal(self, kwargs: Mapping[str, Any]) -> None:
         past, cache = _past(kwargs)
-        valid = _valid(kwargs, past)
+        valid = _valid(kwargs)
         prompt = valid
         labels = kwargs.get("labels")
         if labels is not None:
@@ -131,12 +137,26 @@ class TextStreams:
         self.decoder = Pass(self.decoder.step + 1, past, cache, valid, prompt)
 
 
-def _past(kwargs: Mapping[str, Any]) -> tuple[int, weakref.ref[Any] | None]:
+def _past(kwargs: Mapping[str, Any]) -> tuple[int | None, weakref.ref[Any] | None]:
     cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
-    return (0, None) if cache is None else (int(cache.get_seq_length()), weakref.ref(cache))
+    return (0, None) if cache is None else (_length(cache), _reference(cache))
 
 
-def _valid(kwargs: Mapping[str, Any], past: int) -> Tensor:
+def _length(cache: Any) -> int | None:
+    """The number of tokens in the cache, 1 for the state of recurrent layers alone; None if it cannot be known."""
+    if not isinstance(cache, Cache):
+        return None
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # it has no attention layer
+        return int(cache.has_previous_state())
+
+
+def _reference(cache: Any) -> weakref.ref[Any] | None:
+    return weakref.ref(cache) if isinstance(cache, Cache) else None
+
+
+def _valid(kwargs: Mapping[str, Any]) -> Tensor:
     ids = kwargs.get("input_ids")
     shaped = ids if ids is not None else kwargs["inputs_embeds"]
     mask = kwargs.get("attention_mask")

@@ -264,7 +264,7 @@ class Mixture:
         if gate.constant:
             hosted.step, hosted.value = current.step, gate(None, self._keep)
             return hosted.value
-        decoding = bool(current.past) and hosted.site.stream == "decoder" and gate.remembers
+        decoding = current.past != 0 and hosted.site.stream == "decoder" and gate.remembers
         if decoding:
             self._check_cache(hosted, current)
         if decoding and gate.per_sequence and hosted.value is not None:
@@ -280,6 +280,9 @@ class Mixture:
     def _check_cache(self, hosted: HostedSite, current: Pass) -> None:
         """Raises: RunError if the pass does not continue the prompt that the site's gate was computed for."""
         what = None
+        if current.past is None:
+            what = "this kind of cache does not say whether it continues a prompt"
+            raise RunError("generation", what, "Write use_cache=False, or use gates with --pool token.")
         if hosted.value is None:
             what = "the cache has tokens from before the experts were attached or masked"
         elif hosted.origin is not None and hosted.origin.differs(current):

@@ -49,6 +49,10 @@ class PipelineLayout:
         """The passes of the UNet and the text encoder(s)."""
         return PipelineStreams(self.model)
 
+    def outside(self, matrices: Iterable[str]) -> list[str]:
+        """None: gates can be at every matrix of a pipeline."""
+        return []
+
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
         """See `make_pipeline_sites`; without sites whose output is not used."""
         sites = make_pipeline_sites(matrices, granularity, per_token=per_token)

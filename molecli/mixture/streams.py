@@ -17,8 +17,8 @@ from molecli.catalog.methods import Kind
 from molecli.errors import RunError
 from molecli.protocols import Granularity, Reading, Shape, Site
 
-# The names of the key-value cache in transformers' calls and outputs: from 5.24 on, and before.
-CACHE_ARGUMENTS = ("cache", "past_key_values")
+# The cache's names in transformers' calls and outputs: from 5.24 on, before, and in recurrent models (Mamba, RWKV).
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
 
 
 @dataclass
@@ -26,12 +26,13 @@ class Pass:
     """One forward pass along one token axis.
 
     step: the number of the pass, by which a site knows that its gate value is old; past, cache: the number of tokens in
-    the key-value cache, and that cache; over: the pass has ended, and calls now recompute it for the backward pass;
-    shared: values that one gate computed and other gates of this pass need too.
+    the cache, and that cache (a recurrent state counts as one token; past is None if it is unknown); over: the pass has
+    ended, and calls now recompute it for the backward pass; shared: values that one gate computed and other gates of
+    this pass need too.
     """
 
     step: int = 0
-    past: int = 0
+    past: int | None = 0
     cache: weakref.ref[Any] | None = None
     valid: Tensor | None = None
     prompt: Tensor | None = None
@@ -91,6 +92,10 @@ class Layout(Protocol):
 
     def streams(self) -> Streams:
         """New passes for one mixture."""
+        ...
+
+    def outside(self, matrices: Iterable[str]) -> list[str]:
+        """Those of the matrices that work on something else than the prompt, so that no gate can be there."""
         ...
 
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
