@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from molecli import __version__
 from molecli.adapters import write_diffusers
 from molecli.bases.diffusion import Diffusion
 from molecli.bases.loading import load_backbone
@@ -40,9 +39,9 @@ from molecli.images.drawing import warnings_as_notes
 from molecli.images.pictures import Album, instance_pictures, lessons
 from molecli.images.targets import by_component, picture_targets
 from molecli.protocols import Note, Picture, Progress
-from molecli.training.adapter import adapted, trained_parameters, write_shifts
-from molecli.training.checkpoints import REPORT_FILE, discard_checkpoints, recipe_digest
-from molecli.training.loop import Record, train
+from molecli.training.adapter import adapted, trained_parameters, training_report, write_shifts
+from molecli.training.checkpoints import REPORT_FILE, discard_checkpoints
+from molecli.training.loop import train
 from molecli.training.shifted import Shifted
 
 if TYPE_CHECKING:
@@ -109,7 +108,13 @@ def _train(
                 # B starts at zero, so A has no gradient yet.
                 gradient_check="any",
             )
-        report = _report(recipe, model, targets, instances, priors, side, history)
+        learned = {
+            "components": by_component(targets),
+            "pictures": len(instances),
+            "class_pictures": len(priors),
+            "resolution": side,
+        }
+        report = training_report(recipe, model, targets, history, learned)
         report["denoising"] = _probe(loss, model, range(len(instances)), recipe.seed)
         report["seconds"] = round(time.monotonic() - start_s, 1)
         if accelerator.is_main_process:
@@ -199,33 +204,6 @@ def _probe(loss: PictureLoss, model: PeftModel | Shifted, places: Sequence[int],
         without = loss.probe(places, seed)
     model.train(training)
     return {"base": without, "lora": with_lora}
-
-
-def _report(
-    recipe: TrainLoraRecipe,
-    model: PeftModel | Shifted,
-    names: Sequence[str],
-    instances: Sequence[Picture],
-    priors: Sequence[Picture],
-    side: int,
-    history: Sequence[Record],
-) -> dict[str, Any]:
-    tail = history[-max(1, len(history) // 10) :]
-    return {
-        "command": recipe.command,
-        "molecli_version": __version__,
-        "recipe_digest": recipe_digest(recipe),
-        "base": recipe.base.id,
-        "method": recipe.adapter.method,
-        "matrices": len(names),
-        "components": by_component(names),
-        "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),
-        "pictures": len(instances),
-        "class_pictures": len(priors),
-        "resolution": side,
-        "steps": len(history),
-        "loss": {"first": history[0]["loss"], "last_tenth": sum(record["loss"] for record in tail) / len(tail)},
-    }
 
 
 def _is_language_model(base: str) -> bool:

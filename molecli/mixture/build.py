@@ -100,8 +100,11 @@ def _gated(asked: Asked) -> Mixture:
 
 def _check_inside(asked: Asked) -> None:
     """Raises: UsageError if a LoRA adapts a part of the model that does not read the prompt's tokens."""
-    for outside in asked.layout.outside(asked.bank.matrices)[:1]:
-        what = f"gates weigh LoRAs by the prompt, and a LoRA adapts {outside}, which does not read the prompt's tokens"
+    outside = asked.layout.outside(asked.bank.matrices)
+    if outside:
+        what = (
+            f"gates weigh LoRAs by the prompt, and a LoRA adapts {outside[0]}, which does not read the prompt's tokens"
+        )
         raise UsageError(f"--mode {asked.row.name}", what, f"Use LoRAs of the language model alone, or --mode {SUM}.")
 
 

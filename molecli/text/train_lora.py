@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
-from molecli import __version__
 from molecli.bases.loading import load_backbone
 from molecli.files.atomic import write_bytes, write_text
 from molecli.protocols import Backbone, Example, Note, Progress
-from molecli.training.adapter import adapted, trained_parameters, write_shifts
-from molecli.training.checkpoints import REPORT_FILE, discard_checkpoints, recipe_digest
+from molecli.training.adapter import adapted, trained_parameters, training_report, write_shifts
+from molecli.training.checkpoints import REPORT_FILE, discard_checkpoints
 from molecli.training.examples import Tasks, flatten, split_tasks
-from molecli.training.loop import LossFunction, Record, StepLoss, train
+from molecli.training.loop import LossFunction, StepLoss, train
 from molecli.training.ranks import StepContext
 from molecli.training.shifted import Shifted
 
@@ -63,7 +62,11 @@ def train_lora(
             # B starts at zero, so A has no gradient yet; and a sparse model may route no token to some matrices.
             gradient_check="any",
         )
-        report = _report(recipe, model, tasks, history)
+        learned = {
+            "examples": {task: len(examples) for task, examples in tasks.items()},
+            "tokens": int(sum(record["count"] for record in history)),
+        }
+        report = training_report(recipe, model, model.targeted_module_names, history, learned)
         report["held_out"] = held_out_losses(backbone, model, held_out, recipe.train.batch_size, accelerator)
         report["seconds"] = round(time.monotonic() - start_s, 1)
         if accelerator.is_main_process:
@@ -122,25 +125,3 @@ def write_adapter(model: PeftModel, folder: Path, base: BaseConfig) -> None:
     settings["target_modules"] = sorted(settings["target_modules"])
     write_bytes(folder / "adapter_model.safetensors", weights)
     write_text(folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
-
-
-def _report(
-    recipe: TrainLoraRecipe,
-    model: PeftModel | Shifted,
-    tasks: Mapping[str, Sequence[Example]],
-    history: Sequence[Record],
-) -> dict[str, Any]:
-    tail = history[-max(1, len(history) // 10) :]
-    return {
-        "command": recipe.command,
-        "molecli_version": __version__,
-        "recipe_digest": recipe_digest(recipe),
-        "base": recipe.base.id,
-        "method": recipe.adapter.method,
-        "matrices": len(model.targeted_module_names),
-        "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),
-        "examples": {task: len(examples) for task, examples in tasks.items()},
-        "steps": len(history),
-        "tokens": int(sum(record["count"] for record in history)),
-        "loss": {"first": history[0]["loss"], "last_tenth": sum(record["loss"] for record in tail) / len(tail)},
-    }

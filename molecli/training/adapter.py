@@ -1,30 +1,33 @@
 """A new adapter on a base's matrices: a LoRA through PEFT, or SVDiff's shifts of singular values.
 
-Contents: adapted, target_matrices, trained_parameters, write_shifts.
+Contents: adapted, target_matrices, trained_parameters, training_report, write_shifts.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from molecli import __version__
 from molecli.adapters import Origin, write_svdiff
 from molecli.bases.weights import BaseWeights
 from molecli.errors import UsageError, suggestion
 from molecli.protocols import Backbone, Progress
+from molecli.training.checkpoints import recipe_digest
 from molecli.training.shifted import Shifted
 
 if TYPE_CHECKING:
-    from molecli.config import AdapterConfig, BaseConfig
+    from molecli.config import AdapterConfig, BaseConfig, TrainLoraRecipe
+    from molecli.training.loop import Record
 
 
 ALL_LINEAR = "all-linear"
@@ -105,6 +108,29 @@ def target_matrices(targets: str | Sequence[str], matrices: Collection[str]) -> 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained: the adapter's."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def training_report(
+    recipe: TrainLoraRecipe,
+    model: PeftModel | Shifted,
+    matrices: Sequence[str],
+    history: Sequence[Record],
+    learned: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What was trained and how its loss went; `learned`: the entries that say from what."""
+    tail = history[-max(1, len(history) // 10) :]
+    return {
+        "command": recipe.command,
+        "molecli_version": __version__,
+        "recipe_digest": recipe_digest(recipe),
+        "base": recipe.base.id,
+        "method": recipe.adapter.method,
+        "matrices": len(matrices),
+        "parameters": sum(parameter.numel() for parameter in trained_parameters(model).values()),
+        **learned,
+        "steps": len(history),
+        "loss": {"first": history[0]["loss"], "last_tenth": sum(record["loss"] for record in tail) / len(tail)},
+    }
 
 
 def write_shifts(model: Shifted, folder: Path, base: BaseConfig) -> None:
