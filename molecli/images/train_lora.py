@@ -108,12 +108,8 @@ def _train(
                 # B starts at zero, so A has no gradient yet.
                 gradient_check="any",
             )
-        learned = {
-            "components": by_component(targets),
-            "pictures": len(instances),
-            "class_pictures": len(priors),
-            "resolution": side,
-        }
+        learned: dict[str, Any] = {"pictures": len(instances), "class_pictures": len(priors), "resolution": side}
+        learned["components"] = by_component(targets)
         report = training_report(recipe, model, targets, history, learned)
         report["denoising"] = _probe(loss, model, range(len(instances)), recipe.seed)
         report["seconds"] = round(time.monotonic() - start_s, 1)
