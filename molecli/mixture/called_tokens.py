@@ -138,7 +138,9 @@ class CalledTokens:
 
     def _known_shape(self) -> tuple[int, int]:
         if self.shape is None:
-            what = "the model was called without input_ids [batch, tokens] or inputs_embeds, so its tokens are not known"
+            what = (
+                "the model was called without input_ids [batch, tokens] or inputs_embeds, so its tokens are not known"
+            )
             raise RunError("generation", what, "Give one of them.")
         return self.shape
 
@@ -173,7 +175,10 @@ class CalledTokens:
             fits, start = length >= tokens, length - tokens
         else:
             # A mask may be as long as a static cache: then the tokens are not its last ones.
-            fits, start = length >= self._past + tokens and (self._past > 0 or length == tokens or self._cached), self._past
+            fits, start = (
+                length >= self._past + tokens and (self._past > 0 or length == tokens or self._cached),
+                self._past,
+            )
         if not fits:
             seen = "" if not self._past else f" after {self._past} in the cache"
             what = f"an attention_mask over {length} tokens does not fit {tokens} tokens{seen}"

@@ -87,7 +87,9 @@ def check_continues(now: Pass, origin: Trace | None, *, fixed: bool) -> None:
     if origin.cache is None or trace.cache is None or origin.cache() is not trace.cache():
         what, remedy = "the cache is not that of the last prompt, for which the gates were computed", _FRESH
         if now.generation is not None and now.generation.start == 0:
-            what = "the model reads two texts in turn, as with guidance_scale or drafts of its own, and gates follow one"
+            what = (
+                "the model reads two texts in turn, as with guidance_scale or drafts of its own, and gates follow one"
+            )
             remedy = "Leave that out, or use gates with --pool token."
         raise RunError("generation", what, remedy)
     if fixed and trace.start is not None and trace.start < origin.prompt:

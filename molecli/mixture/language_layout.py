@@ -5,6 +5,7 @@ Contents: TextLayout, TextStreams.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -99,7 +100,9 @@ class TextStreams:
         same = memory is None or (self._encoded is not None and self._encoded() is memory)
         if same or (generation is not None and self._begun.get("encoder") is generation):
             return
-        what = "gates shared by encoder and decoder weigh LoRAs by the encoder's last text, and the decoder reads another"
+        what = (
+            "gates shared by encoder and decoder weigh LoRAs by the encoder's last text, and the decoder reads another"
+        )
         raise RunError("generation", what, "Call the encoder just before, or use another granularity than network.")
 
     def reading(
@@ -196,26 +199,29 @@ class TextStreams:
 
     def _even(self, current: Pass) -> bool:
         """Whether sequences and tokens of the pass are as many, so that shapes do not tell them apart."""
-        shapes = [current.tokens.shape if current.tokens else None, current.memory.shape if current.memory is not None else None]
+        shapes = [
+            current.tokens.shape if current.tokens else None,
+            current.memory.shape if current.memory is not None else None,
+        ]
         return any(shape is not None and shape[0] == shape[1] > 1 for shape in shapes)
 
     def _probe(self, module: nn.Module, axis: str, told: Mapping[str, Any]) -> None:
         """Runs the first sequence alone, without experts, so that the shapes of all inputs are seen once."""
-        one = {
-            name: told[name][:1]
-            for name in ("input_ids", "inputs_embeds", "encoder_hidden_states")
-            if isinstance(told.get(name), Tensor)
-        }
-        step = getattr(self, axis).step
+        needed = [
+            name for name, one in inspect.signature(module.forward).parameters.items() if one.default is one.empty
+        ]
+        one = {name: told[name] for name in needed if name in told}
+        for name in ("input_ids", "inputs_embeds", "encoder_hidden_states", *(n for n in needed if "padding" in n)):
+            if isinstance(told.get(name), Tensor):
+                one[name] = told[name][:1]
         self.probing = True
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=_devices(one.values())):
                 module(**one)
-        except Exception:  # noqa: BLE001 - the order stays unknown, and the pass is refused where it matters
+        except Exception:
             pass
         finally:
             self.probing = False
-        assert getattr(self, axis).step >= step
 
     # -- what calls say ----------------------------------------------------------------------------------------------
 
@@ -291,5 +297,5 @@ def _cache_in(output: Any) -> Cache | None:
     return next((one for one in found if isinstance(one, Cache)), None)
 
 
-def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    return list({tensor.device for tensor in tensors if tensor.device.type == "cuda"})
+def _devices(tensors: Iterable[Any]) -> list[torch.device]:
+    return list({one.device for one in tensors if isinstance(one, Tensor) and one.device.type == "cuda"})

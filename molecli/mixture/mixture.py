@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from molecli.bases.pipeline import PipelineModules
 from molecli.errors import MismatchError, RunError
@@ -23,6 +22,7 @@ from molecli.functional.tensor_version import Stamp, stamp
 from molecli.mixture.continuation import check_continues, check_whole, rolled_back
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
 from molecli.mixture.streams import Pass, Streams
+from molecli.mixture.uncompiled import run_eagerly
 from molecli.protocols import Site
 
 
@@ -56,7 +56,7 @@ class Mixture:
             gates[site.name].to(reference(modules[site.matrices[0]]).device)
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Any] = []  # with `remove`
         self._keep: Tensor | None = None
         self._off = False
         self._state = object()  # replaced whenever a pass will compute from other memory than before
@@ -75,7 +75,15 @@ class Mixture:
         """Adds the hooks."""
         if self._handles:
             raise RunError("mixture", "it is attached already", "Leave its context first.")
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self) -> None:
         self._state = object()
+        self._handles.append(run_eagerly())
         self._handles += self._streams.attach(self._begin)
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
@@ -203,7 +211,8 @@ class Mixture:
                 return None
             x = args[0]
             if self._streams.probing:
-                return group.learn(tuple(x.shape[:-1]), self._streams.axes(group.stream))
+                group.learn(tuple(x.shape[:-1]), self._streams.axes(group.stream))
+                return None
             if group.x is not x:
                 self._mix(group, x)
             return group.add(y, index)
@@ -263,12 +272,12 @@ class Mixture:
         if made is not None:
             return made[0] if made[1] is not group else self._made(group, current, x, u, None)
         if hosted.value is None or hosted.step != current.step:
-            hosted.step, hosted.value, hosted.seen = current.step, self._next(group, current, x, u), current
+            hosted.step, hosted.value, hosted.seen = current.step, self._new_value(group, current, x, u), current
         elif not gate.constant and group.stream != hosted.site.stream:
             self._streams.check_shared()
         return hosted.value
 
-    def _next(self, group: HostedGroup, current: Pass, x: Tensor, u: Tensor) -> Tensor:
+    def _new_value(self, group: HostedGroup, current: Pass, x: Tensor, u: Tensor) -> Tensor:
         """The value in a new pass, which may go on from a prompt. Raises: RunError if it is not known from which."""
         hosted, gate = group.site, group.site.gate
         if gate.constant or current.past == 0 or hosted.site.stream != "decoder" or not gate.remembers:

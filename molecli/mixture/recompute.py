@@ -49,5 +49,7 @@ class Learning:
     def check_one(self) -> None:
         """Raises: RunError if several passes were made before this backward pass."""
         if self._several:
-            what = "gradient checkpointing computes layers again, and several passes were made before this backward pass"
+            what = (
+                "gradient checkpointing computes layers again, and several passes were made before this backward pass"
+            )
             raise RunError("training", what, "Call backward after each pass, or switch gradient checkpointing off.")

@@ -52,7 +52,7 @@ def axes_of(lead: tuple[int, ...], rows: int, tokens: int, *, first: bool | None
     if token_first:
         return Axes(lead.index(rows, 1), 0) if lead[0] == tokens and rows in lead[1:] else Axes(None, None)
     others = [place for place in range(1, len(lead)) if lead[place] == tokens]
-    if lead[0] != rows or (len(lead) > 2 or not others) and _twice(lead, rows, others):
+    if lead[0] != rows or ((len(lead) > 2 or not others) and _twice(lead, rows, others)):
         return Axes(None, None)
     if lead[1:] == (tokens,):
         return _PLAIN
@@ -116,10 +116,11 @@ def _unknown(matrix: str, lead: tuple[int, ...], size: tuple[int, int]) -> RunEr
 def _unread(matrix: str, lead: tuple[int, ...], size: tuple[int, int]) -> RunError:
     what = f"a gate reads the tokens here, and {_misfit(lead, size)}"
     remedy = "Use LoRAs that do not adapt it, or --mode linear."
-    if len(lead) == 2 and lead[0] == size[0] and lead[1] > size[1]:
-        remedy = f"The model pads inside: pad the batch to {lead[1]} tokens yourself (pad_to_multiple_of)."
-    elif size[0] == size[1] and lead == size:
+    if size[0] == size[1] and lead == size:
         remedy = "Give another number of sequences or tokens, as with one more token of padding."
+    longer = max(lead) if len(lead) == 2 and min(lead) == size[0] else 0
+    if size[1] < longer < 2 * size[1] or (longer > size[1] and longer % size[1]):
+        remedy = f"If the model pads inside, pad the batch to {longer} tokens yourself (pad_to_multiple_of={longer})."
     return RunError(matrix, what, remedy)
 
 
