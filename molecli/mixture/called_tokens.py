@@ -128,7 +128,7 @@ class CalledTokens:
 
     @cached_property
     def memory_valid(self) -> Tensor:
-        """[B, S], 1 for the encoder's tokens that the decoder may read. Raises: RunError if the call does not say it."""
+        """[B, S], 1 for the encoder's tokens that a decoder may read. Raises: RunError if the call does not say it."""
         mask = self._told.get("encoder_attention_mask")
         return visible_memory(self._told["encoder_hidden_states"], self._told.get("encoder_padding_mask", mask))
 

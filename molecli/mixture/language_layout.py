@@ -173,7 +173,8 @@ class TextStreams:
             if self.probing:
                 return
             self._begun[axis] = self.generations.current
-            if torch.is_grad_enabled() and module.training:
+            current.learning = torch.is_grad_enabled() and module.training
+            if current.learning:
                 self._learning.begin(axis, current)
             if unsure and self._even(current):
                 self._probe(module, axis, told)

@@ -51,7 +51,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DataParallel and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-            what = f"DataParallel runs copies of the model on {len(model.device_ids)} devices, and LoRAs are attached to one"
+            what = f"DataParallel copies the model to {len(model.device_ids)} devices, and LoRAs are attached to one"
             raise UsageError("attach", what, "Give the model itself, or use DistributedDataParallel.")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

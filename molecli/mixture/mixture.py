@@ -20,6 +20,7 @@ from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
 from molecli.mixture.continuation import check_continues, check_whole, rolled_back
+from molecli.mixture.recompute import check_learns
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
 from molecli.mixture.streams import Pass, Streams
 from molecli.mixture.uncompiled import run_eagerly
@@ -88,7 +89,7 @@ class Mixture:
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
         for hosted in self._hosted.values():
-            hosted.owners, hosted.expanded = [], None
+            hosted.owners, hosted.expanded = [], {}
             # A gate value from an earlier attachment does not belong to the prompts of this one.
             hosted.step, hosted.value, hosted.origin = -1, None, None
             for group in hosted.site.groups:
@@ -253,7 +254,9 @@ class Mixture:
         """`value` ([N], [B, N] or [B, T, N]) for each rank of the group: [R], [B, 1, R] or [B, T, R]."""
         apart = self._renormalize_absent and not group.complete
         if value.dim() < 3 and not apart:
-            return group.site.by_rank(value, dtype)[group.place]
+            current = self._streams.of(group.site.site)
+            memo = current.expanded if current.learning else group.site.expanded
+            return group.site.by_rank(value, dtype, memo)[group.place]
         if not apart:
             return value.to(dtype).index_select(-1, group.owner)
         value = value.unsqueeze(1) if value.dim() == 2 else value
@@ -270,7 +273,10 @@ class Mixture:
         current, gate = self._streams.of(hosted.site), hosted.gate
         made = current.values.get(hosted.site.name) if current.over else None
         if made is not None:
-            return made[0] if made[1] is not group else self._made(group, current, x, u, None)
+            if made[1] is group:
+                return self._made(group, current, x, u, None)
+            check_learns(made[0], hosted.gate)
+            return made[0]
         if hosted.value is None or hosted.step != current.step:
             hosted.step, hosted.value, hosted.seen = current.step, self._new_value(group, current, x, u), current
         elif not gate.constant and group.stream != hosted.site.stream:
@@ -306,7 +312,7 @@ class Mixture:
             value = gate(reading, self._keep)
             if not current.over:
                 hosted.state = reading.state
-        if torch.is_grad_enabled():
+        if current.learning:
             current.values[hosted.site.name] = value, group
         return value
 

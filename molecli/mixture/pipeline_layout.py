@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -165,7 +166,7 @@ class PipelineStreams:
     def _begin(self, name: str, on_pass: Callable[[], Any]) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             on_pass()
-            self.passes[name] = Pass(self.passes[name].step + 1)
+            self.passes[name] = Pass(self.passes[name].step + 1, learning=torch.is_grad_enabled())
 
         return hook
 

@@ -2,7 +2,7 @@
 
 Other passes may have run in between, such as a generation that shows what was learnt so far.
 
-Contents: in_backward, Learning.
+Contents: in_backward, check_learns, Learning.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from molecli.errors import RunError
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return _graph() != -1
+
+
+def check_learns(value: Tensor, gate: nn.Module) -> None:
+    """Raises: RunError if a gate's value, computed in another layer, does not lead back to the gate's parameters."""
+    if torch.is_grad_enabled() and not value.requires_grad and any(p.requires_grad for p in gate.parameters()):
+        what = "with reentrant gradient checkpointing a gate that several layers share would get no gradient from them"
+        remedy = "Write gradient_checkpointing_kwargs={'use_reentrant': False}."
+        raise RunError("training", what, remedy)
 
 
 def _graph() -> int:

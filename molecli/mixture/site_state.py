@@ -38,17 +38,18 @@ class HostedSite:
         self.owners: list[Tensor] = []  # the experts of its groups' ranks, in the order of the groups
         self.owner = torch.empty(0)  # the same as one tensor
         self.ranks: list[int] = []  # the number of ranks of each group
-        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and that value by rank for each group
+        self.expanded: dict[str, Any] = {}  # see `by_rank`
         self.tensors = (*gate.parameters(), *gate.buffers())
 
-    def by_rank(self, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather; cached for the same value."""
-        known = self.expanded
+    def by_rank(self, value: Tensor, dtype: torch.dtype, memo: dict[str, Any]) -> tuple[Tensor, ...]:
+        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather, kept in `memo` for the same value."""
+        known: tuple[Tensor, tuple[Tensor, ...]] | None = memo.get(self.site.name)
         if known is None or known[0] is not value or known[1][0].dtype != dtype:
             ranks = (value if value.dtype == dtype else value.to(dtype)).index_select(-1, self.owner)
             if ranks.dim() == 2:
                 ranks = ranks.unsqueeze(1)  # one per sequence: the same for all its tokens
-            self.expanded = known = value, ranks.split_with_sizes(self.ranks, -1) if len(self.ranks) > 1 else (ranks,)
+            known = value, ranks.split_with_sizes(self.ranks, -1) if len(self.ranks) > 1 else (ranks,)
+            memo[self.site.name] = known
         return known[1]
 
 

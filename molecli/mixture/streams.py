@@ -45,11 +45,12 @@ class Pass:
     """One forward pass along one token axis.
 
     step: the number of the pass, by which a site knows that its gate value is old; tokens: what the call says of its
-    tokens, None if all count; past: the number of tokens in the cache (a recurrent state counts as one token), None if it
-    is unknown; trace: what continues what; moved: whether the rows of its cache may have been put in
-    another order; generation: the running call of `generate`; memory: the encoder's output that it reads; over: the pass has ended, and calls now recompute it for the backward pass; shared: values that one gate computed
-    and other gates of this pass need too; values: the sites' gate values, and where they were computed, while gradients
-    are recorded.
+    tokens, None if all count; past: the number of tokens in the cache (a recurrent state counts as one token), None if
+    it is unknown; trace: what continues what; moved: whether the rows of its cache may have been put in another order;
+    generation: the running call of `generate`; memory: the encoder's output that it reads; over: it has ended, and
+    calls now recompute it for the backward pass; shared: values that one gate computed and other gates of this pass
+    need too; learning: whether a backward pass may follow, which needs values and expanded: by site, the gate's value
+    and where it was computed, and that value by rank.
     """
 
     step: int = 0
@@ -61,7 +62,9 @@ class Pass:
     memory: Tensor | None = None
     over: bool = False
     shared: dict[Any, Any] = field(default_factory=dict)
+    learning: bool = False
     values: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
+    expanded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def valid(self) -> Tensor | None:
@@ -85,8 +88,8 @@ class Streams(Protocol):
     probing: bool
 
     def attach(self, on_pass: Callable[[], Any]) -> list[Any]:
-        """Hooks that update the passes; `on_pass` is called at the start of each pass, and returns whether the order of an
-        input's axes is still to be found out. Each has `remove`."""
+        """Hooks that update the passes; `on_pass` is called at the start of each pass, and returns whether the order of
+        an input's axes is still to be found out. Each has `remove`."""
         ...
 
     def of(self, site: Site) -> Pass:

@@ -1,7 +1,7 @@
 """Which vectors of a matrix's input belong to which sequence and token.
 
-Most models give every matrix [sequences, tokens, d]; some put tokens first (LED, FSMT, XLNet), join both axes (OPT), put
-heads between them (DeepSeek), pad inside (LED, BigBird) or send each expert its own tokens (Switch). A gate's values
+Most models give every matrix [sequences, tokens, d]; some put tokens first (LED, FSMT, XLNet), join both axes (OPT),
+put heads between them (DeepSeek), pad inside (LED) or send each expert its own tokens (Switch). A gate's values
 reach the vectors they belong to, or the matrix is refused by name.
 
 Contents: Axes, axes_of, routed; placed, for a gate's values; as_tokens, for a gate's input.

@@ -136,6 +136,8 @@ class InputGate(nn.Module):
         """The pooled reading in float32: [B, width] or [B, T, width]."""
         if self.pool == "prompt" and self.reads == "x" and reading.memory is not None:
             assert reading.memory_valid is not None
+            if reading.memory.requires_grad:  # a layer may be computed again (checkpointing), also what it shares
+                return _mean(reading, reading.memory, reading.memory_valid)
             key = "memory", id(reading.memory)  # the same for every site of the decoder
             if key not in reading.shared:
                 reading.shared[key] = _mean(reading, reading.memory, reading.memory_valid)
