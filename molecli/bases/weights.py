@@ -79,7 +79,7 @@ class BaseWeights:
         """U, σ and V of the matrix, on its device; cached until its weight changes or the layer is deleted."""
         layer = self.model.get_submodule(matrix)
         # Packed weights are compared by what they stand for: their storage may be reordered.
-        weight = self.dense(matrix) if is_packed(layer) else layer.weight.detach()
+        weight = self.dense(matrix) if is_packed(layer) else layer.weight
         assert isinstance(weight, Tensor)
         place = (0, 0) if is_packed(layer) else (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         # Includes the sum, because writing through `.data`, as PEFT does to merge, does not change the version.

@@ -90,8 +90,8 @@ def quantisation(model: nn.Module) -> str:
     for bits in (8, 4):
         if stated.get(f"load_in_{bits}bit"):
             return f"bitsandbytes {bits} bit"
-    bits = stated.get("bits")
-    return f"{getattr(method, 'value', method)}" + (f" {bits} bit" if isinstance(bits, int) else "")
+    width = stated.get("bits")
+    return f"{getattr(method, 'value', method)}" + (f" {width} bit" if isinstance(width, int) else "")
 
 
 @dataclass(frozen=True)

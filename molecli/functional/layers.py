@@ -104,7 +104,8 @@ def _from_bitsandbytes(module: nn.Module) -> Tensor | None:
     import bitsandbytes
 
     if kind == "Int8Params":
-        scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB  # type: ignore[union-attr]
+        state: Any = module.state
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
         return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
     data, state = weight.data, weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
