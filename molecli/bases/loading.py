@@ -20,7 +20,7 @@ from torch import nn
 from molecli.bases.causal import Causal
 from molecli.bases.language import freeze
 from molecli.bases.library_logs import first_line, quiet
-from molecli.bases.quantised import loading_options, not_here, quantised_by, settled
+from molecli.bases.quantised import loading_options, method_of, not_here, say_changes, settled
 from molecli.bases.seq2seq import Seq2Seq
 from molecli.errors import MismatchError, UsageError
 from molecli.files.base_source import BaseSettings, BaseSource, explain_hub, find_base
@@ -42,7 +42,7 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
         return load_pipeline(base, place, pick_dtype(base.dtype, place))
     with quiet(source):
         config = _config(source)
-        auto = _auto_class(source, config)
+        auto, method = _auto_class(source, config), method_of(config)
         tokenizer = _tokenizer(source)
         dtype = pick_dtype(base.dtype, place)
         options = {"dtype": dtype} | loading_options(source, config, place, dtype)
@@ -51,11 +51,11 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
     if len(tokenizer) > rows:
         what = f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows}"
         raise MismatchError(f"base {source.name}", what, "Load model and tokenizer from the same place.")
-    model = settled(model, options["dtype"]) if "device_map" in options else model.to(place)
-    if base.dtype != "auto" and options["dtype"] != dtype:
-        needed = str(options["dtype"]).removeprefix("torch.")
-        what = f"base {source.name}: its quantisation needs {needed}, so --dtype {base.dtype} has no effect"
-        warnings.warn(what, stacklevel=2)
+    if method:
+        model = settled(model, options["dtype"])
+        say_changes(source, method, model, asked=base.dtype)
+    else:
+        model = model.to(place)
     if config.is_encoder_decoder:
         return Seq2Seq(model, tokenizer, source.name)
     return Causal(model, tokenizer, source.name, chat_template=base.chat_template)
@@ -154,8 +154,8 @@ def _weights(source: BaseSource, config: Any, auto: Any, options: dict[str, Any]
             **options,
         )
     except Exception as error:
-        if quantised_by(config) and not isinstance(error, OSError | SafetensorError):
-            raise not_here(f"base {source.name}", str(quantised_by(config).get("quant_method")), error) from error
+        if method_of(config) and not isinstance(error, OSError | SafetensorError):
+            raise not_here(f"base {source.name}", method_of(config), error) from error
         # SafetensorError, RuntimeError, UnpicklingError, struct.error ... all mean that the file is damaged.
         raise _unread(source, error) from error
     for kind, keys in (("lack", report["missing_keys"]), ("have another shape for", report["mismatched_keys"])):

@@ -1,12 +1,13 @@
 """Checkpoints that are quantised: checked before their weights are read, and loaded as transformers wants them.
 
-Contents: quantised_by, loading_options, settled.
+Contents: quantised_by, method_of, loading_options, settled, say_changes, not_here.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,17 @@ def quantised_by(config: Any) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else found.to_dict()
 
 
+def method_of(config: Any) -> str:
+    """The name of the method in a model's configuration, "" if it is not quantised."""
+    stated = quantised_by(config)
+    if not stated:
+        return ""
+    method = stated.get("quant_method") or ""
+    # Old checkpoints of bitsandbytes name only the width.
+    bits = stated.get("load_in_4bit") or stated.get("load_in_8bit")
+    return str(getattr(method, "value", method) or (BITSANDBYTES if bits else "unknown"))
+
+
 def loading_options(source: BaseSource, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Keywords of `from_pretrained` for a base with this configuration; none for an unquantised one.
 
@@ -40,7 +52,7 @@ def loading_options(source: BaseSource, config: Any, device: torch.device, dtype
     stated = quantised_by(config)
     if not stated:
         return {}
-    method, where, four_bit = _method(stated), f"base {source.name}", bool(stated.get("load_in_4bit"))
+    method, where, four_bit = method_of(config), f"base {source.name}", bool(stated.get("load_in_4bit"))
     known = method if method != BITSANDBYTES else f"{method}_{4 if four_bit else 8}bit"
     if known not in AUTO_QUANTIZER_MAPPING:
         what = f"it is quantised by {method!r}, which transformers {transformers.__version__} does not know"
@@ -60,6 +72,16 @@ def loading_options(source: BaseSource, config: Any, device: torch.device, dtype
     return placed
 
 
+def say_changes(source: BaseSource, method: str, model: Any, *, asked: str) -> None:
+    """Warns if the loaded model's type is not the one asked for, or if its weights had to be dequantised."""
+    where, dtype = f"base {source.name}", str(model.dtype).removeprefix("torch.")
+    if asked not in ("auto", dtype):
+        warnings.warn(f"{where}: its quantisation needs {dtype}, so --dtype {asked} has no effect", stacklevel=3)
+    if not getattr(model, "is_quantized", False):
+        what = f"its {method} weights are dequantised to {dtype}, because nothing here computes with them"
+        warnings.warn(f"{where}: {what}", stacklevel=3)
+
+
 def not_here(where: str, method: str, error: Exception) -> RunError:
     """The message for a quantised base that cannot be loaded on this machine."""
     if isinstance(error, ImportError):
@@ -72,13 +94,6 @@ def not_here(where: str, method: str, error: Exception) -> RunError:
         return RunError(where, what, f"Run: pip install {package}.")
     what = f"it is quantised ({method}), and cannot be loaded on this machine ({first_line(error)})"
     return RunError(where, what, "Write the unquantised base, or use another machine.")
-
-
-def _method(stated: dict[str, Any]) -> str:
-    """The method's name; old checkpoints of bitsandbytes name only the width."""
-    method = stated.get("quant_method") or ""
-    bits = stated.get("load_in_4bit") or stated.get("load_in_8bit")
-    return str(getattr(method, "value", method) or (BITSANDBYTES if bits else "unknown"))
 
 
 def settled(model: Any, dtype: torch.dtype) -> Any:
