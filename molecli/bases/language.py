@@ -11,9 +11,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.pytorch_utils import Conv1D
 
 from molecli.errors import UsageError
+from molecli.functional.layers import linear_shape
 from molecli.protocols import Shape
 
 UNSCORED = -100
@@ -23,21 +23,11 @@ Side = Literal["left", "right"]
 
 
 def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
-    """Module name -> (d_out, d_in) of every linear layer except the output head; also works on the meta device.
-
-    GPT-2's Conv1D stores its weight as [d_in, d_out]; its shape here is (d_out, d_in) too.
-    """
+    """Module name -> (d_out, d_in) of every linear layer except the output head, quantised or not; also works on the
+    meta device. See `layers.linear_shape`."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    found: dict[str, Shape] = {}
-    for name, module in model.named_modules():
-        if module is head:
-            continue
-        if isinstance(module, nn.Linear):
-            found[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            d_in, d_out = module.weight.shape
-            found[name] = (d_out, d_in)
-    return found
+    shapes = {name: linear_shape(module) for name, module in model.named_modules() if module is not head}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ Contents: HostedSite; Kept; HostedGroup, of linear layers; HostedMaps, of convol
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from molecli.errors import MismatchError
 from molecli.experts import ExpertBank
+from molecli.functional.layers import compute_dtype
 from molecli.functional.low_rank import add_expanded, add_expanded_maps, project, project_maps
 from molecli.functional.tensor_version import Stamp, stamp
 from molecli.mixture.continuation import Trace
@@ -76,16 +78,15 @@ class HostedGroup:
 
     def __init__(self, group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
         self.site = site
-        weight = reference(modules[group.matrices[0]])
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        stacked = [bank.stacked(m, device=weight.device, dtype=dtype) for m in group.matrices]
+        device, dtype = reference(modules[group.matrices[0]]).device, compute_dtype(modules[group.matrices[0]])
+        stacked = [bank.stacked(m, device=device, dtype=dtype) for m in group.matrices]
         self.A = torch.cat([s.A for s in stacked]) if len(stacked) > 1 else stacked[0].A
         self.Bt = [s.B.t() for s in stacked]
         self.owner = torch.cat([s.owner for s in stacked])
         self.place = len(site.owners)
         site.owners.append(self.owner)
         self.sizes = [s.A.shape[0] for s in stacked]
-        self.present = [_indicator(bank, m, weight.device) for m in group.matrices]
+        self.present = [_indicator(bank, m, device) for m in group.matrices]
         self.complete = all(len(bank.present(m)) == len(bank) for m in group.matrices)
         self.stream = group.stream
         self.name = group.matrices[0]
@@ -178,8 +179,8 @@ def host_group(group: Group, site: HostedSite, bank: ExpertBank, modules: Mappin
 
 
 def reference(module: nn.Module) -> Tensor:
-    """A parameter that shows the module's device and dtype."""
-    return next(module.parameters())
+    """A tensor of the module, which shows its device; some quantised layers have buffers only."""
+    return next(itertools.chain(module.parameters(), module.buffers()))
 
 
 def _weighted(u: Tensor, weights: Tensor) -> Tensor:
