@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from molecli.bases.own_names import own_names
 from molecli.errors import UsageError
-from molecli.protocols import Shape
+from molecli.protocols import Matrices, Shape
 
 UNSCORED = -100
 # Models whose LoRAs are attached in a way that does not work with a key-value cache.
@@ -22,22 +23,24 @@ _UNCACHED: WeakSet[nn.Module] = WeakSet()
 Side = Literal["left", "right"]
 
 
-def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
-    """Module name -> (d_out, d_in) of every linear layer except the output head; also works on the meta device.
+def adaptable_matrices(model: nn.Module) -> Matrices:
+    """Module name -> (d_out, d_in) of every linear layer, the output head apart; also works on the meta device.
 
     GPT-2's Conv1D stores its weight as [d_in, d_out]; its shape here is (d_out, d_in) too.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     found: dict[str, Shape] = {}
+    last: dict[str, Shape] = {}
+    tables: dict[str, Shape] = {}
     for name, module in model.named_modules():
-        if module is head:
-            continue
-        if isinstance(module, nn.Linear):
-            found[name] = (module.out_features, module.in_features)
+        if module is embeddings and isinstance(module, nn.Embedding):
+            tables[name] = (module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, nn.Linear):
+            (last if module is head else found)[name] = (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             d_in, d_out = module.weight.shape
             found[name] = (d_out, d_in)
-    return found
+    return Matrices(found, head=last, tables={**tables, **last}, renamed=own_names(model, [*found, *last, *tables]))
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -52,6 +52,10 @@ class BaseWeights:
         shape = tuple(self._weight(matrix).shape)
         return shape[::-1] if isinstance(self.model.get_submodule(matrix), Conv1D) else shape
 
+    def parameter(self, name: str) -> Tensor:
+        """The parameter `name` as it is stored."""
+        return self.model.get_parameter(name).detach()
+
     def dense(self, matrix: str) -> Tensor:
         """[d_out, d_in], or [c_out, c_in·k_h·k_w], in float32. Raises: UsageError for quantised weights."""
         layer, weight = self.model.get_submodule(matrix), self._weight(matrix)

@@ -39,7 +39,7 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """One LoRA and how much of the base it adapts."""
+    """One LoRA and how much of the base it adapts; `left_out` is the share of its weights in the unmatched matrices."""
 
     name: str
     source: str
@@ -47,6 +47,8 @@ class LoraPlan:
     alpha: float
     matched: int
     unmatched: tuple[str, ...]
+    left_out: float = 0.0
+    taken_for: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,16 @@ def _outline(found: Coverage) -> Expert:
 
 def _lora_plans(infos: Sequence[AdapterInfo], covered: Sequence[Coverage]) -> tuple[LoraPlan, ...]:
     return tuple(
-        LoraPlan(info.name, info.source, info.rank, info.alpha, len(found.matched), found.unmatched)
+        LoraPlan(
+            info.name,
+            info.source,
+            info.rank,
+            info.alpha,
+            len(found.matched),
+            found.unmatched,
+            found.left_out,
+            found.info.taken_for,
+        )
         for info, found in zip(infos, covered, strict=True)
     )
 
@@ -308,7 +319,10 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     for lora in plan.loras:
         missing = f", {len(lora.unmatched)} not in this base" if lora.unmatched else ""
-        lines.append(f"lora      {lora.name}: rank {lora.rank}, alpha {lora.alpha:g}, {lora.matched} matrices{missing}")
+        share = f" ({lora.left_out:.1%} of its weights)" if lora.unmatched else ""
+        size = f"rank {lora.rank}, alpha {lora.alpha:g}, {lora.matched} matrices"
+        lines.append(f"lora      {lora.name}: {size}{missing}{share}")
+        lines += [f"          {text}" for text in lora.taken_for]
     for composition in plan.compositions:
         names = ", ".join(composition["experts"])
         lines.append(f"compose   {composition['path']}: {composition['mode']} of {names}")
