@@ -96,7 +96,9 @@ def outside_text(model: nn.Module, matrices: Iterable[str]) -> list[str]:
     if isinstance(model.config, kind) or model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return []
     parts = [name for name, module in model.named_modules() if isinstance(getattr(module, "config", None), kind)]
-    return [name for name in matrices if not any(name.startswith(f"{part}.") for part in parts)]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    inside = [name for name, module in model.named_modules() if module is head]
+    return [name for name in matrices if name not in inside and not any(name.startswith(f"{part}.") for part in parts)]
 
 
 def position_limit(model: nn.Module) -> int | None:

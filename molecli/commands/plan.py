@@ -28,7 +28,7 @@ from molecli.functional.fingerprint import fingerprint, same_base
 from molecli.mixture.attach import base_of, specs_of
 from molecli.mixture.build import build_mixture
 from molecli.mixture.layout import adaptable_matrices
-from molecli.protocols import Shape
+from molecli.protocols import Matrices, Shape
 from molecli.suites.origins import Sources, source_lines
 from molecli.training.planned_work import PlannedWork
 
@@ -152,7 +152,7 @@ def _plan_train_lora(recipe: TrainLoraRecipe, domain: Domain, *, fetch: bool) ->
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
     work: PlannedWork = domain.command("plan").to_train(recipe, shapes, fetch=fetch)
-    held, trained = _adapter_numbers(recipe.adapter, [shapes[name] for name in work.targets])
+    held, trained = _adapter_numbers(recipe.adapter, [Matrices.of(shapes).named[name] for name in work.targets])
     micro = recipe.train.micro_batch_size or recipe.train.batch_size
     return Plan(
         adapted_matrices=len(work.targets),

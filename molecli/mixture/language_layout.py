@@ -18,7 +18,7 @@ from molecli.bases import language
 from molecli.catalog.methods import Kind
 from molecli.mixture.sites import as_registered, make_sites
 from molecli.mixture.streams import CACHE_ARGUMENTS, Pass, Streams, outside
-from molecli.protocols import Granularity, Reading, Shape, Site
+from molecli.protocols import Granularity, Matrices, Reading, Site
 
 
 class TextLayout:
@@ -33,8 +33,8 @@ class TextLayout:
         width = getattr(text, "d_model", None) or text.hidden_size
         self.memory_width: int | None = int(width)
 
-    def matrices(self) -> dict[str, Shape]:
-        """Every linear layer except the output head: name -> shape."""
+    def matrices(self) -> Matrices:
+        """Every linear layer, the output head apart: name -> shape."""
         return language.adaptable_matrices(self.model)
 
     def in_order(self, matrices: Iterable[str]) -> list[str]:

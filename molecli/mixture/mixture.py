@@ -20,6 +20,7 @@ from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
+from molecli.mixture.output_head import output_head
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
 from molecli.mixture.streams import Pass, Streams
 from molecli.protocols import Gate, Site
@@ -49,6 +50,8 @@ class Mixture:
             if matrix not in modules:
                 raise MismatchError(matrix, "the LoRAs adapt this matrix, but the base has no matrix of that name")
         self._modules = modules
+        fixed = all(getattr(gates[site.name], "constant", False) for site in sites)
+        self._head = None if fixed else output_head(model, bank.matrices)
         self._streams = streams
         self._renormalize_absent = renormalize_absent
         for site in sites:
@@ -76,6 +79,7 @@ class Mixture:
             raise RunError("mixture", "it is attached already", "Leave its context first.")
         self._state = object()
         self._handles += self._streams.attach(self._forget)
+        self._handles += self._head.attach() if self._head is not None else []
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
         for hosted in self._hosted.values():
@@ -84,6 +88,7 @@ class Mixture:
             hosted.step, hosted.value, hosted.maker, hosted.origin = -1, None, None, None
             for group in hosted.site.groups:
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
+                live.heads = self._head is not None and self._modules[group.matrices[0]] is self._head.module
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
@@ -215,7 +220,10 @@ class Mixture:
         if group.kept is not None and not exact and self._recalled(group.kept, group, x):
             return
         u = group.project(x)
-        value = self._value(group, x, u)
+        head = self._head if group.heads and not group.site.gate.constant else None
+        whole = x if head is None else head.whole(x)
+        value = self._value(group, whole, u if whole is x else group.project(whole))
+        value = value if head is None else head.rows(value)
         # Without gradients the weights are multiplied in place, which needs no cast.
         group.weight(x, u, self._per_rank(group, value, u.dtype if exact else value.dtype))
         if not exact and group.lasting:
