@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Table:
-    """A weight of the base that a LoRA's file repeats."""
+    """A weight of the base that a LoRA's file repeats: the parameter's name, and the copy's place and shape."""
 
+    parameter: str
     path: Path
     key: str
     shape: Shape
@@ -47,7 +48,7 @@ class AdapterInfo:
     kohya's layout with underscores; bare names lack their component) until `place` renames them to those of a base.
     `path` is the file, or the folder with one subfolder per component. `origin` is set for SVDiff adapters, which have
     shifts instead of factors. `taken_for` says which names `place` read as others, and `tables` are the base's own weights
-    that the file repeats: name -> their file, key and shape.
+    that the file repeats.
     """
 
     name: str
@@ -60,7 +61,7 @@ class AdapterInfo:
     base_model: str | None
     origin: Origin | None = None
     taken_for: tuple[str, ...] = ()
-    tables: Mapping[str, Table] = field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
 
     @property
     def where(self) -> str:
@@ -94,11 +95,11 @@ def read_info(spec: LoraLike) -> AdapterInfo:
     adapted: dict[str, Adapted] = {}
     settings: list[LoraSettings] = []
     bases: list[str | None] = []
-    tables: dict[str, Table] = {}
+    tables: list[Table] = []
     origin = None
     for component, path in files.items():
         found, said, origin = _read_file(f"{spec.name} ({path})", path)
-        tables |= _tables(path)
+        tables += _tables(path)
         adapted |= {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
         settings += said.by_component.values()
         bases.append(said.base_model)
@@ -113,14 +114,14 @@ def read_info(spec: LoraLike) -> AdapterInfo:
         adapted=adapted,
         base_model=next(filter(None, bases), None),
         origin=origin,
-        tables=tables,
+        tables=tuple(tables),
     )
 
 
-def _tables(path: Path) -> dict[str, Table]:
+def _tables(path: Path) -> list[Table]:
     with opened_lora(path) as file:
         found = table_keys(file.keys())
-        return {name: Table(path, key, tuple(file.get_slice(key).get_shape())) for name, key in found.items()}
+        return [Table(name, path, key, tuple(file.get_slice(key).get_shape())) for key, name in found.items()]
 
 
 def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, Origin | None]:

@@ -83,7 +83,7 @@ def factor_keys(where: str, path: Path, names: Iterable[str]) -> dict[str, Keys]
     for part, kind in _FOREIGN.items():
         if any(part in name for name in names):
             raise unsupported(where, kind, MERGE if part in OWN_WEIGHTS else PLAIN)
-    tables = table_keys(names).values()
+    tables = table_keys(names)
     found: dict[str, dict[str, str]] = {}
     pairs: dict[str, tuple[str, str]] = {}
     for name in names:
@@ -109,9 +109,9 @@ def factor_keys(where: str, path: Path, names: Iterable[str]) -> dict[str, Keys]
 
 
 def table_keys(names: Iterable[str]) -> dict[str, str]:
-    """Parameter of the base (`lm_head.weight`) -> the key under which a file of a language model's LoRA repeats it."""
+    """Key -> parameter of the base (`lm_head.weight`) that a file of a language model's LoRA repeats under it."""
     found = ((name, _TABLE.fullmatch(name)) for name in names if is_bare(name))
-    return {f"{_module(match['module'])}.{match['part']}": name for name, match in found if match is not None}
+    return {name: f"{_module(match['module'])}.{match['part']}" for name, match in found if match is not None}
 
 
 def is_bare(name: str) -> bool:

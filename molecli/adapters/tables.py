@@ -26,21 +26,21 @@ class Parameters(Protocol):
     def parameter(self, name: str) -> Tensor: ...
 
 
-def base_tables(info: AdapterInfo, base: Matrices) -> dict[str, Table]:
-    """Parameter of the base -> its copy in the LoRA's file, by the last parts of their names.
+def base_tables(info: AdapterInfo, base: Matrices) -> list[tuple[str, Table]]:
+    """(parameter of the base, its copy in the LoRA's file), by the last parts of their names.
 
     Raises: UsageError for a weight that is none of the base's tables, or has another number of rows.
     """
     leaves = {name.rpartition(".")[2]: name for name in base.tables}
-    found = {}
-    for parameter, table in info.tables.items():
-        module, _, part = parameter.rpartition(".")
+    found = []
+    for table in info.tables:
+        module, _, part = table.parameter.rpartition(".")
         name = leaves.get(module.rpartition(".")[2])
         if name is None:
             raise unsupported(info.where, f"a LoRA that also has {table.key!r}")
         if table.shape[0] != base.tables[name][0]:
             raise grown(info, name, table.shape[0], base.tables[name][0])
-        found[f"{name}.{part}"] = table
+        found.append((f"{name}.{part}", table))
     return found
 
 
@@ -52,7 +52,7 @@ def grown(info: AdapterInfo, name: str, there: int, here: int) -> UsageError:
 
 def check_tables(info: AdapterInfo, base: Matrices, weights: Parameters | None) -> None:
     """Raises: UsageError unless every copy equals the base's own weight."""
-    for name, table in base_tables(info, base).items():
+    for name, table in base_tables(info, base):
         if weights is None:
             raise unsupported(info.where, f"a LoRA that also has {table.key!r}")
         with opened_lora(table.path) as file:
