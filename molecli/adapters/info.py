@@ -47,7 +47,7 @@ class AdapterInfo:
     `rank` and `alpha` are the configured ones, else the most frequent ones. Matrices have the names in the file (in
     kohya's layout with underscores; bare names lack their component) until `place` renames them to those of a base.
     `path` is the file, or the folder with one subfolder per component. `origin` is set for SVDiff adapters, which have
-    shifts instead of factors. `taken_for` says which names `place` read as others, and `tables` are the base's own weights
+    shifts instead of factors. `taken_for` says which names `place` read as others; `tables` are the base's own weights
     that the file repeats.
     """
 

@@ -36,7 +36,7 @@ _OLD_UNET = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0
 _OLD_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 # Tables of the base that PEFT stores beside a LoRA (save_embedding_layers).
 _TABLE = re.compile(
-    r"(?P<module>(.+\.)?(lm_head|embed_out|embed_in|embed_tokens|wte|shared|word_embeddings|embeddings))"
+    r"(?P<module>(.+\.)?(lm_head|embed_out|embed_in|embed_tokens|wte|shared|word_embeddings|embeddings|head))"
     r"(\.base_layer)?\.(?P<part>weight|bias)"
 )
 # Part of a key -> the kind of adapter that has it

@@ -55,7 +55,7 @@ def read_expert(
 
 
 def _notices(found: Coverage, stored: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
-    """What the user of this LoRA has to know: names that were read as others, what is left out, that it does nothing."""
+    """What the user of this LoRA has to know: names read as others, what is left out, that it does nothing."""
     info, said = found.info, []
     if info.taken_for:
         said.append(f"{info.name}: module names {', '.join(info.taken_for)}")

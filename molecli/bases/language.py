@@ -28,7 +28,7 @@ def adaptable_matrices(model: nn.Module) -> Matrices:
 
     GPT-2's Conv1D stores its weight as [d_in, d_out]; its shape here is (d_out, d_in) too.
     """
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    head, embeddings = model.get_output_embeddings(), _embeddings(model)  # type: ignore[operator]
     found: dict[str, Shape] = {}
     last: dict[str, Shape] = {}
     tables: dict[str, Shape] = {}
@@ -41,6 +41,13 @@ def adaptable_matrices(model: nn.Module) -> Matrices:
             d_in, d_out = module.weight.shape
             found[name] = (d_out, d_in)
     return Matrices(found, head=last, tables={**tables, **last}, renamed=own_names(model, [*found, *last, *tables]))
+
+
+def _embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # of models whose embeddings transformers does not know
+        return None
 
 
 def freeze(model: nn.Module) -> nn.Module:

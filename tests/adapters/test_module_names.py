@@ -67,7 +67,7 @@ def test_two_meanings_are_named_and_neither_is_taken() -> None:
 
 
 def test_shapes_decide_between_two_meanings_as_does_what_all_modules_need() -> None:
-    narrow = {name: (4, 4) for name in names("thinker.model.")}
+    narrow = dict.fromkeys(names("thinker.model."), (4, 4))
     found = resolved("x", names("model."), Matrices({**narrow, **names("text_model.model.")}))
     assert set(found.values()) == set(names("text_model.model."))
     short = names("thinker.model.", layers=1)
@@ -85,7 +85,8 @@ def test_the_bases_own_rules_come_before_endings() -> None:
 def test_an_output_head_is_found_under_a_wrappers_name() -> None:
     base = Matrices(names("model."), head={"lm_head": SHAPE})
     assert resolved("x", {"language_model.lm_head": SHAPE}, base) == {"language_model.lm_head": "lm_head"}
-    assert "lm_head" not in base and "lm_head" in base.named
+    assert "lm_head" not in base
+    assert "lm_head" in base.named
 
 
 def test_what_was_taken_for_what_is_said_once_for_all_layers() -> None:

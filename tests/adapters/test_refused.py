@@ -350,7 +350,7 @@ def test_a_lora_some_of_whose_keys_match(adapter: Path, matrices: Any, explained
         sizes = {
             name: float((file.get_tensor(f"{key}_B.weight") @ file.get_tensor(f"{key}_A.weight")).square().sum())
             for name in matrices
-            if (key := f"base_model.model.{name}.lora") and f"{key}_A.weight" in file.keys()
+            if (key := f"base_model.model.{name}.lora") and f"{key}_A.weight" in set(file.keys())
         }
     share = sum(size for name, size in sizes.items() if name not in fewer) / sum(sizes.values())
     message = f"{where(adapter)}: 3 of its 10 matrices are not in this base, such as "
