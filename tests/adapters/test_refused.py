@@ -192,6 +192,31 @@ def test_factors_that_do_not_multiply(adapter: Path, rewrite: Any, explained: An
     explained(info_of(adapter), 3, message)
 
 
+def test_empty_factors_as_zero_3_leaves_them(adapter: Path, rewrite: Any, explained: Any) -> None:
+    for part, other in ("AB", "BA"):
+        key = f"base_model.model.{FIRST}.lora_{part}.weight"
+        full = (4, 32) if other == "A" else (32, 4)
+        edit = {key: torch.zeros(0), f"base_model.model.{FIRST}.lora_{other}.weight": torch.ones(full)}
+        rewrite(adapter, lambda tensors, edit=edit: {**tensors, **edit})
+        message = (
+            f"{where(adapter)}: lora_{part} of {FIRST!r} is empty ([0]): it was saved while its weights were spread "
+        )
+        message += "over several GPUs. Save it again with the weights gathered (DeepSpeed ZeRO-3: zero_to_fp32.py)."
+        explained(info_of(adapter), 3, message)
+
+
+def test_several_adapters_in_one_file(adapter: Path, rewrite: Any, explained: Any) -> None:
+    def named(tensors: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
+        return {k.replace(".weight", f".{name}.weight"): t.clone() for k, t in tensors.items() for name in names}
+
+    rewrite(adapter, lambda tensors: named(tensors, "default"))
+    assert len(read_info(LoraSpec("x", str(adapter))).adapted) == 10
+    rewrite(adapter, lambda tensors: {k.replace("default", n): t.clone() for k, t in tensors.items() for n in "ab"})
+    keys = [f"'base_model.model.{STORED_FIRST}.lora_A.{name}.weight'" for name in "ab"]
+    message = f"{where(adapter)}: it holds several adapters: {keys[0]} and {keys[1]}. Save one of them by itself."
+    explained(info_of(adapter), 3, message)
+
+
 def test_no_lora_at_all(adapter: Path, rewrite: Any, explained: Any) -> None:
     rewrite(adapter, lambda tensors: {})
     message = f"{where(adapter)}: there is no LoRA in it. Name a LoRA that was trained and saved."
@@ -271,6 +296,13 @@ def test_a_lora_on_an_embedding(make_tiny: Any, make_peft_adapter: Any, tmp_path
     folder = make_peft_adapter(make_tiny("llama").model, tmp_path / "x", targets=["embed_tokens", "q_proj"])
     name = "LoRA on an embedding (lora_embedding_A)"
     explained(info_of(folder), 2, f"{where(folder)}: {name} is not supported. {MERGE}")
+
+
+def test_trained_tokens_known_by_their_tensors_only(adapter: Path, rewrite: Any, explained: Any) -> None:
+    key = "base_model.model.shared.token_adapter.trainable_tokens_delta"
+    rewrite(adapter, lambda tensors: {**tensors, key: torch.ones(2, 32)})
+    name = "LoRA with trainable tokens (trainable_tokens_delta)"
+    explained(info_of(adapter), 2, f"{where(adapter)}: {name} is not supported. {MERGE}")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from wrapped_bases import PREFIX, WRAPPERS, language_model, logits, rewritten, wrapper
 
 from molecli.errors import MismatchError
+from molecli.files.composition import Composition, record_of, save_composition
+from molecli.functional.fingerprint import fingerprint
 from molecli.mixture.attach import attach
 
 INNER = "model.language_model."
@@ -82,6 +84,13 @@ def test_one_module_has_several_names(other: str, on_wrapper: Any, tmp_path: Pat
     assert torch.equal(logits(model), base)
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "mistral3", "paligemma"])
+def test_peft_reads_old_names_as_we_do(kind: str, make_peft_adapter: Any, tmp_path: Path) -> None:
+    folder = make_peft_adapter(wrapper(kind), tmp_path / "new", targets=TARGETS)
+    old = rewritten(folder, tmp_path / "old", OTHER_NAMES["transformers 4"][0])
+    torch.testing.assert_close(mixed(wrapper(kind), old)[0], peft_logits(wrapper(kind), old), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "old", ["", "language_model.model.", "model.language_model.", "model.text_model.", "llm.model."]
 )
@@ -131,3 +140,32 @@ def test_a_lora_mostly_of_the_vision_tower_is_not_used_without_it(make_peft_adap
             _, said = mixed(llama, folder, allow_partial=True)
             assert "are left out" in said[-1]
             assert "% of its weights" in said[-1]
+
+
+def test_a_composition_reads_its_loras_again_in_the_same_way(make_peft_adapter: Any, tmp_path: Path) -> None:
+    """Other names and a part that is left out: accepted when it was made, said again when it is read."""
+    llama = language_model("llama")
+    targets = r".*language_model.*_proj|.*vision_tower.*0.*q_proj"
+    folder = make_peft_adapter(wrapper("llava"), tmp_path / "a", targets=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with attach(llama, loras={"a": folder}, allow_partial=True) as mixture:
+            expected = logits(llama)
+            records = tuple(record_of(expert) for expert in mixture.bank.experts)
+            tensors = mixture.state_dict()
+    composition = Composition("linear", "weights", "BASE", fingerprint(llama), records, None, {}, "a: 1\n", tensors)
+    save_composition(tmp_path / "made", composition)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with attach(llama, composition=tmp_path / "made"):
+            assert torch.equal(logits(llama), expected)
+    told = [str(one.message) for one in said]
+    assert "a: module names model.language_model.* taken for model.*" in told
+    assert any("% of its weights" in text for text in told)
+
+
+def test_one_lora_under_two_names_is_told(make_peft_adapter: Any, tmp_path: Path) -> None:
+    llama = language_model("llama")
+    folder = make_peft_adapter(llama, tmp_path / "a", targets=["q_proj"])
+    with pytest.warns(UserWarning, match="a and b are the same LoRA: it counts twice"):
+        attach(llama, loras={"a": folder, "b": folder})
