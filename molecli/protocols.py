@@ -21,10 +21,41 @@ Stream = Literal["encoder", "decoder", "memory", "spatial", "text", "time"]
 ElementKind = Literal["object", "character", "clothing", "style", "background"]
 # (d_out, d_in) of a linear layer, (c_out, c_in, k_h, k_w) of a convolution.
 Shape = tuple[int, ...]
+# The name in a base of a module that a file names otherwise, by the base's own rules; the same name if it has none.
+Renaming = Callable[[str], str]
 # Called by long work: label, number of steps done, total number.
 Progress = Callable[[str, int, int], None]
 # Called with a line for the user to read.
 Note = Callable[[str], object]
+
+
+class Matrices(dict[str, Shape]):
+    """The adaptable matrices of a base, those of `all-linear`: name -> shape, and what else a LoRA's file may name.
+
+    head: the output head, which is adapted only where it is named; tables: the input embeddings and the output head,
+    whose weights a file may repeat; renamed: the base's own rules for names of other releases.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, Shape],
+        *,
+        head: Mapping[str, Shape] | None = None,
+        tables: Mapping[str, Shape] | None = None,
+        renamed: Renaming = str,
+    ) -> None:
+        super().__init__(matrices)
+        self.head, self.tables, self.renamed = dict(head or {}), dict(tables or {}), renamed
+
+    @property
+    def named(self) -> dict[str, Shape]:
+        """All matrices that a LoRA may name: the head is the last one."""
+        return {**self, **self.head}
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, Shape]) -> Matrices:
+        """`matrices` itself, or with no head and no rules if it is a plain mapping."""
+        return matrices if isinstance(matrices, cls) else cls(matrices)
 
 
 @dataclass(frozen=True)

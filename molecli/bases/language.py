@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from molecli.bases.own_names import own_names
 from molecli.errors import UsageError
 from molecli.functional.layers import linear_shape
-from molecli.protocols import Shape
+from molecli.protocols import Matrices, Shape
 
 UNSCORED = -100
 # Models whose LoRAs are attached in a way that does not work with a key-value cache.
@@ -22,12 +23,26 @@ _UNCACHED: WeakSet[nn.Module] = WeakSet()
 Side = Literal["left", "right"]
 
 
-def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
-    """Module name -> (d_out, d_in) of every linear layer except the output head, quantised or not; also works on the
+def adaptable_matrices(model: nn.Module) -> Matrices:
+    """Module name -> (d_out, d_in) of every linear layer, quantised or not, the output head apart; also works on the
     meta device. See `layers.linear_shape`."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    shapes = {name: linear_shape(module) for name, module in model.named_modules() if module is not head}
-    return {name: shape for name, shape in shapes.items() if shape is not None}
+    head, embeddings = model.get_output_embeddings(), _embeddings(model)  # type: ignore[operator]
+    found: dict[str, Shape] = {}
+    last: dict[str, Shape] = {}
+    tables: dict[str, Shape] = {}
+    for name, module in model.named_modules():
+        if module is embeddings and isinstance(module, nn.Embedding):
+            tables[name] = (module.num_embeddings, module.embedding_dim)
+        elif (shape := linear_shape(module)) is not None:
+            (last if module is head else found)[name] = shape
+    return Matrices(found, head=last, tables={**tables, **last}, renamed=own_names(model, [*found, *last, *tables]))
+
+
+def _embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # of models whose embeddings transformers does not know
+        return None
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -83,7 +98,9 @@ def outside_text(model: nn.Module, matrices: Iterable[str]) -> list[str]:
     if isinstance(model.config, kind) or model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return []
     parts = [name for name, module in model.named_modules() if isinstance(getattr(module, "config", None), kind)]
-    return [name for name in matrices if not any(name.startswith(f"{part}.") for part in parts)]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    inside = [name for name, module in model.named_modules() if module is head]
+    return [name for name in matrices if name not in inside and not any(name.startswith(f"{part}.") for part in parts)]
 
 
 def position_limit(model: nn.Module) -> int | None:

@@ -54,6 +54,10 @@ class BaseWeights:
         assert shape is not None, matrix
         return shape
 
+    def parameter(self, name: str) -> Tensor:
+        """The parameter `name` as it is stored."""
+        return self.model.get_parameter(name).detach()
+
     @torch.no_grad()
     def dense(self, matrix: str) -> Tensor:
         """[d_out, d_in], or [c_out, c_in·k_h·k_w], in float32; of quantised weights, the numbers that they stand for.

@@ -25,7 +25,7 @@ from molecli.mixture.recompute import Learning, in_backward
 from molecli.mixture.sites import as_registered, make_sites
 from molecli.mixture.streams import CACHE_ARGUMENTS, Pass, Streams, outside
 from molecli.mixture.token_axes import as_tokens, axes_of
-from molecli.protocols import Gate, Granularity, Reading, Shape, Site, Stream
+from molecli.protocols import Gate, Granularity, Matrices, Reading, Site, Stream
 
 
 class TextLayout:
@@ -40,8 +40,8 @@ class TextLayout:
         width = getattr(text, "d_model", None) or text.hidden_size
         self.memory_width: int | None = int(width)
 
-    def matrices(self) -> dict[str, Shape]:
-        """Every linear layer except the output head: name -> shape."""
+    def matrices(self) -> Matrices:
+        """Every linear layer, the output head apart: name -> shape."""
         return language.adaptable_matrices(self.model)
 
     def in_order(self, matrices: Iterable[str]) -> list[str]:

@@ -20,6 +20,7 @@ from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
 from molecli.mixture.continuation import check_continues, check_whole, rolled_back
+from molecli.mixture.output_head import output_head
 from molecli.mixture.recompute import check_learns
 from molecli.mixture.served import Served
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
@@ -55,6 +56,8 @@ class Mixture:
             if matrix not in modules:
                 raise MismatchError(matrix, "the LoRAs adapt this matrix, but the base has no matrix of that name")
         self._modules = modules
+        fixed = all(getattr(gates[site.name], "constant", False) for site in sites)
+        self._head = None if fixed else output_head(model, bank.matrices)
         self._streams = streams
         self._renormalize_absent = renormalize_absent
         for site in sites:
@@ -90,6 +93,7 @@ class Mixture:
         self._state = object()
         self._handles.append(run_eagerly())
         self._handles += self._streams.attach(self._begin)
+        self._handles += self._head.attach() if self._head is not None else []
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
         self._served = self._watched()
@@ -99,6 +103,7 @@ class Mixture:
             hosted.step, hosted.value, hosted.origin = -1, None, None
             for group in hosted.site.groups:
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
+                live.heads = self._head is not None and self._modules[group.matrices[0]] is self._head.module
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._hook_at(matrix, self._hook(live, index))
@@ -248,10 +253,14 @@ class Mixture:
         exact = torch.is_grad_enabled()
         if group.kept is not None and not exact and self._recalled(group.kept, group, x):
             return
+        head = self._head if group.heads and not group.site.gate.constant else None
+        whole = x if head is None else head.whole(x)
         size = self._streams.axes(group.stream)
-        group.learn(tuple(x.shape[:-1]), size)
+        group.learn(tuple(whole.shape[:-1]), size)
         u = group.project(x)
-        value = self._value(group, x, u)
+        value = self._value(group, whole, u if whole is x else group.project(whole))
+        if head is not None:
+            value, size = head.rows(value), size if whole is x else None
         # Without gradients the weights are multiplied in place, which needs no cast.
         group.weight(x, u, self._per_rank(group, value, u.dtype if exact else value.dtype), size)
         if not exact and group.lasting:

@@ -33,11 +33,12 @@ from transformers.pytorch_utils import Conv1D
 
 from molecli.adapters.lora_config import lora_config
 from molecli.bases.language import seeded, uncached
-from molecli.errors import MismatchError, RunError
+from molecli.errors import MismatchError, RunError, UsageError
 from molecli.experts import Expert, ExpertBank, LowRank
 from molecli.files.lora_spec import WEIGHTS_FILE
 from molecli.mixture.called_tokens import CalledTokens, by_name, positional
 from molecli.mixture.mixture import Mixture
+from molecli.mixture.output_head import output_head
 from molecli.mixture.site_state import reference
 from molecli.mixture.streams import CACHE_ARGUMENTS, Streams
 from molecli.mixture.uncompiled import run_eagerly
@@ -55,8 +56,14 @@ def routed(
     *,
     streams: Streams,
 ) -> PeftMixture:
-    """The experts with PEFT's routing by `config`; `weights` [N] are used by a router that learns nothing."""
+    """The experts with PEFT's routing by `config`; `weights` [N] are used by a router that learns nothing.
+
+    Raises: UsageError for X-LoRA on an output head, to which PEFT gives the weights of tokens that it does not read.
+    """
     if isinstance(config, peft.XLoraConfig):
+        if output_head(model, bank.matrices) is not None:
+            what = "it weighs LoRAs token by token, and one adapts the output head, which reads only some of the tokens"
+            raise UsageError("X-LoRA", what, "Use LoRAs that do not adapt the head, or another mode.")
         return XLoraMixture(model, bank, sites, config, streams=streams)
     return ArrowMixture(model, bank, sites, config, weights, streams=streams)
 

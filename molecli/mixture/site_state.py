@@ -97,6 +97,7 @@ class HostedGroup:
         # True for the UNet's keys and values of the text, which is the same at every step.
         self.lasting = group.stream == "text" and group.matrices[0].startswith("unet.")
         self.kept: Kept | None = None
+        self.heads = False  # whether it is the output head, which reads only some of the tokens
 
     def keep(self, x: Tensor, value: Tensor, keep: Tensor | None) -> None:
         """Keeps the result for x for later passes, unless the gate is being calibrated, which needs every pass."""
