@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from molecli.adapters.blocks import original_names
+from molecli.adapters.fused import unfused
 from molecli.adapters.info import AdapterInfo
 from molecli.adapters.keys import CLIP_PREFIX, KOHYA, component_of, is_bare, underscored
 from molecli.adapters.weights import Shape
@@ -20,6 +21,7 @@ def place(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
     A 1x1 convolution and a linear layer count as the same, and the base's shape is used.
     Raises: MismatchError if a name fits two matrices, or two names fit one.
     """
+    info = unfused(info, matrices)
     names = _resolved(info, matrices)
     adapted = {}
     sources: dict[str, str] = {}

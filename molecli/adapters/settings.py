@@ -19,7 +19,6 @@ _REFUSED = {
     "modules_to_save": "LoRA with modules_to_save",
     "trainable_token_indices": "LoRA with trainable_token_indices",
     "layer_replication": "LoRA with layer_replication",
-    "target_parameters": "LoRA with target_parameters",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
@@ -34,7 +33,10 @@ _EMPTY: Mapping[str, Any] = {}
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank and alpha of every matrix of one LoRA; patterns are PEFT's regular expressions."""
+    """Rank and alpha of every matrix of one LoRA; patterns are PEFT's regular expressions.
+
+    parameters: the ends of the names of the parameters that it adapts without a layer (PEFT's target_parameters).
+    """
 
     rank: int
     alpha: float
@@ -42,6 +44,7 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     base_model: str | None = None
+    parameters: tuple[str, ...] = ()
 
     def rank_of(self, matrix: str) -> int:
         """The configured rank of `matrix`."""
@@ -91,6 +94,7 @@ def parse_config(where: str, config: Mapping[str, Any]) -> LoraSettings:
         alpha_pattern=_pattern(where, config, "alpha_pattern"),
         rslora=bool(config.get("use_rslora")),
         base_model=config.get("base_model_name_or_path") or None,
+        parameters=_names(where, config, "target_parameters"),
     )
 
 
@@ -115,6 +119,13 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
 def unsupported(where: str, name: str) -> UsageError:
     """The error for an unsupported kind of adapter."""
     return UsageError(where, f"{name} is not supported", "Use a plain LoRA (or rsLoRA).")
+
+
+def _names(where: str, config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = config.get(key) or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise MismatchError(where, f"{key} is {names!r}", "It lists names of parameters.")
+    return tuple(names)
 
 
 def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

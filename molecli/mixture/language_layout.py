@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from molecli.bases import language
+from molecli.bases.fused import fused_matrices
 from molecli.catalog.methods import Kind
 from molecli.mixture.sites import as_registered, make_sites
 from molecli.mixture.streams import CACHE_ARGUMENTS, Pass, Streams, outside
@@ -34,8 +35,8 @@ class TextLayout:
         self.memory_width: int | None = int(width)
 
     def matrices(self) -> dict[str, Shape]:
-        """Every linear layer except the output head: name -> shape."""
-        return language.adaptable_matrices(self.model)
+        """Every linear layer except the output head, and what no layer holds: name -> shape."""
+        return language.adaptable_matrices(self.model) | fused_matrices(self.model)
 
     def in_order(self, matrices: Iterable[str]) -> list[str]:
         """The matrices in the order of the model's modules, which is that of its forward pass."""

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from molecli.bases.fused import FusedPlace
 from molecli.bases.pipeline import PipelineModules
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
+from molecli.mixture.fused_experts import FusedModule, fused_in
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
 from molecli.mixture.streams import Pass, Streams
-from molecli.protocols import Gate, Site
+from molecli.protocols import Gate, Group, Site
 
 
 class Mixture:
@@ -45,16 +47,18 @@ class Mixture:
         self._hosted_bank = bank  # the LoRAs that are attached; a merged mixture replaces them
         self.sites = tuple(sites)
         modules = dict(model.named_modules())
+        self._fused = fused_in(model, bank.matrices)
         for matrix in bank.matrices:
-            if matrix not in modules:
+            if matrix not in modules and matrix not in self._fused:
                 raise MismatchError(matrix, "the LoRAs adapt this matrix, but the base has no matrix of that name")
         self._modules = modules
         self._streams = streams
         self._renormalize_absent = renormalize_absent
         for site in sites:
-            gates[site.name].to(reference(modules[site.matrices[0]]).device)
+            gates[site.name].to(reference(self._module(site.matrices[0])).device)
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
+        self._fused_modules: list[FusedModule] = []
         self._handles: list[RemovableHandle] = []
         self._keep: Tensor | None = None
         self._off = False
@@ -82,20 +86,47 @@ class Mixture:
             hosted.owners, hosted.expanded = [], None
             # A gate value from an earlier attachment does not belong to the prompts of this one.
             hosted.step, hosted.value, hosted.maker, hosted.origin = -1, None, None, None
-            for group in hosted.site.groups:
+            for group in self._in_layers(hosted.site):
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
-            hosted.owner, hosted.ranks = torch.cat(hosted.owners), [len(owner) for owner in hosted.owners]
+            hosted.owner = torch.cat(hosted.owners) if hosted.owners else torch.empty(0)
+            hosted.ranks = [len(owner) for owner in hosted.owners]
+        self._attach_fused()
 
     def detach(self) -> None:
         """Removes all hooks; the model is the base again, bit for bit."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._groups = [], []
+        for fused in self._fused_modules:
+            fused.restore()
+        self._handles, self._groups, self._fused_modules = [], [], []
         for hosted in self._hosted.values():
             hosted.maker = None  # it would keep a copy of its factors
+
+    def _module(self, matrix: str) -> nn.Module:
+        """The module that has `matrix`."""
+        return self._modules[self._fused[matrix].module if matrix in self._fused else matrix]
+
+    def _in_layers(self, site: Site) -> list[Group]:
+        """The site's groups of layers; the others are parameters that their modules read themselves."""
+        return [group for group in site.groups if group.matrices[0] not in self._fused]
+
+    def _attach_fused(self) -> None:
+        """Hosts the adapted parameters that no layer holds, module by module."""
+        held: dict[str, dict[str, tuple[FusedPlace, HostedSite]]] = {}
+        for hosted in self._hosted.values():
+            for matrix in hosted.site.matrices:
+                if matrix in self._fused and self._hosted_bank.present(matrix):
+                    place = self._fused[matrix]
+                    held.setdefault(place.module, {})[matrix] = place, hosted
+        for name, matrices in held.items():
+            fused = FusedModule(
+                self._modules[name], matrices, self._hosted_bank, self._fixed, renormalize=self._renormalize_absent
+            )
+            self._fused_modules.append(fused)
+            self._handles += fused.attach()
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
@@ -115,6 +146,8 @@ class Mixture:
         self._state = object()
         for hosted in self._hosted.values():
             hosted.step, hosted.value = -1, None
+        for fused in self._fused_modules:
+            fused.forget()
 
     def only(self, *names: str) -> None:
         """Switches off all experts except the named ones."""
@@ -276,6 +309,15 @@ class Mixture:
         hosted.step, hosted.value, hosted.state = current.step, value, reading.state
         hosted.origin = hosted.origin if decoding else current
         return value
+
+    def _fixed(self, hosted: HostedSite) -> Tensor | None:
+        """[N], the weights of a site whose gate does not read the input, in this pass; None if all experts are off."""
+        if self._off:
+            return None
+        step = self._streams.of(hosted.site).step
+        if hosted.value is None or hosted.step != step:
+            hosted.step, hosted.value = step, hosted.gate(None, self._keep)
+        return hosted.value
 
     def _check_cache(self, hosted: HostedSite, current: Pass) -> None:
         """Raises: RunError if the pass does not continue the prompt that the site's gate was computed for."""

@@ -1,0 +1,66 @@
+"""Matrices of a language model that no linear layer holds: routed experts as fused 3-D parameters, and routers.
+
+Contents: FusedPlace, fused_places, fused_matrices. Their names: see `adapters.fused`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from molecli.adapters.fused import matrix_name
+from molecli.protocols import Shape
+
+_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D)
+_IN_BLOCK = re.compile(r"\.\d+(\.|$)")
+
+
+@dataclass(frozen=True)
+class FusedPlace:
+    """Where such a matrix is: `parameter` of `module`, at `expert` on its first axis (None: it has only two axes).
+
+    shape: (d_out, d_in). transposed: the parameter stores [d_in, d_out].
+    """
+
+    module: str
+    parameter: str
+    expert: int | None
+    shape: Shape
+    transposed: bool
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """[d_out, d_in], a view of the parameter."""
+        parameter: Tensor = getattr(model.get_submodule(self.module), self.parameter)
+        own = parameter if self.expert is None else parameter[self.expert]
+        return (own.T if self.transposed else own).detach()
+
+
+def fused_places(model: nn.Module) -> dict[str, FusedPlace]:
+    """name -> place of every such matrix in the model's blocks, in the model's order; also on the meta device.
+
+    Which axis is d_out is decided as in PEFT, whose factors depend on it: by the module's `is_transposed`.
+    """
+    found: dict[str, FusedPlace] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _LAYERS) or type(module).__module__.startswith("torch.") or not _IN_BLOCK.search(name):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() not in (2, 3) or not parameter.is_floating_point() or key.endswith("bias"):
+                continue
+            shape = tuple(parameter.shape[-2:])
+            if parameter.dim() == 2:
+                found[matrix_name(name, key)] = FusedPlace(name, key, None, shape, False)
+                continue
+            transposed = bool(getattr(module, "is_transposed", False))
+            shape = shape[::-1] if transposed else shape
+            for expert in range(parameter.shape[0]):
+                found[matrix_name(name, key, expert)] = FusedPlace(name, key, expert, shape, transposed)
+    return found
+
+
+def fused_matrices(model: nn.Module) -> dict[str, Shape]:
+    """name -> (d_out, d_in) of every such matrix."""
+    return {name: place.shape for name, place in fused_places(model).items()}
