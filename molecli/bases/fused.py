@@ -1,6 +1,6 @@
 """Matrices of a language model that no linear layer holds: routed experts as fused 3-D parameters, and routers.
 
-Contents: FusedPlace, fused_places, fused_matrices. Their names: see `adapters.fused`.
+Contents: FusedPlace, fused_places, fused_matrices, fused_parameters. Their names: see `adapters.fused`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molecli.adapters.fused import matrix_name
+from molecli.bases.pipeline import PipelineModules
 from molecli.protocols import Shape
 
 _LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D)
+# Linear layers with a forward of their own which still return x Wᵀ + b.
+_PLAIN = ("FalconLinear",)
 _IN_BLOCK = re.compile(r"\.\d+(\.|$)")
 
 
@@ -39,13 +42,16 @@ class FusedPlace:
 
 
 def fused_places(model: nn.Module) -> dict[str, FusedPlace]:
-    """name -> place of every such matrix in the model's blocks, in the model's order; also on the meta device.
+    """name -> place of every such matrix in the model's blocks, in the model's order; also on the
+    meta device; none in a diffusion pipeline.
 
     Which axis is d_out is decided as in PEFT, whose factors depend on it: by the module's `is_transposed`.
     """
     found: dict[str, FusedPlace] = {}
+    if isinstance(model, PipelineModules):
+        return found
     for name, module in model.named_modules():
-        if isinstance(module, _LAYERS) or type(module).__module__.startswith("torch.") or not _IN_BLOCK.search(name):
+        if _is_layer(module) or not _IN_BLOCK.search(name):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() not in (2, 3) or not parameter.is_floating_point() or key.endswith("bias"):
@@ -59,6 +65,23 @@ def fused_places(model: nn.Module) -> dict[str, FusedPlace]:
             for expert in range(parameter.shape[0]):
                 found[matrix_name(name, key, expert)] = FusedPlace(name, key, expert, shape, transposed)
     return found
+
+
+def fused_parameters(model: nn.Module) -> dict[tuple[str, str], list[str]]:
+    """(module, parameter) -> its matrices, in the order of its first axis."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, place in fused_places(model).items():
+        found.setdefault((place.module, place.parameter), []).append(name)
+    return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether an update of the module's weight can be added to its output, or the module has no matrices."""
+    kind = type(module)
+    if isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models."):
+        # Some routers are linear layers that return a choice of experts.
+        return kind.forward is nn.Linear.forward or kind.__name__ in _PLAIN
+    return isinstance(module, _LAYERS) or kind.__module__.startswith("torch.")
 
 
 def fused_matrices(model: nn.Module) -> dict[str, Shape]:

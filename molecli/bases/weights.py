@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from molecli.bases.fused import FusedPlace, fused_places
 from molecli.errors import UsageError
 from molecli.functional.fingerprint import fingerprint
 from molecli.functional.spectral import Spectrum, decompose
@@ -27,8 +29,8 @@ class _Known:
     spectrum: Spectrum
 
 
-# Kept as long as the layer exists: a composition's LoRAs, its merge and every mask use the same ones.
-_SPECTRA: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+# By matrix, kept as long as its layer exists: a composition's LoRAs, its merge and every mask use the same ones.
+_SPECTRA: weakref.WeakKeyDictionary[nn.Module, dict[str, _Known]] = weakref.WeakKeyDictionary()
 
 
 class BaseWeights:
@@ -50,11 +52,11 @@ class BaseWeights:
     def shape(self, matrix: str) -> Shape:
         """(d_out, d_in), or the shape of a convolution's kernel, whatever layout the layer uses."""
         shape = tuple(self._weight(matrix).shape)
-        return shape[::-1] if isinstance(self.model.get_submodule(matrix), Conv1D) else shape
+        return shape[::-1] if isinstance(self._layer(matrix), Conv1D) else shape
 
     def dense(self, matrix: str) -> Tensor:
         """[d_out, d_in], or [c_out, c_in·k_h·k_w], in float32. Raises: UsageError for quantised weights."""
-        layer, weight = self.model.get_submodule(matrix), self._weight(matrix)
+        layer, weight = self._layer(matrix), self._weight(matrix)
         if not weight.is_floating_point():
             kind = str(weight.dtype).removeprefix("torch.")
             what = f"its weights are quantised ({kind}), and singular values can be computed only of unquantised ones"
@@ -69,15 +71,26 @@ class BaseWeights:
     @torch.no_grad()
     def spectrum(self, matrix: str) -> Spectrum:
         """U, σ and V of the matrix, on its device; cached until its weight changes or the layer is deleted."""
-        layer, weight = self.model.get_submodule(matrix), self._weight(matrix)
+        layer, weight = self._layer(matrix), self._weight(matrix)
         # Includes the sum, because writing through `.data`, as PEFT does to merge, does not change the version.
         stamp = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, float(weight.float().sum()))
-        known = _SPECTRA.get(layer)
+        of_layer = _SPECTRA.setdefault(layer, {})
+        known = of_layer.get(matrix)
         if known is None or known.stamp != stamp:
-            _SPECTRA[layer] = known = _Known(stamp, decompose(self.dense(matrix)))
+            of_layer[matrix] = known = _Known(stamp, decompose(self.dense(matrix)))
         return known.spectrum
 
+    @cached_property
+    def _fused(self) -> dict[str, FusedPlace]:
+        return fused_places(self.model)
+
+    def _layer(self, matrix: str) -> nn.Module:
+        """The module that has the matrix."""
+        return self.model.get_submodule(self._fused[matrix].module if matrix in self._fused else matrix)
+
     def _weight(self, matrix: str) -> Tensor:
+        if matrix in self._fused:
+            return self._fused[matrix].weight(self.model)
         weight = self.model.get_submodule(matrix).weight
         assert isinstance(weight, Tensor)
         return weight.detach()

@@ -19,6 +19,7 @@ from molecli.config.method import share_of
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, Merged
 from molecli.mixture.branching import Branching
+from molecli.mixture.fused_experts import fused_in
 from molecli.mixture.layout import blocks_of, layout_of
 from molecli.mixture.merged import MergedMixture, merge_experts
 from molecli.mixture.mixture import Mixture
@@ -99,13 +100,24 @@ def _gated(asked: Asked) -> Mixture:
 
 
 def _check_inside(asked: Asked) -> None:
-    """Raises: UsageError if a LoRA adapts a part of the model that does not read the prompt's tokens."""
+    """Raises: UsageError if a LoRA adapts a part of the model where weights cannot depend on the prompt's tokens."""
+    _check_layers(asked)
     outside = asked.layout.outside(asked.bank.matrices)
     if outside:
         what = (
             f"gates weigh LoRAs by the prompt, and a LoRA adapts {outside[0]}, which does not read the prompt's tokens"
         )
         raise UsageError(f"--mode {asked.row.name}", what, f"Use LoRAs of the language model alone, or --mode {SUM}.")
+
+
+def _check_layers(asked: Asked) -> None:
+    """Raises: UsageError if a LoRA adapts a weight that its module reads itself, such as that of routed experts."""
+    fused = fused_in(asked.model, asked.bank.matrices)
+    if fused:
+        what = f"its weights depend on the input, and a LoRA adapts {next(iter(fused))}, which is no linear layer: such "
+        what += "a weight (of routed experts or their router) is the same for all tokens of a pass"
+        remedy = f"Use --mode {SUM}, a merge, or gates that do not read the input (gate.input: none)."
+        raise UsageError(f"--mode {asked.row.name}", what, remedy)
 
 
 def _summed(asked: Asked) -> Mixture:
@@ -148,6 +160,7 @@ def _through_peft(asked: Asked) -> Mixture:
     """The experts, hosted by PEFT."""
     from molecli.mixture.peft_routed import routed, weighed_at  # which imports PEFT
 
+    _check_layers(asked)
     width = asked.layout.memory_width
     assert width is not None
     config = asked.row.load()(asked.config, asked.bank, width=width, seq2seq=asked.layout.seq2seq)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from molecli.bases.fused import FusedPlace, fused_places
-from molecli.bases.pipeline import PipelineModules
 from molecli.errors import UsageError
 from molecli.experts import ExpertBank, LowRank
 from molecli.functional.gating import rescale
@@ -112,8 +111,6 @@ class FusedModule:
 
 def fused_in(model: nn.Module, matrices: Collection[str]) -> dict[str, FusedPlace]:
     """The places of those of the `matrices` that no layer of the model holds."""
-    if isinstance(model, PipelineModules):
-        return {}
     return {matrix: place for matrix, place in fused_places(model).items() if matrix in matrices}
 
 
