@@ -66,7 +66,8 @@ def unfused(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
         if module in parameters and _targeted(module, parameters[module], matrix, name in matrices):
             stacks[module][(len(name) - len(module)) // len(_INNER)] = matrix
         else:
-            _check_plain(info, name, matrix)
+            if name in matrices:
+                _check_plain(info, name, matrix)
             adapted[name] = matrix
     for module, levels in stacks.items():
         adapted |= _unstacked(info, module, levels, parameters[module])
@@ -122,24 +123,24 @@ def _unstacked(
         settings, local = matrix.said.of(name)
         assert settings is not None  # it names the parameters
         rank = settings.rank_of(local)
-        # The number of routed experts from the file, so that a base with another number has other matrices.
-        experts = matrix.rank // rank if len(names) > 1 else 1
-        check_rank(info.where, name, matrix.rank, rank * experts, matrix.said)
+        if matrix.rank != rank * len(names):
+            what = f"its factors of {name!r} have {matrix.rank} rows, not {len(names)} times the rank {rank}: that "
+            what += f"parameter has {len(names)} matrices in this base"
+            raise MismatchError(info.where, what, "Name the base it was trained on with --base.")
         alpha = settings.alpha_of(local)
         part = replace(matrix, rank=rank, alpha=alpha, scaling=settings.scaling(alpha, rank))
         if len(names) == 1:
             found[names[0]] = part
         else:
-            for i in range(experts):
-                keys = replace(matrix.keys, expert=(i, experts))
-                found[matrix_name(module, parameter, i)] = replace(part, keys=keys)
+            for i, of_expert in enumerate(names):
+                found[of_expert] = replace(part, keys=replace(matrix.keys, expert=(i, len(names))))
     return found
 
 
 def _check_plain(info: AdapterInfo, name: str, matrix: Adapted) -> None:
     """Checks the rank of a matrix that is no stack, which a file with stacks leaves open."""
     settings, local = matrix.said.of(name)
-    if settings is not None and settings.parameters and not name.endswith(_INNER):
+    if settings is not None and settings.parameters:
         check_rank(info.where, name, matrix.rank, settings.rank_of(local), matrix.said)
 
 
