@@ -8,7 +8,7 @@ stacked     PEFT's `target_parameters`: M.lora_A [E·r, d_in] and M.lora_B [d_ou
             M.base_layer.lora_A for the one before it, and so on
 by expert   M.3.gate_proj.lora_A, from when each routed expert had linear layers; gate and up are now rows of one matrix
 
-Contents: matrix_name, unfused, slice_of.
+Contents: matrix_name, unfused, slice_of, EXPERT_LAYERS.
 Source of both layouts: peft.tuners.lora.layer.ParamWrapper, peft.utils.transformers_weight_conversion.
 """
 
@@ -39,6 +39,8 @@ _PARTS: dict[str, tuple[str, int | None]] = {
     "fc3": ("gate_up_proj", 1),
     "fc2": ("down_proj", None),
 }
+# Names of linear layers that routed experts and routers had; PEFT takes every layer of such a name for one of those.
+EXPERT_LAYERS = frozenset({"gate", "down_proj", *_PARTS})
 # module -> parameter -> its matrices, in the base's order.
 _Parameters = Mapping[str, Mapping[str, list[str]]]
 

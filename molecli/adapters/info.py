@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Adapted:
     alpha: float
     scaling: float
     keys: Keys
-    said: Configured = Configured()
+    said: Configured = field(default_factory=Configured)
     parts: tuple[tuple[int, Adapted], ...] = ()
 
     @property

@@ -56,7 +56,9 @@ def read_expert(
 
 def _stored(info: AdapterInfo, names: list[str]) -> _Stored:
     """The stored tensors of the matrices `names` (the shifts for SVDiff); each is read once."""
-    wanted = dict.fromkeys(entry for name in names for keys in info.adapted[name].stored for entry in (_a(keys), _b(keys)))
+    wanted = dict.fromkeys(
+        entry for name in names for keys in info.adapted[name].stored for entry in (_a(keys), _b(keys))
+    )
     found = {}
     for path in dict.fromkeys(path for path, _ in wanted):
         with opened_lora(path) as file:

@@ -1,17 +1,18 @@
 """Matrices of a language model that no linear layer holds: routed experts as fused 3-D parameters, and routers.
 
-Contents: FusedPlace, fused_places, fused_matrices, fused_parameters. Their names: see `adapters.fused`.
+Contents: FusedPlace, fused_places, fused_matrices, fused_parameters, taken_for_experts, is_layer. Their names: see `adapters.fused`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molecli.adapters.fused import matrix_name
+from molecli.adapters.fused import EXPERT_LAYERS, matrix_name
 from molecli.bases.pipeline import PipelineModules
 from molecli.protocols import Shape
 
@@ -51,7 +52,7 @@ def fused_places(model: nn.Module) -> dict[str, FusedPlace]:
     if isinstance(model, PipelineModules):
         return found
     for name, module in model.named_modules():
-        if _is_layer(module) or not _IN_BLOCK.search(name):
+        if is_layer(module) or not _IN_BLOCK.search(name):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() not in (2, 3) or not parameter.is_floating_point() or key.endswith("bias"):
@@ -75,7 +76,19 @@ def fused_parameters(model: nn.Module) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def _is_layer(module: nn.Module) -> bool:
+def taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Those linear layers of a base with fused experts that PEFT takes for layers of these: shared and dense ones.
+
+    PEFT goes by the ends of names, and adapts the fused parameters instead (`_convert_peft_config_moe`). It leaves a
+    layer alone whose weight is named as a parameter: target_parameters "<layer>.weight", with the same update.
+    """
+    places = fused_places(model)
+    if all(place.expert is None for place in places.values()):
+        return []
+    return [name for name in layers if name not in places and name.rpartition(".")[2] in EXPERT_LAYERS]
+
+
+def is_layer(module: nn.Module) -> bool:
     """Whether an update of the module's weight can be added to its output, or the module has no matrices."""
     kind = type(module)
     if isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models."):

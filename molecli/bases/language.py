@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from molecli.bases.fused import is_layer
 from molecli.errors import UsageError
 from molecli.protocols import Shape
 
@@ -32,7 +33,7 @@ def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
     for name, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and is_layer(module):
             found[name] = (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             d_in, d_out = module.weight.shape

@@ -114,7 +114,9 @@ def _check_layers(asked: Asked) -> None:
     """Raises: UsageError if a LoRA adapts a weight that its module reads itself, such as that of routed experts."""
     fused = fused_in(asked.model, asked.bank.matrices)
     if fused:
-        what = f"its weights depend on the input, and a LoRA adapts {next(iter(fused))}, which is no linear layer: such "
+        what = (
+            f"its weights depend on the input, and a LoRA adapts {next(iter(fused))}, which is no linear layer: such "
+        )
         what += "a weight (of routed experts or their router) is the same for all tokens of a pass"
         remedy = f"Use --mode {SUM}, a merge, or gates that do not read the input (gate.input: none)."
         raise UsageError(f"--mode {asked.row.name}", what, remedy)

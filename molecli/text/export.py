@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from molecli.adapters import write_peft
-from molecli.bases.fused import fused_parameters
+from molecli.bases.fused import fused_parameters, taken_for_experts
 from molecli.catalog.suites import OWN_TEXTS
 from molecli.config import DataConfig
 from molecli.config.unread import check_fields
@@ -124,7 +124,7 @@ class TextExport:
     def write(self, folder: Path, layout: str, factors: Mapping[str, LowRank], backbone: Backbone) -> Path:
         """The folder with a PEFT adapter."""
         model, task_type = backbone.model, TASK_TYPES.get(backbone.family)
-        parameters = fused_parameters(model)
+        parameters = fused_parameters(model) | {(n, "weight"): [n] for n in taken_for_experts(model, factors)}
         fused = {name for names in parameters.values() for name in names}
         transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in factors if name not in fused)
         return write_peft(
