@@ -56,10 +56,9 @@ def read_expert(
 
 def _stored(info: AdapterInfo, names: list[str]) -> _Stored:
     """The stored tensors of the matrices `names` (the shifts for SVDiff); each is read once."""
-    wanted = dict.fromkeys(
-        entry for name in names for keys in info.adapted[name].stored for entry in (_a(keys), _b(keys))
-    )
-    found = {}
+    pairs = [keys for name in names for keys in info.adapted[name].stored]
+    wanted = dict.fromkeys(entry for keys in pairs for entry in (_a(keys), _b(keys)))
+    found: dict[tuple[Path, str], Tensor] = {}
     for path in dict.fromkeys(path for path, _ in wanted):
         with opened_lora(path) as file:
             found |= {(path, key): file.get_tensor(key) for where, key in wanted if where == path}

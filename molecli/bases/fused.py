@@ -1,6 +1,8 @@
 """Matrices of a language model that no linear layer holds: routed experts as fused 3-D parameters, and routers.
 
-Contents: FusedPlace, fused_places, fused_matrices, fused_parameters, taken_for_experts, is_layer. Their names: see `adapters.fused`.
+Their names: see `adapters.fused`.
+
+Contents: FusedPlace, fused_places, fused_matrices, fused_parameters, taken_for_experts, is_layer.
 """
 
 from __future__ import annotations

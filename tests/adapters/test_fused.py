@@ -46,7 +46,7 @@ def read(folder: Path, model: Any, **options: Any) -> Any:
 
 
 def old_lora(kind: str, model: Any, folder: Path, *, skip: str = "") -> dict[str, Tensor]:
-    """A LoRA of transformers 4 on the experts and the router of one layer, and each linear layer's update by its name."""
+    """A LoRA of transformers 4 on the experts and the router of one layer, and each layer's update."""
     experts, (gate, up, down), router = OLD[kind]
     shapes = adaptable_matrices(model)
     wide, width = shapes[f"{LAYER}.mlp.experts.0.gate_up_proj"]
@@ -182,8 +182,8 @@ def test_a_rank_other_than_the_configured_one_is_refused(stacked: Any, explained
         lambda: read(folder, model),
         3,
         f"x ({folder / 'adapter_model.safetensors'}): its factors of 'model.layers.0.mlp.experts.gate_up_proj' have 16 "
-        "rows, not 4 times the rank 3: that parameter has 4 matrices in this base. Name the base it was trained on with "
-        "--base.",
+        "rows, not 4 times the rank 3: that parameter has 4 matrices in this base. Name the base it was trained on "
+        "with --base.",
     )
     folder = changed(folder, rank_pattern={"q_proj": 3})
     explained(
@@ -200,7 +200,8 @@ def test_names_of_parameters_that_are_no_list_are_refused(stacked: Any, explaine
     explained(
         lambda: read(folder, model),
         3,
-        f"x ({folder / 'adapter_model.safetensors'}): target_parameters is 'gate_up_proj'. It lists names of parameters.",
+        f"x ({folder / 'adapter_model.safetensors'}): target_parameters is 'gate_up_proj'. It lists names of "
+        "parameters.",
     )
 
 

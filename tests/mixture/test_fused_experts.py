@@ -1,4 +1,4 @@
-"""LoRAs on routed experts' fused weights and on routers: fixed modes and merges against PEFT, and the base afterwards."""
+"""LoRAs on routed experts' fused weights and on routers: sums and merges against PEFT; the base afterwards."""
 
 from __future__ import annotations
 
