@@ -1,6 +1,6 @@
 """Experts on matrices that a module reads itself, without a linear layer: routed experts' fused weights, and routers.
 
-Contents: FusedModule, fused_in.
+Contents: Held; FusedModule; StackedUpdate, stacked_updates; fused_in. For weights that depend on it: `gated_experts`.
 
 Only the module's own code knows how it uses such a weight, so its output cannot be corrected afterwards. Inside the
 module's forward, and nowhere else, its parameters are replaced by
@@ -27,6 +27,8 @@ from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
 from molecli.mixture.site_state import HostedSite
 
+# The adapted matrices of one module: their places and their sites.
+Held = Mapping[str, tuple[FusedPlace, HostedSite]]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +42,7 @@ class FusedModule:
     def __init__(
         self,
         module: nn.Module,
-        matrices: Mapping[str, tuple[FusedPlace, HostedSite]],
+        matrices: Held,
         bank: ExpertBank,
         values: Callable[[HostedSite], Tensor | None],
         *,
@@ -48,13 +50,7 @@ class FusedModule:
     ) -> None:
         self.module, self.values, self.renormalize = module, values, renormalize
         self.sites = list({id(site): site for _, site in matrices.values()}.values())
-        by_parameter: dict[str, dict[str, tuple[FusedPlace, HostedSite]]] = {}
-        for matrix, (place, site) in matrices.items():
-            by_parameter.setdefault(place.parameter, {})[matrix] = place, site
-        self.updates = {
-            parameter: _stacked(getattr(module, parameter), held, self.sites, bank)
-            for parameter, held in by_parameter.items()
-        }
+        self.updates = stacked_updates(module, matrices, self.sites, bank)
         self._own: dict[str, nn.Parameter | None] = {}
         self._inside = 0  # how many calls of the module's forward are running
         self._known: tuple[Stamp, dict[str, Tensor]] | None = None
@@ -115,7 +111,7 @@ def fused_in(model: nn.Module, matrices: Collection[str]) -> dict[str, FusedPlac
 
 
 @dataclass(frozen=True)
-class _Stacked:
+class StackedUpdate:
     """All experts at the E matrices of one parameter (E = 1 for a parameter [., .]), padded to one rank R with zeros.
 
     A: [E, R, d_in]; B: [E, d_out, R] in float32 with the scalings; owner: [E, R], the expert of each rank; site: [E],
@@ -138,10 +134,25 @@ class _Stacked:
         left, right = (self.A.mT, B.mT) if self.transposed else (B, self.A)
         return torch.baddbmm(weight.view(len(left), *weight.shape[-2:]), left, right).view_as(weight)
 
+    def low_rank(self, x: Tensor, weights: Tensor, at: int, *, renormalize: bool) -> Tensor:
+        """[n, d_out], the update of matrix `at` for x [n, d_in], with the experts' weights [n, N] for each row."""
+        if renormalize:
+            weights = rescale(weights, self.present[at].to(weights))
+        u = (x @ self.A[at].to(x.dtype).T) * weights.to(x.dtype)[:, self.owner[at]]
+        return u @ self.B[at].to(x.dtype).T
 
-def _stacked(
-    weight: Tensor, held: Mapping[str, tuple[FusedPlace, HostedSite]], sites: Sequence[HostedSite], bank: ExpertBank
-) -> _Stacked:
+
+def stacked_updates(
+    module: nn.Module, matrices: Held, sites: Sequence[HostedSite], bank: ExpertBank
+) -> dict[str, StackedUpdate]:
+    """parameter -> the experts at its matrices. Raises: UsageError if it is not there as plain numbers."""
+    by_parameter: dict[str, dict[str, tuple[FusedPlace, HostedSite]]] = {}
+    for matrix, (place, site) in matrices.items():
+        by_parameter.setdefault(place.parameter, {})[matrix] = place, site
+    return {name: _stacked(getattr(module, name), held, sites, bank) for name, held in by_parameter.items()}
+
+
+def _stacked(weight: Tensor, held: Held, sites: Sequence[HostedSite], bank: ExpertBank) -> StackedUpdate:
     first = next(iter(held))
     _check_plain(first, weight)
     transposed = held[first][0].transposed
@@ -162,7 +173,7 @@ def _stacked(
             owner[at, ranks], present[at, i] = i, 1.0
             start += factor.rank
     device = weight.device
-    return _Stacked(A, B, owner.to(device), site.to(device), present.to(device), transposed)
+    return StackedUpdate(A, B, owner.to(device), site.to(device), present.to(device), transposed)
 
 
 def _check_plain(matrix: str, weight: Tensor) -> None:

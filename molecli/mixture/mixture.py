@@ -22,6 +22,7 @@ from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
 from molecli.mixture.fused_experts import FusedModule, fused_in
+from molecli.mixture.gated_experts import GatedExperts, GatedRouter, by_row, gated_kind
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
 from molecli.mixture.streams import Pass, Streams
 from molecli.protocols import Gate, Group, Site
@@ -58,7 +59,7 @@ class Mixture:
             gates[site.name].to(reference(self._module(site.matrices[0])).device)
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
-        self._fused_modules: list[FusedModule] = []
+        self._fused_modules: list[FusedModule | GatedExperts | GatedRouter] = []
         self._handles: list[RemovableHandle] = []
         self._keep: Tensor | None = None
         self._off = False
@@ -122,11 +123,16 @@ class Mixture:
                     place = self._fused[matrix]
                     held.setdefault(place.module, {})[matrix] = place, hosted
         for name, matrices in held.items():
-            fused = FusedModule(
-                self._modules[name], matrices, self._hosted_bank, self._fixed, renormalize=self._renormalize_absent
-            )
-            self._fused_modules.append(fused)
-            self._handles += fused.attach()
+            module, bank = self._modules[name], self._hosted_bank
+            live: FusedModule | GatedExperts | GatedRouter
+            if all(hosted.gate.constant for _, hosted in matrices.values()):
+                live = FusedModule(module, matrices, bank, self._fixed, renormalize=self._renormalize_absent)
+            else:
+                kind = gated_kind(module, {place.parameter for place, _ in matrices.values()})
+                assert kind is not None  # others are refused when the mixture is built
+                live = kind(module, matrices, bank, self._for_rows, renormalize=self._renormalize_absent)
+            self._fused_modules.append(live)
+            self._handles += live.attach()
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
@@ -318,6 +324,16 @@ class Mixture:
         if hosted.value is None or hosted.step != step:
             hosted.step, hosted.value = step, hosted.gate(None, self._keep)
         return hosted.value
+
+    def _for_rows(self, hosted: HostedSite, rows: int) -> Tensor | None:
+        """[rows, N], the weights of the site's gate in this pass for a module's input; None if all experts are off."""
+        if self._off:
+            return None
+        current = self._streams.of(hosted.site)
+        if hosted.value is None or hosted.step != current.step or current.valid is None:
+            what = "its gate is computed at a layer that has not run yet in this pass"
+            raise RunError(hosted.site.name, what, "Use a mode with fixed weights.")
+        return by_row(hosted.value, rows, current.valid.numel(), hosted.site.name)
 
     def _check_cache(self, hosted: HostedSite, current: Pass) -> None:
         """Raises: RunError if the pass does not continue the prompt that the site's gate was computed for."""
