@@ -1,13 +1,14 @@
 """Experts on matrices that a module reads itself, without a linear layer: routed experts' fused weights, and routers.
 
-Contents: Held; FusedModule; StackedUpdate, stacked_updates; fused_in. For weights that depend on it: `gated_experts`.
-
 Only the module's own code knows how it uses such a weight, so its output cannot be corrected afterwards. Inside the
 module's forward, and nowhere else, its parameters are replaced by
 
     W + Σ_i g_i ΔW_i
 
 which is exact for weights g that are the same for every input. The parameters themselves are never written to.
+For weights that depend on the input see `gated_experts`.
+
+Contents: Held; FusedModule; StackedUpdate, stacked_updates; fused_in; check_same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from molecli.bases.fused import FusedPlace, fused_places
-from molecli.errors import UsageError
+from molecli.errors import RunError, UsageError
 from molecli.experts import ExpertBank, LowRank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
@@ -73,10 +74,12 @@ class FusedModule:
         self._known = None
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        check_same(module, self.module)
         if self._inside == 0:
             values = [value for site in self.sites if (value := self.values(site)) is not None]
             if values:
-                replaced = self._replaced(torch.stack(values))
+                device = next(iter(self.updates.values())).B.device
+                replaced = self._replaced(torch.stack([value.to(device) for value in values]))
                 self._own = {name: module._parameters[name] for name in replaced}
                 # As in torch.func.functional_call: the order of the parameters stays.
                 module._parameters.update(replaced)  # type: ignore[arg-type]
@@ -138,7 +141,7 @@ class StackedUpdate:
         """[n, d_out], the update of matrix `at` for x [n, d_in], with the experts' weights [n, N] for each row."""
         if renormalize:
             weights = rescale(weights, self.present[at].to(weights))
-        u = (x @ self.A[at].to(x.dtype).T) * weights.to(x.dtype)[:, self.owner[at]]
+        u = (x @ self.A[at].to(x.dtype).T) * weights.to(x)[:, self.owner[at]]
         return u @ self.B[at].to(x.dtype).T
 
 
@@ -174,6 +177,13 @@ def _stacked(weight: Tensor, held: Held, sites: Sequence[HostedSite], bank: Expe
             start += factor.rank
     device = weight.device
     return StackedUpdate(A, B, owner.to(device), site.to(device), present.to(device), transposed)
+
+
+def check_same(module: nn.Module, hosting: nn.Module) -> None:
+    """Raises: RunError in a copy of the module, whose parameters are others (as in DataParallel)."""
+    if module is not hosting:
+        what = "it runs in a copy of the module that the LoRAs were attached to"
+        raise RunError(type(module).__name__, what, "Call the model itself, without DataParallel.")
 
 
 def _check_plain(matrix: str, weight: Tensor) -> None:

@@ -6,12 +6,12 @@ Routed experts of transformers' common interface (`use_experts_implementation`) 
 gating and activation; no weight is materialised. A router runs once more with its update added to the one product of
 its input and its weight. Modules that do something else are refused. The gate is that of a layer before them.
 
-Contents: GatedExperts, GatedRouter, gated_kind, with_entries.
+Contents: GatedExperts, GatedRouter; HostedParameters, host_parameters; gated_kind, with_entries, by_row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +25,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from molecli.bases.fused import FusedPlace
 from molecli.errors import RunError, UsageError
 from molecli.experts import ExpertBank
-from molecli.mixture.fused_experts import Held, stacked_updates
+from molecli.mixture.fused_experts import FusedModule, Held, check_same, stacked_updates
 from molecli.mixture.site_state import HostedSite
 from molecli.mixture.sites import block_of
-from molecli.protocols import Site
+from molecli.protocols import Group, Site, Stream
 
 _IMPLEMENTATION = "molecli_gated"
 # The weights [rows, N] of a site for a module's input with that many rows; None: all experts are off.
@@ -82,11 +82,13 @@ class GatedExperts(_Gated):
             self.module.config = config.config
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        check_same(module, self.module)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         weights = self.by_row(self.site, hidden.shape[0])
         if weights is not None:
             self.restore()
-            module.config = _Instead(module.config, self, weights)
+            own: Any = module
+            own.config = _Instead(own.config, self, weights)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.restore()
@@ -133,6 +135,7 @@ class GatedRouter(_Gated):
         return [self.module.register_forward_hook(self._again, with_kwargs=True)]
 
     def _again(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        check_same(module, self.module)
         rows = (args[0] if args else kwargs["hidden_states"]).shape[:-1].numel()
         weights = self.by_row(self.site, rows)
         if weights is None:
@@ -180,6 +183,37 @@ class _Adding(TorchFunctionMode):
         return RunError(self.kind, what, "Use a mode with fixed weights.")
 
 
+HostedParameters = FusedModule | GatedExperts | GatedRouter
+
+
+def host_parameters(
+    modules: Mapping[str, nn.Module],
+    sites: Iterable[HostedSite],
+    fused: Mapping[str, FusedPlace],
+    bank: ExpertBank,
+    fixed: Callable[[HostedSite], Tensor | None],
+    rows: ByRow,
+    *,
+    renormalize: bool,
+) -> list[HostedParameters]:
+    """The experts at the parameters that no layer holds, module by module; weights come from `fixed` or `rows`."""
+    held: dict[str, dict[str, tuple[FusedPlace, HostedSite]]] = {}
+    for site in sites:
+        for matrix in site.site.matrices:
+            if matrix in fused and bank.present(matrix):
+                held.setdefault(fused[matrix].module, {})[matrix] = fused[matrix], site
+    found: list[HostedParameters] = []
+    for name, matrices in held.items():
+        module = modules[name]
+        if all(site.gate.constant for _, site in matrices.values()):
+            found.append(FusedModule(module, matrices, bank, fixed, renormalize=renormalize))
+        else:
+            kind = gated_kind(module, {place.parameter for place, _ in matrices.values()})
+            assert kind is not None  # others are refused when the mixture is built
+            found.append(kind(module, matrices, bank, rows, renormalize=renormalize))
+    return found
+
+
 def gated_kind(module: nn.Module, parameters: Collection[str]) -> type[GatedExperts | GatedRouter] | None:
     """How weights that depend on the input are possible at these parameters of the module; None if they are not."""
     common = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate", "num_experts")
@@ -203,19 +237,27 @@ def with_entries(sites: Sequence[Site], fused: Mapping[str, FusedPlace]) -> list
             found.append(replace(site, groups=(*layers, *apart)))
             continue
         first = apart[0].matrices[0]
-        if not found or block_of(found[-1].entry.matrices[0]) != block_of(first):
+        before_it = (i for i, one in enumerate(found) if _precedes(one, first, apart[0].stream))
+        at = max(before_it, default=None)
+        if at is None:
             what = f"the gate of {first} has nothing to read: the LoRAs adapt no linear layer before it in its block"
             raise UsageError(site.name, what, "Use a mode with fixed weights, or gates for larger parts of the model.")
-        found[-1] = replace(found[-1], groups=(*found[-1].groups, *apart))
+        found[at] = replace(found[at], groups=(*found[at].groups, *apart))
         if layers:
             found.append(replace(site, groups=tuple(layers)))
     return found
 
 
-def _beside(layer: str, apart: Sequence[Any], fused: Mapping[str, FusedPlace]) -> bool:
+def _precedes(site: Site, matrix: str, stream: Stream) -> bool:
+    return site.stream == stream and block_of(site.entry.matrices[0]) == block_of(matrix)
+
+
+def _beside(layer: str, apart: Sequence[Group], fused: Mapping[str, FusedPlace]) -> bool:
     """Whether the layer is in the same part of the block as one of the fused groups: it may run after them."""
-    parts = {fused[group.matrices[0]].module.rpartition(".")[0] for group in apart}
-    return any(layer.startswith(f"{part}.") for part in parts)
+    modules = {fused[group.matrices[0]].module for group in apart}
+    parts = {module.rpartition(".")[0] for module in modules}
+    blocks = {block_of(module) for module in modules}
+    return any(layer.startswith(f"{part}.") for part in (parts - blocks) | modules)
 
 
 def by_row(value: Tensor, rows: int, tokens: int, where: str) -> Tensor:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from molecli.bases.fused import FusedPlace
 from molecli.bases.pipeline import PipelineModules
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
-from molecli.mixture.fused_experts import FusedModule, fused_in
-from molecli.mixture.gated_experts import GatedExperts, GatedRouter, by_row, gated_kind
+from molecli.mixture.fused_experts import fused_in
+from molecli.mixture.gated_experts import HostedParameters, by_row, host_parameters
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
 from molecli.mixture.streams import Pass, Streams
 from molecli.protocols import Gate, Group, Site
@@ -59,7 +58,7 @@ class Mixture:
             gates[site.name].to(reference(self._module(site.matrices[0])).device)
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
-        self._fused_modules: list[FusedModule | GatedExperts | GatedRouter] = []
+        self._parameters: list[HostedParameters] = []
         self._handles: list[RemovableHandle] = []
         self._keep: Tensor | None = None
         self._off = False
@@ -100,9 +99,9 @@ class Mixture:
         """Removes all hooks; the model is the base again, bit for bit."""
         for handle in self._handles:
             handle.remove()
-        for fused in self._fused_modules:
-            fused.restore()
-        self._handles, self._groups, self._fused_modules = [], [], []
+        for live in self._parameters:
+            live.restore()
+        self._handles, self._groups, self._parameters = [], [], []
         for hosted in self._hosted.values():
             hosted.maker = None  # it would keep a copy of its factors
 
@@ -115,24 +114,13 @@ class Mixture:
         return [group for group in site.groups if group.matrices[0] not in self._fused]
 
     def _attach_fused(self) -> None:
-        """Hosts the adapted parameters that no layer holds, module by module."""
-        held: dict[str, dict[str, tuple[FusedPlace, HostedSite]]] = {}
-        for hosted in self._hosted.values():
-            for matrix in hosted.site.matrices:
-                if matrix in self._fused and self._hosted_bank.present(matrix):
-                    place = self._fused[matrix]
-                    held.setdefault(place.module, {})[matrix] = place, hosted
-        for name, matrices in held.items():
-            module, bank = self._modules[name], self._hosted_bank
-            live: FusedModule | GatedExperts | GatedRouter
-            if all(hosted.gate.constant for _, hosted in matrices.values()):
-                live = FusedModule(module, matrices, bank, self._fixed, renormalize=self._renormalize_absent)
-            else:
-                kind = gated_kind(module, {place.parameter for place, _ in matrices.values()})
-                assert kind is not None  # others are refused when the mixture is built
-                live = kind(module, matrices, bank, self._for_rows, renormalize=self._renormalize_absent)
-            self._fused_modules.append(live)
-            self._handles += live.attach()
+        """Hosts the adapted parameters that no layer holds."""
+        sites, bank = self._hosted.values(), self._hosted_bank
+        kept = self._renormalize_absent
+        self._parameters = host_parameters(
+            self._modules, sites, self._fused, bank, self._fixed, self._for_rows, renormalize=kept
+        )
+        self._handles += [handle for live in self._parameters for handle in live.attach()]
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
@@ -152,8 +140,8 @@ class Mixture:
         self._state = object()
         for hosted in self._hosted.values():
             hosted.step, hosted.value = -1, None
-        for fused in self._fused_modules:
-            fused.forget()
+        for live in self._parameters:
+            live.forget()
 
     def only(self, *names: str) -> None:
         """Switches off all experts except the named ones."""

@@ -208,19 +208,6 @@ def test_offloaded_experts_are_refused_by_name(loras: Any, explained: Any) -> No
     )
 
 
-@pytest.mark.parametrize("mode", ["gated", "xlora", "arrow"])
-def test_weights_by_input_are_refused_on_a_router(mode: str, loras: Any, explained: Any) -> None:
-    model = moe("gpt_oss")
-    made = loras("gpt_oss", model)
-    explained(
-        lambda: attach(model, loras=made, mode=mode),
-        2,
-        f"--mode {mode}: its weights depend on the input, and a LoRA adapts model.layers.0.mlp.router, which is no "
-        "linear layer: such a weight (of routed experts or their router) is the same for all tokens of a pass. Use "
-        "--mode linear, a merge, or gates that do not read the input (gate.input: none).",
-    )
-
-
 def test_layers_of_a_share_hold_the_experts_too(loras: Any) -> None:
     model = moe("qwen3_moe")
     mixture = attach(model, loras=loras("qwen3_moe", model), mode="linear", method=MethodConfig(layers="50-100"))
