@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -51,6 +51,11 @@ class Matrices(dict[str, Shape]):
     def named(self) -> dict[str, Shape]:
         """All matrices that a LoRA may name: the head is the last one."""
         return {**self, **self.head}
+
+    def without(self, names: Collection[str]) -> Matrices:
+        """The same base with fewer adaptable matrices."""
+        kept = {name: shape for name, shape in self.items() if name not in names}
+        return Matrices(kept, head=self.head, tables=self.tables, renamed=self.renamed)
 
     @classmethod
     def of(cls, matrices: Mapping[str, Shape]) -> Matrices:

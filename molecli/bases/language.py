@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from molecli.bases.fused import is_layer
 from molecli.bases.own_names import own_names
 from molecli.errors import UsageError
 from molecli.functional.layers import linear_shape
@@ -33,7 +34,7 @@ def adaptable_matrices(model: nn.Module) -> Matrices:
     for name, module in model.named_modules():
         if module is embeddings and isinstance(module, nn.Embedding):
             tables[name] = (module.num_embeddings, module.embedding_dim)
-        elif (shape := linear_shape(module)) is not None:
+        elif (shape := linear_shape(module)) is not None and is_layer(module):
             (last if module is head else found)[name] = shape
     return Matrices(found, head=last, tables={**tables, **last}, renamed=own_names(model, [*found, *last, *tables]))
 
