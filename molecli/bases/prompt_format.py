@@ -1,0 +1,221 @@
+"""How prompts and targets become the tokens of a language model: plain text, or a chat template's turns.
+
+PromptFormat     the format of one base
+choose_format    the format that a base's settings ask for, checked
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from molecli.bases.thinking import SWITCHES, Thinking, thinking_of
+from molecli.errors import UsageError, suggestion
+from molecli.protocols import Completion
+
+# Stands for an assistant's answer, to find what the template writes around an answer.
+_PROBE = "mole0probe"
+SYSTEM, ARGUMENT = "--system-prompt", "--template-arg"
+# Variables that every template gets: what is said, and what the library adds.
+_GIVEN = ("messages", "raise_exception", "strftime_now", "bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How prompts and targets become tokens. The prompt's tokens never depend on the target.
+
+    With a chat template: prompt = the turns before the answer and the opening of the assistant's, target = what the
+    template writes up to the end of that turn, so that both together are its own text of the conversation. Without
+    one: the target follows the prompt after a space, unless the prompt ends in white space.
+    system: the text of a first turn. args: more variables of the template.
+    """
+
+    tokenizer: Any
+    chat: bool
+    stop: tuple[int, ...]
+    system: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The model's input for a prompt, the same in training and in generation."""
+        # The template writes the bos token itself; the tokenizer would add a second one.
+        ids = self._ids(self.prompt_text(prompt), special=not self.chat)
+        return ids or [self._start]
+
+    def target_ids(self, prompt: str, target: str) -> list[int]:
+        """The tokens that should follow `prompt`, up to and including the token that ends the answer."""
+        before, after = self.prompt_text(prompt), self._lead(prompt) + target
+        given = self._ids(before, special=not self.chat)
+        joined = self._ids(before + after, special=not self.chat)
+        # Tokenised together, like the text that the model was trained on, unless a token would span the border.
+        if joined[: len(given)] == given and (given or not after):
+            answer = joined[len(given) :]
+        else:
+            answer = self._ids(after, special=False)
+        return answer + list(self.ending_ids)
+
+    def completion(self, prompt: str, ids: Sequence[int]) -> Completion:
+        """The text of generated ids, without special tokens and without what stands between prompt and target; its
+        `answer` is without thoughts."""
+        found = self.thinking.read(ids, self.tokenizer.decode, self.prompt_text(prompt) if self.chat else "")
+        if found.answer is None or found.answer != found:
+            return found
+        text = found.removeprefix(self._lead(prompt))
+        return Completion(text, text)
+
+    @cached_property
+    def ending_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the template's end of turn up to its stop token, or eos."""
+        ids = self._ids(self._around[1], special=False) if self.chat else []
+        special = (i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        ends = {*self.stop, *special}
+        place = next((i for i, token in enumerate(ids) if token in ends), None)
+        return (*ids, self.tokenizer.eos_token_id) if place is None else tuple(ids[: place + 1])
+
+    @cached_property
+    def template(self) -> str | None:
+        """The chat template in use; None for plain text."""
+        return self.tokenizer.get_chat_template() if self.chat else None
+
+    @cached_property
+    def thinking(self) -> Thinking:
+        """How this base marks its thoughts."""
+        return thinking_of(self.tokenizer, self.template)
+
+    @cached_property
+    def switch(self) -> str:
+        """What turns thinking off, for a message; "" if the template has no variable for it."""
+        found = next((name for name in SWITCHES if self.template and name in template_variables(self.template)), None)
+        return f"{ARGUMENT} {found}=false" if found else ""
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text whose tokens are the prompt's."""
+        if not self.chat:
+            return prompt
+        turns = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return self.rendered([*turns, {"role": "user", "content": prompt}], add_generation_prompt=True)
+
+    def rendered(self, turns: Sequence[Mapping[str, str]], **how: Any) -> str:
+        """The template's text of a conversation."""
+        return self.tokenizer.apply_chat_template(list(turns), tokenize=False, **self.args, **how)
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the template writes between a prompt and its answer, and after the answer."""
+        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _PROBE}]
+        if self.system is not None:
+            turns.insert(0, {"role": "system", "content": self.system})
+        before, _, after = self.rendered(turns).rpartition(_PROBE)
+        prompt = self.prompt_text("-")
+        if before.startswith(prompt):
+            return before[len(prompt) :], after
+        # A template that makes the model think: its history has no thoughts, so an answer begins by closing them.
+        opened = self.thinking.open_at(prompt)
+        return ("" if opened is None else f"\n{opened[1]}\n\n"), after
+
+    @property
+    def _start(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    def _lead(self, prompt: str) -> str:
+        """What stands between a prompt and its target."""
+        if self.chat:
+            return self._around[0]
+        return "" if not prompt or prompt[-1].isspace() else " "
+
+    def _ids(self, words: str, *, special: bool) -> list[int]:
+        return self.tokenizer(words, add_special_tokens=special)["input_ids"] if words or special else []
+
+
+def choose_format(
+    tokenizer: Any,
+    stop: Sequence[int],
+    where: str,
+    *,
+    chat_template: bool = True,
+    system_prompt: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> PromptFormat:
+    """The format of a base: its tokenizer's chat template, if it has one and `chat_template` allows it.
+
+    Raises: UsageError for a system prompt or a variable that the template, or plain text, would not take.
+    """
+    chat = chat_template and bool(tokenizer.chat_template)
+    args = dict(template_args or {})
+    found = PromptFormat(tokenizer, chat, tuple(stop), system_prompt, args)
+    if chat:
+        _check_arguments(found, where)
+        _check_rendering(found, where)
+    else:
+        why = "--no-chat-template leaves out" if tokenizer.chat_template else f"{where or 'the base'} has none of"
+        for flag, given in ((SYSTEM, system_prompt is not None), (ARGUMENT, bool(args))):
+            if given:
+                raise UsageError(flag, f"it is for chat templates, and {why} it", "Leave it out.")
+    return found
+
+
+def template_variables(template: str) -> set[str]:
+    """The variables that a chat template reads, besides those that it always gets."""
+    from jinja2 import meta, nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(template).environment
+    tree = environment.parse(template)
+    # A variable that the template sets from itself, as in `set thinking = thinking | default(true)`, is one too.
+    read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
+    assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx in ("store", "param")}
+    defaults = {
+        assign.target.name
+        for assign in tree.find_all(nodes.Assign)
+        if isinstance(assign.target, nodes.Name)
+        and any(name.name == assign.target.name for name in assign.node.find_all(nodes.Name))
+    }
+    guarded = {
+        test.node.name
+        for test in tree.find_all(nodes.Test)
+        if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
+    }
+    free = meta.find_undeclared_variables(tree) | (read - assigned) | defaults | guarded
+    return free - {*_GIVEN, *_reserved(), *environment.globals}
+
+
+def _reserved() -> set[str]:
+    """The names that have another meaning where a template is rendered."""
+    from transformers import PreTrainedTokenizerBase
+
+    return {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+
+
+def _check_arguments(found: PromptFormat, where: str) -> None:
+    reserved, known = _reserved(), template_variables(found.template or "")
+    for name in found.args:
+        if name in reserved:
+            raise UsageError(f"{ARGUMENT} {name}", "it is no variable of a template: mole sets it", "Leave it out.")
+        if name not in known:
+            remedy = suggestion(name, sorted(known)) if known else "Leave it out: it has none."
+            raise UsageError(f"{ARGUMENT} {name}", f"the chat template of {where} has no such variable", remedy)
+
+
+def _check_rendering(found: PromptFormat, where: str) -> None:
+    """Raises: UsageError if the template fails, or leaves the system prompt out."""
+    plain = PromptFormat(found.tokenizer, True, found.stop, None, found.args)
+    try:
+        plain.prompt_text(_PROBE)
+    except Exception as error:  # jinja2's errors, and whatever an expression of the template raises
+        what = (
+            f"its chat template cannot be used ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        )
+        raise UsageError(where or "tokenizer", what, "Write --no-chat-template, or --template-file FILE.") from None
+    if found.system is None:
+        return
+    try:
+        text = PromptFormat(found.tokenizer, True, found.stop, _PROBE, found.args).prompt_text("-")
+    except Exception:
+        text = ""
+    if _PROBE not in text:
+        what = f"the chat template of {where or 'the base'} takes no system prompt"
+        raise UsageError(SYSTEM, what, "Leave it out, or write it at the beginning of each prompt.")
