@@ -19,6 +19,7 @@ from torch import nn
 from molecli.bases.causal import Causal
 from molecli.bases.language import freeze
 from molecli.bases.library_logs import first_line, quiet
+from molecli.bases.prompt_record import prompt_settings, refuse_settings
 from molecli.bases.seq2seq import Seq2Seq
 from molecli.errors import MismatchError, UsageError
 from molecli.files.base_source import BaseSettings, BaseSource, explain_hub, find_base
@@ -35,6 +36,7 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
     """
     source, place = find_base(base), pick_device(device)
     if source.pipeline:
+        refuse_settings(base)
         from molecli.bases.pipeline_loading import load_pipeline
 
         return load_pipeline(base, place, pick_dtype(base.dtype, place))
@@ -42,21 +44,22 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
         config = _config(source)
         auto = _auto_class(source, config)
         tokenizer = _tokenizer(source)
+        prompts = prompt_settings(base, tokenizer, source.name)
         model = _weights(source, config, auto, pick_dtype(base.dtype, place))
     rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if len(tokenizer) > rows:
         what = f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows}"
         raise MismatchError(f"base {source.name}", what, "Load model and tokenizer from the same place.")
     model = model.to(place)
-    if config.is_encoder_decoder:
-        return Seq2Seq(model, tokenizer, source.name)
-    return Causal(model, tokenizer, source.name, chat_template=base.chat_template)
+    made = Seq2Seq if config.is_encoder_decoder else Causal
+    return made(model, tokenizer, source.name, **prompts)
 
 
 def load_skeleton(base: BaseSettings) -> nn.Module:
     """The base's model on the meta device: names, shapes and dtype without weights, for plans and dry runs."""
     source = find_base(base)
     if source.pipeline:
+        refuse_settings(base)
         from molecli.bases.pipeline_loading import load_pipeline_skeleton
 
         return load_pipeline_skeleton(base)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -80,6 +80,11 @@ class PromptFormat:
         """The chat template in use; None for plain text."""
         return self.tokenizer.get_chat_template() if self.chat else None
 
+    @property
+    def dated(self) -> bool:
+        """Whether the template writes the date of today, so that prompts differ from day to day."""
+        return self.template is not None and "strftime_now" in self.template and "date_string" not in self.args
+
     @cached_property
     def thinking(self) -> Thinking:
         """How this base marks its thoughts."""
@@ -148,13 +153,13 @@ def choose_format(
     args = dict(template_args or {})
     found = PromptFormat(tokenizer, chat, tuple(stop), system_prompt, args)
     if chat:
-        _check_arguments(found, where)
-        _check_rendering(found, where)
+        _check_template(found, where)
+        _check_system(found, where)
     else:
-        why = "--no-chat-template leaves out" if tokenizer.chat_template else f"{where or 'the base'} has none of"
+        why = "--no-chat-template leaves it out" if tokenizer.chat_template else f"{where or 'the base'} has none"
         for flag, given in ((SYSTEM, system_prompt is not None), (ARGUMENT, bool(args))):
             if given:
-                raise UsageError(flag, f"it is for chat templates, and {why} it", "Leave it out.")
+                raise UsageError(flag, f"it is for chat templates, and {why}", "Leave it out.")
     return found
 
 
@@ -166,8 +171,6 @@ def template_variables(template: str) -> set[str]:
     environment = _compile_jinja_template(template).environment
     tree = environment.parse(template)
     # A variable that the template sets from itself, as in `set thinking = thinking | default(true)`, is one too.
-    read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
-    assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx in ("store", "param")}
     defaults = {
         assign.target.name
         for assign in tree.find_all(nodes.Assign)
@@ -179,7 +182,7 @@ def template_variables(template: str) -> set[str]:
         for test in tree.find_all(nodes.Test)
         if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
     }
-    free = meta.find_undeclared_variables(tree) | (read - assigned) | defaults | guarded
+    free = meta.find_undeclared_variables(tree) | defaults | guarded
     return free - {*_GIVEN, *_reserved(), *environment.globals}
 
 
@@ -190,30 +193,40 @@ def _reserved() -> set[str]:
     return {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 
 
-def _check_arguments(found: PromptFormat, where: str) -> None:
-    reserved, known = _reserved(), template_variables(found.template or "")
+def _check_template(found: PromptFormat, where: str) -> None:
+    """Raises: UsageError if the template fails, or does not read one of its variables."""
     for name in found.args:
-        if name in reserved:
+        if name in _reserved():
             raise UsageError(f"{ARGUMENT} {name}", "it is no variable of a template: mole sets it", "Leave it out.")
+    problem = _problem(replace(found, system=None, args={}))
+    if problem is not None:
+        what = f"its chat template cannot be used ({problem})"
+        raise UsageError(where or "tokenizer", what, "Write --no-chat-template, or --template-file FILE.")
+    known = template_variables(found.template or "")
+    for name in found.args:
         if name not in known:
             remedy = suggestion(name, sorted(known)) if known else "Leave it out: it has none."
             raise UsageError(f"{ARGUMENT} {name}", f"the chat template of {where} has no such variable", remedy)
+    problem = _problem(replace(found, system=None))
+    if problem is not None:
+        raise UsageError(ARGUMENT, f"the chat template of {where} does not take it ({problem})", "Correct it.")
 
 
-def _check_rendering(found: PromptFormat, where: str) -> None:
-    """Raises: UsageError if the template fails, or leaves the system prompt out."""
-    plain = PromptFormat(found.tokenizer, True, found.stop, None, found.args)
+def _problem(found: PromptFormat) -> str | None:
+    """What is wrong with a template, in the first line of its error; None if it can be used."""
     try:
-        plain.prompt_text(_PROBE)
+        found.prompt_text(_PROBE)
     except Exception as error:  # jinja2's errors, and whatever an expression of the template raises
-        what = (
-            f"its chat template cannot be used ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        )
-        raise UsageError(where or "tokenizer", what, "Write --no-chat-template, or --template-file FILE.") from None
+        return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+    return None
+
+
+def _check_system(found: PromptFormat, where: str) -> None:
+    """Raises: UsageError if the template refuses the system prompt, or leaves it out."""
     if found.system is None:
         return
     try:
-        text = PromptFormat(found.tokenizer, True, found.stop, _PROBE, found.args).prompt_text("-")
+        text = replace(found, system=_PROBE).prompt_text("-")
     except Exception:
         text = ""
     if _PROBE not in text:

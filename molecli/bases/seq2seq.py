@@ -133,5 +133,5 @@ class Seq2Seq:
         ids, eos = self.tokenizer(text_target=words)["input_ids"], self.tokenizer.eos_token_id
         ids = ids if ids[-1:] == [eos] or eos in ids[-2:] else [*ids, eos]
         own = self.languages.forced
-        forced = self.model.generation_config.forced_bos_token_id if own is None else own  # type: ignore[union-attr]
+        forced = getattr(self.model.generation_config, "forced_bos_token_id", None) if own is None else own
         return ids if forced is None or forced in ids[:1] else [forced, *ids]

@@ -70,7 +70,7 @@ def thinking_of(tokenizer: Any, template: str | None) -> Thinking:
     """The marks that a tokenizer has as tokens, publishes in its response template, or has in the chat template."""
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     known = [pair for pair in MARKS if pair[1] in tokens or (pair[0] in tokens and pair[1].startswith(pair[0]))]
-    known += [pair for pair in MARKS if template is not None and pair[1] in template and pair not in known]
+    known += [pair for pair in MARKS if template is not None and any(mark in template for mark in pair)]
     return Thinking(tuple(dict.fromkeys([*_published(tokenizer), *known])), template is not None)
 
 
