@@ -122,7 +122,7 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 # What decoding takes from a checkpoint's generation config, with a ban on its padding token (`_bans`); everything else
-# in it has no effect. The table in docs/method.md has every field.
+# in it has no effect. The table in docs/prompts.md has every field.
 OWN_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 

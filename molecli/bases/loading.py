@@ -22,7 +22,7 @@ from molecli.bases.library_logs import first_line, quiet
 from molecli.bases.prompt_record import prompt_settings, refuse_settings
 from molecli.bases.seq2seq import Seq2Seq
 from molecli.errors import MismatchError, UsageError
-from molecli.files.base_source import BaseSettings, BaseSource, explain_hub, find_base
+from molecli.files.base_source import PROMPT_FLAGS, BaseSettings, BaseSource, explain_hub, find_base
 from molecli.protocols import Backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +63,9 @@ def load_skeleton(base: BaseSettings) -> nn.Module:
         from molecli.bases.pipeline_loading import load_pipeline_skeleton
 
         return load_pipeline_skeleton(base)
+    if any(getattr(base, key) not in (None, {}, True) for key in PROMPT_FLAGS):
+        with quiet(source):
+            prompt_settings(base, _tokenizer(source), source.name)  # refused as by the run
     with quiet(source), torch.device("meta"):
         config = _config(source)
         model = _auto_class(source, config).from_config(config, dtype=DTYPES.get(base.dtype, torch.float32))

@@ -52,8 +52,8 @@ class Thinking:
         """
         whole = decode(ids, skip_special_tokens=True)
         opened = self.open_at(prompt)
+        raw = decode(ids, skip_special_tokens=False) if self.marks else ""
         for first, last in self.marks if opened is None else (opened,):
-            raw = decode(ids, skip_special_tokens=False)
             if not (opened or raw.lstrip().startswith(first) or (self.chat and last in raw)):
                 continue
             if last not in raw:
