@@ -90,6 +90,14 @@ def language_codes(tokenizer: Any) -> dict[str, int]:
     return {text: i for i, token in tokenizer.added_tokens_decoder.items() if _CODE.fullmatch(text := str(token))}
 
 
+def two_vocabularies(tokenizer: Any) -> bool:
+    """Whether a tokenizer reads with one vocabulary, writes with another, and cannot encode targets (FSMT's)."""
+    reads, writes = getattr(tokenizer, "encoder", None), getattr(tokenizer, "decoder", None)
+    if hasattr(tokenizer, "_switch_to_target_mode") or not isinstance(reads, dict) or not isinstance(writes, dict):
+        return False
+    return any(writes.get(i) != token for token, i in reads.items())
+
+
 def _tags(tokenizer: Any) -> dict[str, str]:
     """language -> tag, for a tokenizer whose vocabulary has tags of target languages."""
     for pattern in _TAGS:

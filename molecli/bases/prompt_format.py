@@ -30,7 +30,8 @@ class PromptFormat:
     With a chat template: prompt = the turns before the answer and the opening of the assistant's, target = what the
     template writes up to the end of that turn, so that both together are its own text of the conversation. Without
     one: the target follows the prompt after a space, unless the prompt ends in white space.
-    system: the text of a first turn. args: more variables of the template.
+    system: the text of a first turn. args: more variables of the template. parts: the template reads a turn's text from
+    a list of parts, as those of multimodal models do.
     """
 
     tokenizer: Any
@@ -38,6 +39,7 @@ class PromptFormat:
     stop: tuple[int, ...]
     system: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    parts: bool = False
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The model's input for a prompt, the same in training and in generation."""
@@ -100,20 +102,21 @@ class PromptFormat:
         """The text whose tokens are the prompt's."""
         if not self.chat:
             return prompt
-        turns = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return self.rendered([*turns, {"role": "user", "content": prompt}], add_generation_prompt=True)
+        return self._rendered(("user", prompt), add_generation_prompt=True)
 
-    def rendered(self, turns: Sequence[Mapping[str, str]], **how: Any) -> str:
-        """The template's text of a conversation."""
-        return self.tokenizer.apply_chat_template(list(turns), tokenize=False, **self.args, **how)
+    def _rendered(self, *turns: tuple[str, str], **how: Any) -> str:
+        """The template's text of a conversation: turns of (role, text) after the system prompt."""
+        system = [("system", self.system)] if self.system is not None else []
+        said = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
+            for role, text in (*system, *turns)
+        ]
+        return self.tokenizer.apply_chat_template(said, tokenize=False, **self.args, **how)
 
     @cached_property
     def _around(self) -> tuple[str, str]:
         """What the template writes between a prompt and its answer, and after the answer."""
-        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _PROBE}]
-        if self.system is not None:
-            turns.insert(0, {"role": "system", "content": self.system})
-        before, _, after = self.rendered(turns).rpartition(_PROBE)
+        before, _, after = self._rendered(("user", "-"), ("assistant", _PROBE)).rpartition(_PROBE)
         prompt = self.prompt_text("-")
         if before.startswith(prompt):
             return before[len(prompt) :], after
@@ -153,6 +156,9 @@ def choose_format(
     args = dict(template_args or {})
     found = PromptFormat(tokenizer, chat, tuple(stop), system_prompt, args)
     if chat:
+        as_parts = replace(found, system=None, args={}, parts=True)
+        if _problem(replace(found, system=None, args={})) is not None and _problem(as_parts) is None:
+            found = replace(found, parts=True)
         _check_template(found, where)
         _check_system(found, where)
     else:
@@ -215,10 +221,13 @@ def _check_template(found: PromptFormat, where: str) -> None:
 def _problem(found: PromptFormat) -> str | None:
     """What is wrong with a template, in the first line of its error; None if it can be used."""
     try:
-        found.prompt_text(_PROBE)
+        said = _PROBE in found.prompt_text(_PROBE)
+        answered = _PROBE in found._rendered(("user", "-"), ("assistant", _PROBE))
     except Exception as error:  # jinja2's errors, and whatever an expression of the template raises
         return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-    return None
+    if said and answered:
+        return None
+    return "it leaves out the answer" if said else "it leaves out the prompt"
 
 
 def _check_system(found: PromptFormat, where: str) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molecli.bases import language, languages
 from molecli.bases.prompt_format import choose_format
+from molecli.errors import UsageError
 from molecli.functional import fingerprint
 from molecli.protocols import Example, Family, Shape
 
@@ -48,6 +49,7 @@ class Seq2Seq:
         )
         self.languages = languages.choose(model, tokenizer, name or "the base", source_language, target_language)
         self._limit = language.position_limit(model)
+        self._writes = not languages.two_vocabularies(tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +132,9 @@ class Seq2Seq:
 
     def _target_ids(self, words: str) -> list[int]:
         """The labels of a target: the library's own, after the token that generation forces, up to eos."""
+        if not self._writes:
+            what = "its tokenizer writes targets with the vocabulary of the prompts, and the model has another for them"
+            raise UsageError(self.name or "the base", what, "Choose another base to train on; this one can be sampled.")
         ids, eos = self.tokenizer(text_target=words)["input_ids"], self.tokenizer.eos_token_id
         ids = ids if ids[-1:] == [eos] or eos in ids[-2:] else [*ids, eos]
         own = self.languages.forced

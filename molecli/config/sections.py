@@ -63,7 +63,7 @@ class BaseConfig(Section):
     system_prompt: str | None = Field(
         default=None, min_length=1, description="language models: system prompt of the chat template"
     )
-    template_args: Annotated[dict[str, Any], AfterValidator(as_template_args)] = Field(
+    template_args: Annotated[dict[str, Any], BeforeValidator(as_template_args)] = Field(
         default_factory=dict,
         description="language models: variable of the chat template, such as enable_thinking=false",
     )

@@ -61,13 +61,16 @@ def as_pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
     return as_template_args(pairs)
 
 
-def as_template_args(value: dict[str, Any]) -> dict[str, Any]:
+def as_template_args(value: Any) -> dict[str, Any]:
     """The variables of a chat template. Raises: UsageError for a value that is not text, a number, true or false."""
+    if not isinstance(value, Mapping):
+        what = f"{value!r} is not a mapping of names to values"
+        raise UsageError("base.template_args", what, "Write `name: value` lines.")
     for name, one in value.items():
         if not isinstance(one, (str, bool, int, float)):
             what = f"{one!r} is not text, a number, true or false"
             raise UsageError(f"base.template_args.{name}", what, "Write one such value.")
-    return value
+    return dict(value)
 
 
 def as_paths(value: Any) -> Any:

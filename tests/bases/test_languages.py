@@ -168,6 +168,17 @@ def test_a_fixed_pair_takes_only_itself(make_tiny: Any) -> None:
     assert str(error.value) == "--target-language: wmt translates only from en to de. Leave it out."
 
 
+def test_a_tokenizer_with_two_vocabularies_writes_no_targets(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = make_tiny("bart")
+    monkeypatch.setattr(type(tokenizer), "encoder", {"a": 5, "b": 6}, raising=False)
+    monkeypatch.setattr(type(tokenizer), "decoder", {5: "b", 6: "a"})  # as FSMT's of two languages
+    backbone = Seq2Seq(model, tokenizer, "wmt")
+    with pytest.raises(UsageError, match="wmt: its tokenizer writes targets with the vocabulary of the prompts"):
+        backbone.collate(EXAMPLES)
+    monkeypatch.setattr(type(tokenizer), "decoder", {5: "a", 6: "b"})
+    assert Seq2Seq(model, tokenizer, "wmt").collate(EXAMPLES)
+
+
 @pytest.mark.parametrize("form", [">>{}<<", "<2{}>"])
 def test_a_tag_in_the_prompt_names_the_target(make_tiny: Any, form: str) -> None:
     model, tokenizer = make_tiny("t5")

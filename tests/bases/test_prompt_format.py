@@ -169,6 +169,23 @@ def test_a_damaged_template_is_named_before_anything_is_read(make_tiny: Any) -> 
     make(make_tiny, "{% for m in messages %}{{ m.content", chat_template=False)
 
 
+def test_a_template_that_reads_parts_gets_them(make_tiny: Any) -> None:
+    parts = (
+        "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{% if part.type == 'text' %}"
+        "{{ part.text }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    backbone = make(make_tiny, parts, system_prompt="Be brief.")
+    assert text(backbone, "hi", "you") == "<|system|>Be brief.<|end|><|user|>hi<|end|><|assistant|>you<|end|>"
+
+
+def test_a_template_that_leaves_the_prompt_or_the_answer_out_is_refused(make_tiny: Any) -> None:
+    for role, left_out in (("assistant", "prompt"), ("user", "answer")):
+        template = f"{{% for m in messages if m.role == '{role}' %}}{{{{ m.content }}}}{{% endfor %}}"
+        with pytest.raises(UsageError, match=rf"cannot be used \(it leaves out the {left_out}\)"):
+            make(make_tiny, template)
+
+
 def test_a_value_that_the_template_refuses_is_named(make_tiny: Any) -> None:
     strict = (
         "{% if effort is defined and effort != 'low' %}{{ raise_exception('no such effort.') }}{% endif %}" + SPACED
