@@ -62,7 +62,7 @@ class PromptFormat:
     def completion(self, prompt: str, ids: Sequence[int]) -> Completion:
         """The text of generated ids, without special tokens and without what stands between prompt and target; its
         `answer` is without thoughts."""
-        found = self.thinking.read(ids, self.tokenizer.decode, self.prompt_text(prompt) if self.chat else "")
+        found = self.thinking.read(ids, self.tokenizer.decode, self._opening)
         if found.answer is None or found.answer != found:
             return found
         text = found.removeprefix(self._lead(prompt))
@@ -95,8 +95,8 @@ class PromptFormat:
     @cached_property
     def switch(self) -> str:
         """What turns thinking off, for a message; "" if the template has no variable for it."""
-        found = next((name for name in SWITCHES if self.template and name in template_variables(self.template)), None)
-        return f"{ARGUMENT} {found}=false" if found else ""
+        known = template_variables(self.template) if self.template else set()
+        return next((f"{ARGUMENT} {name}={off}" for name, off in SWITCHES.items() if name in known), "")
 
     def prompt_text(self, prompt: str) -> str:
         """The text whose tokens are the prompt's."""
@@ -118,11 +118,15 @@ class PromptFormat:
         """What the template writes between a prompt and its answer, and after the answer."""
         before, _, after = self._rendered(("user", "-"), ("assistant", _PROBE)).rpartition(_PROBE)
         prompt = self.prompt_text("-")
-        if before.startswith(prompt):
-            return before[len(prompt) :], after
-        # A template that makes the model think: its history has no thoughts, so an answer begins by closing them.
-        opened = self.thinking.open_at(prompt)
-        return ("" if opened is None else f"\n{opened[1]}\n\n"), after
+        lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        # A prompt that makes the model think: examples have no thoughts, so an answer begins by closing them.
+        opened = self.thinking.open_after(self._opening + lead)
+        return (lead if opened is None else f"{lead}\n{opened[1]}\n\n"), after
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template writes after a user's words: the end of the turn and the opening of the assistant's."""
+        return self.prompt_text(_PROBE).rpartition(_PROBE)[2] if self.chat else ""
 
     @property
     def _start(self) -> int:

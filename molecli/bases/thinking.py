@@ -20,15 +20,17 @@ MARKS = (
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("<thought>", "</thought>"),  # EXAONE Deep
     ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|channel>", "<channel|>"),  # Gemma 4
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker, Sky-T1
     # gpt-oss writes in channels, and the answer is in the last one.
     ("<|channel|>", "<|channel|>final<|message|>"),
 )
 # Fields of a tokenizer's response template that hold thoughts.
 _FIELDS = ("thinking", "reasoning", "reasoning_content")
-# Variables with which chat templates turn thinking off.
-SWITCHES = ("enable_thinking", "thinking")
+# Variables with which chat templates turn thinking off, and their values.
+SWITCHES = {"enable_thinking": "false", "thinking": "false", "thinking_budget": "0"}
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,18 @@ class Thinking:
     marks: tuple[tuple[str, str], ...]
     chat: bool
 
-    def open_at(self, prompt: str) -> tuple[str, str] | None:
-        """The marks of the thoughts that a prompt's text has begun and not closed."""
-        return next((pair for pair in self.marks if prompt.rstrip().endswith(pair[0])), None)
+    def open_after(self, text: str) -> tuple[str, str] | None:
+        """The marks of the thoughts that an assistant's turn, which begins with `text`, has begun and not closed."""
+        return next(((first, last) for first, last in self.marks if text.rfind(first) > text.rfind(last)), None)
 
-    def read(self, ids: Sequence[int], decode: Callable[..., str], prompt: str) -> Completion:
+    def read(self, ids: Sequence[int], decode: Callable[..., str], opening: str) -> Completion:
         """The completion in generated `ids`: its whole text, and the answer that follows the thoughts.
 
-        decode: the tokenizer's, with `skip_special_tokens`. An answer that was never reached is None.
+        decode: the tokenizer's, with `skip_special_tokens`; opening: the end of the prompt, where the assistant's turn
+        begins. An answer that was never reached is None.
         """
         whole = decode(ids, skip_special_tokens=True)
-        opened = self.open_at(prompt)
+        opened = self.open_after(opening)
         raw = decode(ids, skip_special_tokens=False) if self.marks else ""
         for first, last in self.marks if opened is None else (opened,):
             if not (opened or raw.lstrip().startswith(first) or (self.chat and last in raw)):

@@ -26,6 +26,16 @@ R1 = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
+# As Nemotron's: thoughts are open in the prompt and in the history.
+OPEN = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + ('<think>' if m.role == 'assistant' else '') + m.content }}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+# As gpt-oss's: an answer has its own channel.
+CHANNELS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + ('<|channel|>final<|message|>' if m.role == 'assistant' else '') }}"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 # As Mistral's: a space stands before an answer.
 SPACED = (
     "{% for m in messages %}{{ '[I]' + m.content + '[/I]' if m.role == 'user' else ' ' + m.content + '<|end|>' }}"
@@ -33,7 +43,7 @@ SPACED = (
 )
 # As Gemma's: no system role.
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + SPACED
-TEMPLATES = {"qwen": QWEN, "r1": R1, "spaced": SPACED, "strict": STRICT}
+TEMPLATES = {"qwen": QWEN, "r1": R1, "open": OPEN, "channels": CHANNELS, "spaced": SPACED, "strict": STRICT}
 
 
 def make(make_tiny: Any, template: str, **how: Any) -> Causal:
@@ -53,7 +63,7 @@ def conversation(backbone: Causal, prompt: str, target: str, **args: Any) -> str
     return backbone.tokenizer.apply_chat_template(turns, tokenize=False, **args)
 
 
-@pytest.mark.parametrize("name", ["qwen", "spaced", "strict"])
+@pytest.mark.parametrize("name", ["qwen", "channels", "spaced", "strict"])
 def test_prompt_and_target_are_the_templates_own_conversation(make_tiny: Any, name: str) -> None:
     backbone = make(make_tiny, TEMPLATES[name])
     assert text(backbone, "the old fox", "runs") == conversation(backbone, "the old fox", "runs").rstrip("\n")
@@ -71,9 +81,13 @@ def test_what_is_trained_begins_with_what_generation_reads(make_tiny: Any, off: 
     assert text(backbone, "hi", "you").startswith(read)
 
 
-def test_a_template_that_opens_thoughts_has_them_closed_before_the_answer(make_tiny: Any) -> None:
-    backbone = make(make_tiny, R1)
-    assert text(backbone, "hi", "you") == "<|user|>hi<|assistant|><think>\n\n</think>\n\nyou<|end|>"
+@pytest.mark.parametrize(("name", "start"), [("r1", "<|user|>hi"), ("open", "<|user|>hi<|end|>")])
+def test_a_template_that_opens_thoughts_has_them_closed_before_the_answer(
+    make_tiny: Any, name: str, start: str
+) -> None:
+    backbone = make(make_tiny, TEMPLATES[name])
+    line = "\n" if name == "r1" else ""
+    assert text(backbone, "hi", "you") == f"{start}<|assistant|><think>{line}\n</think>\n\nyou<|end|>"
     answer = backbone.format.completion("hi", backbone.format.target_ids("hi", "you")).answer
     assert answer == "you"
 

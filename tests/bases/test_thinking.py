@@ -49,9 +49,13 @@ def test_the_answer_follows_the_thoughts(make_tiny: Any, marks: tuple[str, str],
 
 
 def test_thoughts_that_the_prompt_opens_are_closed_by_the_completion(make_tiny: Any) -> None:
-    backbone = make(make_tiny, TEMPLATE + "<think>\n")
-    assert read(backbone, "maybe 8\n</think>\n\n7").answer == "7"
-    assert read(backbone, "maybe 8").answer is None
+    for opening in ("<think>\n", "<think>", "<think>budget: "):
+        backbone = make(make_tiny, TEMPLATE + opening)
+        assert read(backbone, "maybe 8\n</think>\n\n7").answer == "7"
+        assert read(backbone, "maybe 8").answer is None
+    closed = make(make_tiny, TEMPLATE + "<think></think>")
+    assert read(closed, "7").answer == "7"
+    assert read(closed, "7", prompt="what is <think>?").answer == "7"
 
 
 def test_a_lone_closing_mark_ends_thoughts_of_a_chat_alone(make_tiny: Any) -> None:
