@@ -132,7 +132,8 @@ def run_export(
     backbone = load_backbone(base, recipe.device)
     mixture = attach_composition(backbone.model, composition, loras=list(recipe.loras) or None)
     off = switch(mixture, mask=recipe.mask, only=recipe.only)
-    prompt_record.tell(backbone, note, base=base, compositions={str(recipe.composition): composition.settings})
+    if needs_inputs(recipe, composition):
+        prompt_record.tell(backbone, note, base=base, compositions={str(recipe.composition): composition.settings})
     still = _still(composition, task, backbone, mixture, off, progress)
     meant = updates(still.mixture, still.weights, renormalize=_renormalizes(composition))
     if not meant:

@@ -77,7 +77,8 @@ def test_every_command_says_the_format_once(mole: Mole, world: World, tmp_path: 
     assert ran.err == "prompts: plain text (--no-chat-template)\n"
     own = f'{CHAT}, system prompt "Be brief."\n'
     assert mole("sample", world.run, *PROMPTS).err == own
-    assert mole("export", world.run, "--output", tmp_path / "export").err.startswith(own)
+    assert mole("export", world.run, "--calibrate", world.data, "--output", tmp_path / "export").err.startswith(own)
+    assert "prompts" not in mole("export", world.run, "--output", tmp_path / "unread").err
 
 
 def test_a_composition_and_a_lora_keep_their_format(mole: Mole, world: World, tmp_path: Path) -> None:
