@@ -124,9 +124,9 @@ def run_compose(
     # Load.
     backbone = load_backbone(task.recipe.base, accelerator.device)
     experts = read_experts(backbone.model, task.recipe.loras, allow_partial=task.recipe.allow_partial)
-    prompt_record.tell(backbone, note, base=task.recipe.base, loras=task.recipe.loras)
     # Run.
     mixture = _mixture(task, backbone, experts, progress)
+    prompt_record.tell(backbone, note, base=task.recipe.base, loras=task.recipe.loras)
     history: list[Record] = []
     if task.rows:
         with mixture:

@@ -34,7 +34,8 @@ OPEN = (
 # As gpt-oss's: an answer has its own channel.
 CHANNELS = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
-    "{{ ('<|channel|>final<|message|>' if m.role == 'assistant' else '') + m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ ('<|channel|>final<|message|>' if m.role == 'assistant' else '') + m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 # As Mistral's: a space stands before an answer.
 SPACED = (
