@@ -77,6 +77,23 @@ class Example:
         return self.references or (self.target,)
 
 
+class Completion(str):
+    """The text that a language model wrote; `answer` is what is scored of it.
+
+    A reasoning model's answer is without its thoughts; None if they did not end, so that there is no answer.
+    """
+
+    answer: str | None
+
+    def __new__(cls, text: str, answer: str | None) -> Completion:
+        made = super().__new__(cls, text)
+        made.answer = answer
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str | None]:  # type: ignore[override]
+        return str(self), self.answer
+
+
 @dataclass(frozen=True)
 class Picture:
     """One training picture: `target` is its file, `task` the concept that it shows."""
