@@ -69,6 +69,8 @@ def _spellings(matrices: Iterable[str]) -> Iterator[tuple[str, str]]:
         component, _, path = name.partition(".")
         path = path.removeprefix(CLIP_PREFIX)
         yield f"{component}.{path}", name
+        if component == "unet" and path in originals:
+            yield f"unet.{originals[path]}", name
         for start in (start for start, owner in KOHYA.items() if owner == component):
             yield start + underscored(path), name
             if component == "unet" and path in originals:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from molecli.adapters.architecture import read_info_for
 from molecli.adapters.coverage import check_coverage
-from molecli.adapters.info import Adapted, AdapterInfo, read_info
+from molecli.adapters.info import Adapted, AdapterInfo
 from molecli.adapters.settings import unsupported
 from molecli.adapters.svdiff import Base
 from molecli.adapters.svdiff_expert import shifted_factors
@@ -28,7 +29,7 @@ def read_expert(
     computed from `base`, in float32.
     Raises: UsageError, MismatchError as `read_info` and `check_coverage` do, and for weights that are not finite.
     """
-    found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
+    found = check_coverage(read_info_for(spec, matrices), matrices, allow_partial=allow_partial)
     info, matched = found.info, set(found.matched)
     stored = _factors(info, [name for name in matrices if name in matched])
     _check_finite(info, stored)
