@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from molecli.adapters.blocks import original_names
 from molecli.adapters.info import AdapterInfo
-from molecli.adapters.keys import CLIP_PREFIX, KOHYA, component_of, is_bare, underscored
+from molecli.adapters.keys import CLIP_PREFIX, component_of, is_bare, underscored
+from molecli.adapters.prefixes import KOHYA
 from molecli.adapters.weights import Shape
 from molecli.errors import MismatchError
 from molecli.files.lora_spec import COMPONENTS
