@@ -157,8 +157,7 @@ def _check_checkpoint(name: str, path: Path) -> None:
     if unet:
         what, remedy = "it holds a UNet without its text encoder or VAE", "Write a whole pipeline's folder or file."
     else:
-        what = "it is one file of weights, and not the checkpoint of a Stable Diffusion pipeline"
-        remedy = "Write the folder that holds config.json or model_index.json."
+        what, remedy = "it is a file, not a folder", "Write the folder that holds config.json."
     raise UsageError(f"base {name}", what, remedy)
 
 

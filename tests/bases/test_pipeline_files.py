@@ -180,7 +180,7 @@ def test_a_file_that_lacks_weights(pipe: Any, settings: Path) -> None:
     [
         (["unet.mid_block.lora_A.weight"], "it is a LoRA, not a base model"),
         (["model.diffusion_model.out.2.weight"], "it holds a UNet without its text encoder or VAE"),
-        (["model.layers.0.mlp.weight"], "it is one file of weights"),
+        (["model.layers.0.mlp.weight"], "it is a file, not a folder"),
         (
             ["model.diffusion_model.double_blocks.0.weight", "first_stage_model.a", "cond_stage_model.a"],
             "it is a checkpoint of another kind than Stable Diffusion",
