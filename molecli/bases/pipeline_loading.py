@@ -88,7 +88,9 @@ def load_pipeline_skeleton(base: BaseSettings) -> PipelineModules:
     source = find_base(base)
     with _quiet(source), torch.device("meta"):
         index = _index(source)
-        parts = {name: _outline(source, index, name) for name in ("unet", *TEXT_ENCODERS) if name in _parts(index)}
+        parts: dict[str, Any] = {
+            name: _outline(source, index, name) for name in ("unet", *TEXT_ENCODERS) if name in _parts(index)
+        }
     model = PipelineModules(**parts)
     if parts["unet"].config.in_channels == _INPAINTING:
         raise inpainting_unet(source)

@@ -29,6 +29,8 @@ from molecli.protocols import Note
 LESS_MEMORY = (
     "Lower --width and --height, or write --set image.branches_at_once=1, --set image.replay=false or --dtype bfloat16."
 )
+# Given to the backbone only where they are set.
+_RARE = ("scheduler_options", "eta", "guidance_rescale", "clip_skip")
 _NO_MEMORY = "one picture does not fit in memory"
 
 
@@ -130,7 +132,12 @@ def warnings_as_notes(note: Note) -> Iterator[None]:
 
 def options(image: ImageConfig) -> dict[str, Any]:
     """How pictures are denoised, as keywords of `Diffusion.generate`."""
-    return image.model_dump(exclude={"branches_at_once"})
+    rare = {
+        name
+        for name in _RARE
+        if getattr(image, name) == ImageConfig.model_fields[name].get_default(call_default_factory=True)
+    }
+    return image.model_dump(exclude={"branches_at_once", *rare})
 
 
 def guidance_of(image: ImageConfig, backbone: Diffusion) -> float:
