@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from molecli.bases.clip_skip import check_skip, skipping
 from molecli.bases.language import freeze, summed
 from molecli.bases.pipeline import PipelineModules, pipeline_matrices
 from molecli.bases.prompt_limits import warn_of_cuts
 from molecli.bases.replay import Replayed, replaying
 from molecli.bases.schedulers import check_eta, make_scheduler, noise_schedule, seed_noise
-from molecli.bases.starts import Start, check_strength, start_inputs, start_pipeline
-from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE, DEFAULT_GUIDANCE, DEFAULT_STRENGTH
+from molecli.bases.starts import Start, start_inputs, start_pipeline
+from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE, DEFAULT_GUIDANCE
 from molecli.errors import UsageError
 from molecli.files.pictures import read_picture
 from molecli.functional import fingerprint
@@ -91,14 +92,16 @@ class Diffusion:
         Warns if the end of a long prompt is cut.
         """
         warn_of_cuts(prompts, self._tokenizers)
-        self._check_skip(self.clip_skip)
-        out = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            clip_skip=self.clip_skip,
-        )
+        encoders = self._parts.text_encoders.values()
+        check_skip(encoders, self.clip_skip)
+        with skipping(encoders, self.clip_skip):
+            out = self.pipe.encode_prompt(
+                prompt=list(prompts),
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                clip_skip=self.clip_skip,
+            )
         if len(out) == 2:
             return Conditioning(out[0])
         sides = size or (self.resolution, self.resolution)
@@ -204,7 +207,6 @@ class Diffusion:
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
         start: Sequence[Start] | None = None,
-        strength: float = DEFAULT_STRENGTH,
         replay: bool = True,
         on_step: OnStep | None = None,
         latent: bool = False,
@@ -213,8 +215,8 @@ class Diffusion:
 
         With `latent`, the tensors [C, h, w] that would be decoded. Each seed has its own CPU generator, so a picture
         does not depend on its batch or on earlier pictures. With `start`, one for each prompt and all of one size, the
-        last steps * strength steps are run from them (img2img, or inpainting with masks), in their size. With `replay`,
-        steps on CUDA are recorded and replayed if possible, which needs the memory of one more step; see `replay.py`.
+        last steps are run from them (img2img, or inpainting with masks), in their size. With `replay`, steps on CUDA
+        are recorded and replayed if possible, which needs the memory of one more step; see `replay.py`.
         Raises: UsageError for sides that are not multiples of 8, an unknown scheduler, settings that do not fit it or
         the pipeline, or a missing or surplus seed.
         """
@@ -223,10 +225,9 @@ class Diffusion:
             return []
         pipe = self.pipe if start is None else start_pipeline(self.pipe, start)
         skip = self.clip_skip if clip_skip is None else clip_skip
-        self._check_skip(skip)
-        call = self._sides(height, width) if start is None else start_inputs(start, strength)
-        if start is not None:
-            check_strength(strength, steps)
+        encoders = self._parts.text_encoders.values()
+        check_skip(encoders, skip)
+        call = self._sides(height, width) if start is None else start_inputs(start, steps)
         if guidance_rescale:
             if "guidance_rescale" not in inspect.signature(pipe.__call__).parameters:
                 what = f"diffusers' {type(pipe).__name__} has no such setting"
@@ -236,7 +237,7 @@ class Diffusion:
         with self._drawing(pipe, make_scheduler(scheduler, self.pipe.scheduler, scheduler_options)):
             check_eta(pipe.scheduler, eta)
             seed_noise(pipe.scheduler, seeds)
-            with self._replaying(pipe, replay):
+            with self._replaying(pipe, replay), skipping(encoders, skip):
                 drawn = pipe(
                     prompt=list(prompts),
                     negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
@@ -256,16 +257,6 @@ class Diffusion:
             if len(given) != len(prompts):
                 said = f"{len(given)} {what}s for {len(prompts)} prompts"
                 raise UsageError("generate", said, f"Give one {what} for each picture.")
-
-    def _check_skip(self, skip: int | None) -> None:
-        """Raises: UsageError if a text encoder has too few layers to skip that many."""
-        encoders: list[Any] = list(self._parts.text_encoders.values())
-        layers = [int(encoder.config.num_hidden_layers) for encoder in encoders]
-        # SDXL reads the last layer but one, so that one layer is skipped already.
-        most = min(layers, default=0) - len(layers)
-        if skip is not None and not 0 <= skip <= most:
-            what = f"the text encoder has {min(layers, default=0)} layers"
-            raise UsageError(f"--clip-skip {skip}", what, f"Write at most {most}.")
 
     def _sides(self, height: int | None, width: int | None) -> dict[str, Any]:
         sides = {"height": height or self.resolution, "width": width or self.resolution}

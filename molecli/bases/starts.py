@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 from PIL import Image
 
+from molecli.catalog.builtin import DEFAULT_STRENGTH
 from molecli.errors import UsageError
 
 # Sides of pictures are multiples of this.
@@ -25,14 +26,23 @@ _SAME: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Start:
-    """An RGB picture to begin with, and where it is drawn anew: the white part of `mask`, of the same size."""
+    """An RGB picture to begin with, and where it is drawn anew: the white part of `mask`, of the same size.
+
+    strength: the share of the steps that are run from it, in (0, 1].
+    """
 
     picture: Image.Image
     mask: Image.Image | None = None
+    strength: float = DEFAULT_STRENGTH
 
 
 def fitted(
-    picture: Image.Image, mask: Image.Image | None, *, width: int | None = None, height: int | None = None
+    picture: Image.Image,
+    mask: Image.Image | None,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    strength: float = DEFAULT_STRENGTH,
 ) -> tuple[Start, list[str]]:
     """(the start in the size to draw, what was resized): by default the picture's own size, down to multiples of 8.
 
@@ -49,7 +59,7 @@ def fitted(
     if mask is not None and mask.size != size:
         said.append(f"the mask is resized from {_pixels(mask.size)} to {_pixels(size)} pixels")
         mask = mask.resize(size, Image.Resampling.NEAREST)
-    return Start(picture.convert("RGB"), None if mask is None else mask.convert("L")), said
+    return Start(picture.convert("RGB"), None if mask is None else mask.convert("L"), strength), said
 
 
 def start_pipeline(pipe: Any, start: Sequence[Start]) -> Any:
@@ -58,8 +68,10 @@ def start_pipeline(pipe: Any, start: Sequence[Start]) -> Any:
     Raises: UsageError for a pipeline of another kind, and for starts of which only some have a mask.
     """
     masked = {one.mask is not None for one in start}
-    if len(masked) > 1:
-        raise UsageError("generate", "only some of the starts have a mask", "Draw them in two calls.")
+    kinds = {(one.mask is not None, one.strength, one.picture.size) for one in start}
+    if len(kinds) > 1:
+        what = "the starts differ in their size, strength or in having a mask"
+        raise UsageError("generate", what, "Draw them in several calls.")
     family = type(pipe).__name__.removesuffix("Pipeline")
     if family not in _SAME:
         what = f"a {type(pipe).__name__} cannot begin with a picture"
@@ -73,11 +85,14 @@ def start_pipeline(pipe: Any, start: Sequence[Start]) -> Any:
     return made
 
 
-def start_inputs(start: Sequence[Start], strength: float) -> dict[str, Any]:
-    """The keywords of that pipeline's call."""
-    inputs: dict[str, Any] = {"image": [one.picture for one in start], "strength": strength}
+def start_inputs(start: Sequence[Start], steps: int) -> dict[str, Any]:
+    """The keywords of that pipeline's call. Raises: UsageError as `check_strength` does."""
+    check_strength(start[0].strength, steps)
+    inputs: dict[str, Any] = {"image": [one.picture for one in start], "strength": start[0].strength}
     if start[0].mask is not None:
-        inputs |= {"mask_image": [one.mask for one in start]}
+        # Without the size, diffusers draws masked pictures in the base's own one.
+        width, height = start[0].picture.size
+        inputs |= {"mask_image": [one.mask for one in start], "width": width, "height": height}
     return inputs
 
 

@@ -118,6 +118,11 @@ class PicturesConfig(Section):
         description="images: fraction of the training pictures with an empty prompt, for classifier-free guidance",
     )
     text_encoder: bool = Field(default=False, description="images: adapt the text encoder(s) too")
+    clip_skip: int | None = Field(
+        default=None,
+        ge=1,
+        description="images: last layers of the text encoder(s) to skip, as in diffusers; draw with the same number",
+    )
     gradient_checkpointing: bool = Field(default=False, description="images: save memory at the cost of slower steps")
     kind: ElementKind = Field(default="object", description="images: what the LoRA adds; some methods use it")
     trigger: str | None = Field(default=None, description="images: trigger words; by default taken from the prompt")

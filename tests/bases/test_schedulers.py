@@ -158,7 +158,7 @@ def classes() -> list[str]:
 @pytest.mark.parametrize("kind", classes())
 def test_the_clock_is_the_pipelines_own_index(kind: str, strength: float | None, sd: Diffusion) -> None:
     pipe = sd.pipe if strength is None else diffusers.StableDiffusionImg2ImgPipeline(
-        **{k: v for k, v in sd.pipe.components.items()}, requires_safety_checker=False
+        **sd.pipe.components, requires_safety_checker=False
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     own, clock = sd.pipe.scheduler, Clock()
