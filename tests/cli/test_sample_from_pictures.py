@@ -57,7 +57,7 @@ def test_outside_the_mask_the_picture_stays(mole: Callable[..., Any], line: Any,
     # The parts outside all come from the same latents, whatever the mode; the VAE mixes them only near the border.
     kept = [pixels(tmp_path / "out" / f"0-{mode}-0.png") for mode in ("linear", "composite", "gated")]
     spread = np.ptp(np.stack(kept), axis=0).mean(axis=(0, 2))
-    assert spread[:2].mean() < spread[10:].mean() / 4
+    assert spread[:2].mean() < spread[10:].mean() / 2
 
 
 @pytest.mark.parametrize(
