@@ -21,7 +21,7 @@ _OWN_NOISE = "DPMSolverSDEScheduler"
 def make_scheduler(name: str | None, own: Any, options: Mapping[str, Any] | None = None) -> Any:
     """A new scheduler with the noise schedule of `own`; without a name it is also of the same class.
 
-    options: settings of its class, such as timestep_spacing="trailing".
+    options: settings of its class, such as timestep_spacing="trailing"; they come before those of the name.
     Raises: UsageError for an unknown name or option, with the known ones; RunError if a required package is missing.
     """
     called = None if name is None else scheduler_called(name)
@@ -33,7 +33,7 @@ def make_scheduler(name: str | None, own: Any, options: Mapping[str, Any] | None
         kind, settings = getattr(diffusers, SCHEDULERS[called].kind), SCHEDULERS[called].settings
     try:
         # With the default backends missing, the class is a stand-in that raises an ImportError.
-        return kind.from_config(own.config, **settings, **_checked(kind, options or {}, settings))
+        return kind.from_config(own.config, **{**settings, **_checked(kind, options or {})})
     except ImportError as error:
         package = "torchsde" if kind.__name__ == _OWN_NOISE else "scipy"
         what = f"the scheduler {called or kind.__name__} needs a package that is not installed"
@@ -61,14 +61,11 @@ def noise_schedule(own: Any) -> Any:
     return diffusers.DDPMScheduler.from_config(own.config, clip_sample=False)
 
 
-def _checked(kind: Any, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(kind: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
     """`options`, if the class has them. Raises: UsageError."""
     known = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "args", "kwargs")]
-    for name, value in options.items():
+    for name in options:
         if name not in known:
             where = f"image.scheduler_options.{name}"
             raise UsageError(where, f"{kind.__name__} has no such setting", suggestion(name, known))
-        if name in settings and settings[name] != value:
-            what = f"the scheduler's name already says {settings[name]!r}"
-            raise UsageError(f"image.scheduler_options.{name}", what, "Choose another --scheduler.")
-    return {name: value for name, value in options.items() if name not in settings}
+    return options

@@ -125,10 +125,9 @@ def test_settings_of_the_scheduler(sd: Diffusion) -> None:
     assert make_scheduler("euler", sd.pipe.scheduler, options).config.timestep_spacing == "trailing"
     where = "image.scheduler_options.timestep_spacin: EulerDiscreteScheduler has no such setting"
     refused(lambda: make_scheduler("euler", sd.pipe.scheduler, {"timestep_spacin": 1}), 2, where, "timestep_spacing")
-    refused(
-        lambda: make_scheduler("euler", sd.pipe.scheduler, {"use_karras_sigmas": True}),
-        2,
-        "the scheduler's name already says False",
+    karras = drawn(sd, PROMPTS, [1, 2], scheduler="euler_karras")
+    assert torch.equal(
+        drawn(sd, PROMPTS, [1, 2], scheduler="euler", scheduler_options={"use_karras_sigmas": True}), karras
     )
 
 

@@ -181,6 +181,28 @@ def test_skipped_layers_of_sdxl(make_pipeline: Callable[..., Any]) -> None:
     refused(lambda: drawn(xl, clip_skip=1), 2, "--clip-skip 1: the text encoder has 2 layers. Leave it out.")
 
 
+@pytest.mark.parametrize("scheduler", ["lcm", "tcd"])
+def test_a_unet_that_embeds_the_guidance_scale(scheduler: str, make_pipeline: Callable[..., Any]) -> None:
+    # As in latent consistency models: no second half, and the scale is an input of the UNet.
+    pipe = make_pipeline("sd")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=8).eval()
+    unet.load_state_dict(pipe.unet.state_dict(), strict=False)
+    pipe.register_modules(unet=unet.requires_grad_(False))
+    backbone = Diffusion(pipe, "lcm")
+    experts = trio(backbone, in_unet)
+    rows: list[int] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda unet, args: rows.append(len(args[0])))
+    with OneByOne(backbone, experts, lambda outputs, step: torch.stack(outputs).mean(0)):
+        expected = drawn(backbone, guidance=5.0, scheduler=scheduler)
+    hook.remove()
+    assert set(rows) == {2}
+    with build_mixture(backbone.model, experts, mode="composite"):
+        found = drawn(backbone, guidance=5.0, scheduler=scheduler)
+    assert close(found, expected, 1e-4)
+    assert not close(drawn(backbone, guidance=2.0, scheduler=scheduler), drawn(backbone, guidance=5.0), 1e-3)
+
+
 def test_starts_that_do_not_fit_are_refused(sd: Diffusion) -> None:
     refused(lambda: drawn(sd, starts(False, strength=0.0)), 2, "--strength 0: it is not above 0 and at most 1")
     refused(lambda: drawn(sd, starts(False, strength=1.5)), 2, "--strength 1.5")
