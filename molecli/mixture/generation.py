@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin
 
+from molecli.errors import RunError
+
 
 @dataclass
 class Generation:
@@ -41,11 +43,14 @@ class Generations:
     def current(self) -> Generation | None:
         return self.running[-1] if self.running else None
 
-    def watch(self, model: nn.Module) -> _Removable | None:
-        """Notes calls of the model's `generate` until the handle is removed; None if it has no such method."""
+    def watch(self, model: nn.Module, *, pools: bool) -> list[_Removable]:
+        """Notes calls of the model's `generate`, if it has one, until the handles are removed.
+
+        pools: whether gates average over tokens. Then `generate_batch` is refused, whose threads would only log it.
+        """
         inner = getattr(model, "generate", None)
         if inner is None:
-            return None
+            return []
         usual = getattr(type(model), "generate", None) is GenerationMixin.generate
 
         @functools.wraps(inner)
@@ -57,21 +62,27 @@ class Generations:
             finally:
                 self.running.pop()
 
-        before = vars(model).get("generate")
-        model.generate = types.MethodType(generate, model)  # type: ignore[assignment]
-        return _Removable(model, before)
+        def refuse(*_: Any, **__: Any) -> None:
+            what = "generate_batch packs several sequences into one row, and gates weigh LoRAs for each sequence"
+            raise RunError("generation", what, "Call model.generate, or use gates with --pool token.")
+
+        watched = [_Removable(model, "generate", types.MethodType(generate, model))]
+        if pools and hasattr(model, "generate_batch"):
+            watched.append(_Removable(model, "generate_batch", refuse))
+        return watched
 
 
 class _Removable:
-    """Gives the model its own `generate` back."""
+    """A method of one object, until it gets its own back."""
 
-    def __init__(self, model: nn.Module, before: Any) -> None:
-        self._model, self._before = model, before
+    def __init__(self, model: nn.Module, name: str, method: Any) -> None:
+        self._model, self._name, self._before = model, name, vars(model).get(name)
+        setattr(model, name, method)
 
     def remove(self) -> None:
-        vars(self._model).pop("generate", None)
+        vars(self._model).pop(self._name, None)
         if self._before is not None:
-            self._model.generate = self._before
+            setattr(self._model, self._name, self._before)
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -42,7 +42,7 @@ class HostedSite:
         self.tensors = (*gate.parameters(), *gate.buffers())
 
     def by_rank(self, value: Tensor, dtype: torch.dtype, memo: dict[str, Any]) -> tuple[Tensor, ...]:
-        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather, kept in `memo` for the same value."""
+        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather; kept in `memo`."""
         known: tuple[Tensor, tuple[Tensor, ...]] | None = memo.get(self.site.name)
         if known is None or known[0] is not value or known[1][0].dtype != dtype:
             ranks = (value if value.dtype == dtype else value.to(dtype)).index_select(-1, self.owner)
