@@ -25,12 +25,14 @@ class Generation:
     """One call of `generate`.
 
     prompt: the number of tokens of its prompt, with padding, None if it is not known; start: the number of tokens in
-    the cache before its first pass; passes: how many passes of the decoder it has made.
+    the cache before its first pass; passes: how many passes of the decoder it has made; inner: whether another call
+    made it.
     """
 
     prompt: int | None
     start: int | None = 0
     passes: int = 0
+    inner: bool = False
 
 
 class Generations:
@@ -56,7 +58,8 @@ class Generations:
         @functools.wraps(inner)
         def generate(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # A model with its own `generate` may change the prompt before its first pass.
-            self.running.append(Generation(_prompt_length(args, kwargs) if usual else None))
+            prompt = _prompt_length(args, kwargs) if usual else None
+            self.running.append(Generation(prompt, inner=bool(self.running)))
             try:
                 return inner(*args, **kwargs)
             finally:
