@@ -159,9 +159,9 @@ class TextStreams:
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def attach(self, on_pass: Callable[[], Any]) -> list[Any]:
+    def attach(self, on_pass: Callable[[], Any], *, pools: bool = False) -> list[Any]:
         """Hooks that update the passes; `on_pass` is called at the start of each pass, and returns whether the order of
-        an input's axes is still to be found out."""
+        an input's axes is still to be found out; pools: whether gates average over tokens."""
         self.encoder, self.decoder, self._last, self._learning = Pass(), Pass(), Trace(), Learning()
         self._encoded = None
         if not self.seq2seq:
@@ -170,8 +170,7 @@ class TextStreams:
             encoder, decoder = self.model.get_encoder(), self.model.get_decoder()  # type: ignore[operator]
             handles = self._watch(encoder, "encoder", self._read_encoder, on_pass)
             handles += self._watch(decoder, "decoder", self._read_decoder, on_pass)
-        generate = self.generations.watch(self.model)
-        return handles if generate is None else [*handles, generate]
+        return handles + self.generations.watch(self.model, pools=pools)
 
     def _watch(
         self, module: nn.Module, axis: str, read: Callable[[Mapping[str, Any]], Pass], on_pass: Callable[[], Any]
