@@ -254,7 +254,8 @@ class Reading:
     x: [B, T, d_in], the input of the entry; u: [B, T, R], this input projected by the A of every expert;
     valid, prompt: [B, T], which tokens are not padding, and which belong to the prompt; None without padding;
     memory: [B, S, d], the encoder's output for sites in a seq2seq decoder, with memory_valid [B, S];
-    state: the state of `running` pooling after an earlier chunk of the same sequences;
+    state: the state of `running` pooling after an earlier chunk of the same sequences; it is replaced by the states
+    after the last `kept` tokens, or after the last one without `kept`;
     shared: exists during one pass, for values that all its gates share.
     """
 
@@ -265,6 +266,7 @@ class Reading:
     memory: Tensor | None = None
     memory_valid: Tensor | None = None
     state: tuple[Tensor, Tensor] | None = None
+    kept: int | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -273,12 +275,15 @@ class Gate(Protocol):
 
     Returns [N] (the same for every input), [B, N] (one per sequence) or [B, T, N] (one per token). `keep` [N] is 0 for
     masked experts. `per_sequence` gates are fixed after the prompt; gates that `remember` depend on earlier tokens;
-    `constant` gates need no reading.
+    `constant` gates need no reading. Of the others, `reads_entry` says
+    whether a gate reads the tokens at its site, or only the memory.
     """
 
     per_sequence: bool
     remembers: bool
     constant: bool
+
+    def reads_entry(self, *, memory: bool) -> bool: ...
 
     def __call__(self, reading: Reading | None, keep: Tensor | None = None) -> Tensor: ...
 

@@ -11,10 +11,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.pytorch_utils import Conv1D
 
 from molecli.bases.own_names import own_names
 from molecli.errors import UsageError
+from molecli.functional.layers import linear_shape
 from molecli.protocols import Matrices, Shape
 
 UNSCORED = -100
@@ -24,10 +24,8 @@ Side = Literal["left", "right"]
 
 
 def adaptable_matrices(model: nn.Module) -> Matrices:
-    """Module name -> (d_out, d_in) of every linear layer, the output head apart; also works on the meta device.
-
-    GPT-2's Conv1D stores its weight as [d_in, d_out]; its shape here is (d_out, d_in) too.
-    """
+    """Module name -> (d_out, d_in) of every linear layer, quantised or not, the output head apart; also works on the
+    meta device. See `layers.linear_shape`."""
     head, embeddings = model.get_output_embeddings(), _embeddings(model)  # type: ignore[operator]
     found: dict[str, Shape] = {}
     last: dict[str, Shape] = {}
@@ -35,11 +33,8 @@ def adaptable_matrices(model: nn.Module) -> Matrices:
     for name, module in model.named_modules():
         if module is embeddings and isinstance(module, nn.Embedding):
             tables[name] = (module.num_embeddings, module.embedding_dim)
-        elif isinstance(module, nn.Linear):
-            (last if module is head else found)[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            d_in, d_out = module.weight.shape
-            found[name] = (d_out, d_in)
+        elif (shape := linear_shape(module)) is not None:
+            (last if module is head else found)[name] = shape
     return Matrices(found, head=last, tables={**tables, **last}, renamed=own_names(model, [*found, *last, *tables]))
 
 
