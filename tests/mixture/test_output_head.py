@@ -187,6 +187,13 @@ def test_embeddings_that_differ_are_refused_by_name(headed: Any) -> None:
         attach(model, loras={"a": folder})
 
 
+def test_a_copy_of_a_quantised_head_cannot_be_compared(headed: Any) -> None:
+    model, folder = headed
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UsageError, match=r"repeats the base's lm_head\.weight .*quantised here and cannot be compared"):
+        attach(model, loras={"a": folder})
+
+
 def test_a_resized_vocabulary_is_refused_by_name(make_tiny: Any, make_peft_adapter: Any, tmp_path: Path) -> None:
     model, grown = (build("llama", tied=False, make_tiny=make_tiny) for _ in range(2))
     grown.resize_token_embeddings(100)
