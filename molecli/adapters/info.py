@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,44 @@ from molecli.adapters.metadata import Configured, configured
 from molecli.adapters.settings import LoraSettings
 from molecli.adapters.source import canonical_source, resolve_source, weights_files
 from molecli.adapters.svdiff import Origin, described, is_svdiff
-from molecli.adapters.weights import Shape, alpha_in, factor_shape, metadata_of, opened_lora, sha256_of
-from molecli.errors import MismatchError, UsageError
+from molecli.adapters.weights import (
+    Shape,
+    alpha_in,
+    check_rank,
+    factor_shape,
+    metadata_of,
+    opened_lora,
+    sha256_of,
+)
+from molecli.errors import UsageError
 from molecli.files.lora_spec import CONFIG_FILE, DIFFUSERS_FILE, LoraLike
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """One adapted matrix: its shape (from the factors), its scaling, and the keys of its factors."""
+    """One adapted matrix: its shape (from the factors), its scaling, and the keys of its factors.
+
+    said: the configuration of its file. parts: (first row, matrix) if it is updated by several pairs of factors, each
+    of which updates some of its rows; see `fused`.
+    """
 
     shape: Shape
     rank: int
     alpha: float
     scaling: float
     keys: Keys
+    said: Configured = field(default_factory=Configured)
+    parts: tuple[tuple[int, Adapted], ...] = ()
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The parameters that its file adapts without a layer."""
+        return next((settings.parameters for settings in self.said.by_component.values() if settings.parameters), ())
+
+    @property
+    def stored(self) -> tuple[Keys, ...]:
+        """The keys of all its factors."""
+        return tuple(part.keys for _, part in self.parts) or (self.keys,)
 
 
 @dataclass(frozen=True)
@@ -149,13 +173,12 @@ def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, 
     adapted = {}
     for module, (rank, shape) in sizes.items():
         settings, local = said.of(module)
-        if settings is not None and settings.rank_of(local) != rank:
-            what = f"{module!r} has rank {rank}, but {said.origin} says {settings.rank_of(local)}"
-            raise MismatchError(where, what, said.remedy)
+        if settings is not None and not settings.parameters:  # else the rank may be that of a stack: see `fused`
+            check_rank(where, module, rank, settings.rank_of(local), said)
         # An alpha stored with the factors is the one of the training.
         alpha = stored.get(module, settings.alpha_of(local) if settings else float(rank))
         scaling = settings.scaling(alpha, rank) if settings else alpha / rank
-        adapted[module] = Adapted(shape, rank, alpha, scaling, keys[module])
+        adapted[module] = Adapted(shape, rank, alpha, scaling, keys[module], said)
     return adapted, said, None
 
 

@@ -62,6 +62,7 @@ class Keys:
     """The file and the keys of one module's factors; `alpha` is the key of its alpha, if that is stored.
 
     `implied`: without a stored alpha the layout means scaling 1 (alpha = rank), as in kohya's and diffusers' layouts.
+    `expert`: (index, E) if the factors are those of E routed experts, stacked, and the module is one of them.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Keys:
     alpha: str | None = None
     pair: tuple[str, str] = _PEFT_PAIR
     implied: bool = False
+    expert: tuple[int, int] | None = None
 
 
 def factor_keys(where: str, path: Path, names: Iterable[str]) -> dict[str, Keys]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from molecli.adapters.blocks import original_names
+from molecli.adapters.fused import unfused
 from molecli.adapters.info import AdapterInfo
 from molecli.adapters.keys import CLIP_PREFIX, KOHYA, component_of, is_bare, underscored
 from molecli.adapters.module_names import plain, resolved, taken_for
@@ -25,6 +26,7 @@ def place(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
     """
     base = Matrices.of(matrices)
     pipeline, matrices = bool(components_in(base)), base.named
+    info = unfused(info, matrices)
     names = _in_pipeline(info, matrices) if pipeline else resolved(info.where, info.matrices, base)
     adapted = {}
     sources: dict[str, str] = {}

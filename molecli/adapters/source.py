@@ -10,6 +10,7 @@ from typing import Any
 
 from molecli.catalog.builtin import builtin_loras
 from molecli.errors import RunError, UsageError, near
+from molecli.files.chat_template import TEMPLATE_FILES
 from molecli.files.lora_spec import COMPONENTS, CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, LoraLike, builtin_meant
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
@@ -113,6 +114,7 @@ def _download(repository: str) -> Path:
 
     names = (CONFIG_FILE, WEIGHTS_FILE)
     patterns = [*names, DIFFUSERS_FILE, *(f"{component}/{name}" for component in COMPONENTS for name in names)]
+    patterns += TEMPLATE_FILES
     folder = _from_hub(repository, lambda: Path(snapshot_download(repository, allow_patterns=patterns)))
     if _named_files(folder) or _other_files(file.name for file in folder.iterdir()):
         return folder

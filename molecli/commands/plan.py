@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from molecli.adapters import AdapterInfo, Coverage, check_coverage, read_info
+from molecli.bases.fused import fused_places
 from molecli.bases.loading import load_skeleton, pick_device, pick_dtype
 from molecli.commands import compose, evaluate
 from molecli.commands.domain import Domain, domain_of
@@ -151,7 +152,9 @@ def _plan_compose(recipe: ComposeRecipe, domain: Domain) -> Plan:
 def _plan_train_lora(recipe: TrainLoraRecipe, domain: Domain, *, fetch: bool) -> Plan:
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
-    work: PlannedWork = domain.command("plan").to_train(recipe, shapes, fetch=fetch)
+    fused = fused_places(skeleton)
+    layers = Matrices.of(shapes).without(fused)
+    work: PlannedWork = domain.command("plan").to_train(recipe, layers, fetch=fetch)
     held, trained = _adapter_numbers(recipe.adapter, [Matrices.of(shapes).named[name] for name in work.targets])
     micro = recipe.train.micro_batch_size or recipe.train.batch_size
     return Plan(

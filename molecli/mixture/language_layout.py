@@ -16,6 +16,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin
 
 from molecli.bases import language
+from molecli.bases.fused import fused_matrices
 from molecli.catalog.methods import Kind
 from molecli.errors import RunError
 from molecli.mixture.called_tokens import CalledTokens, by_name, key_ranges, positional
@@ -41,8 +42,10 @@ class TextLayout:
         self.memory_width: int | None = int(width)
 
     def matrices(self) -> Matrices:
-        """Every linear layer, the output head apart: name -> shape."""
-        return language.adaptable_matrices(self.model)
+        """Every linear layer, the output head apart, and what no layer holds: name -> shape."""
+        layers = language.adaptable_matrices(self.model)
+        every = {**layers, **fused_matrices(self.model)}
+        return Matrices(every, head=layers.head, tables=layers.tables, renamed=layers.renamed)
 
     def in_order(self, matrices: Iterable[str]) -> list[str]:
         """The matrices in the order of the model's modules, which is that of its forward pass."""
