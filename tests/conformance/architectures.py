@@ -1,22 +1,14 @@
 """The rows of the table of compatibility: one tiny random model for each architecture of transformers.
 
-`settings` are those of the configuration that differ from `DENSE`; None takes one of those away. Contents: Architecture,
-ARCHITECTURES, build, adapted.
+The settings are those of its configuration, for most rows those of `DENSE` and a few others. Contents: ARCHITECTURES.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import transformers
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-Kind = Literal["decoder", "experts", "recurrent", "encoder-decoder", "multimodal"]
+from tests.conformance.models import Architecture, Kind
 
 TOKENS: dict[str, Any] = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DENSE: dict[str, Any] = {
@@ -29,58 +21,14 @@ DENSE: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 128,
 }
-# Not the language model's: a LoRA there reads no tokens of the prompt.
-_NOT_TEXT = re.compile(r"vision|visual|audio|image|projector|connector|aligner|vq|pooler|patch|router|score|per_layer")
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A row.
-
-    name: its `model_type`; kind: the part of the table; settings: of its configuration; cls: the class, by default that
-    of the kind's auto class; leave: a pattern of linear layers that PEFT cannot adapt or the model does not call.
-    """
-
-    name: str
-    kind: Kind
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    cls: str = ""
-    leave: str = ""
+def _names(text: str) -> list[str]:
+    return text.split()
 
 
-def build(row: Architecture) -> Any:
-    """A random model, the same at each call, in evaluation mode and frozen."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(row.name, **row.settings)
-    auto = "AutoModelForSeq2SeqLM" if row.kind == "encoder-decoder" else "AutoModelForCausalLM"
-    model = getattr(transformers, row.cls)(config) if row.cls else getattr(transformers, auto).from_config(config)
-    model = model.float().eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "conv" not in name:  # so that logits are far from uniform
-            parameter.normal_(0, 0.25, generator=generator)
-    if (generation := getattr(model, "generation_config", None)) is not None:
-        for setting in ("forced_eos_token_id", "forced_bos_token_id", "max_length", "num_beams"):
-            setattr(generation, setting, None)
-    return model
-
-
-def adapted(row: Architecture, model: nn.Module) -> list[str]:
-    """The linear layers of the language model that the LoRAs of the suite adapt: all but the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    left = re.compile(row.leave) if row.leave else None
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-        and module is not head
-        and not _NOT_TEXT.search(name)
-        and not (left and left.search(name))
-    ]
-
-
-def _dense(*names: str) -> list[Architecture]:
-    return [Architecture(name, "decoder", DENSE) for name in names]
+def _dense(names: str) -> list[Architecture]:
+    return [Architecture(name, "decoder", DENSE) for name in _names(names)]
 
 
 def _row(kind: Kind, name: str, *, cls: str = "", leave: str = "", **settings: Any) -> Architecture:
@@ -114,11 +62,11 @@ _SMALL_STATE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mam
 _GPT = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 
 _DECODERS = [
-    *_dense(*"llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox".split()),
-    *_dense(*"stablelm starcoder2 olmo olmo2 olmo3 granite cohere cohere2 glm glm4 ernie4_5 exaone4".split()),
-    *_dense(*"hunyuan_v1_dense smollm3 persimmon nemotron helium diffllama apertus arcee seed_oss bitnet cwm".split()),
-    *_dense(*"jais2 nanochat vaultgemma hyperclovax modernbert-decoder biogpt doge bloom gpt_bigcode".split()),
-    *_dense("mpt", "openai-gpt", "xlm"),
+    *_dense("llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox"),
+    *_dense("stablelm starcoder2 olmo olmo2 olmo3 granite cohere cohere2 glm glm4 ernie4_5 exaone4"),
+    *_dense("hunyuan_v1_dense smollm3 persimmon nemotron helium diffllama apertus arcee seed_oss bitnet cwm"),
+    *_dense("jais2 nanochat vaultgemma hyperclovax modernbert-decoder biogpt doge bloom gpt_bigcode"),
+    *_dense("mpt openai-gpt xlm"),
     _row("decoder", "opt", ffn_dim=48, word_embed_proj_dim=32),
     _row("decoder", "falcon", head_dim=None, ffn_hidden_size=48),
     _row("decoder", "gpt2", head_dim=None),
@@ -160,10 +108,10 @@ _DECODERS = [
     _row("decoder", "minicpm3", **_LATENT),
 ]
 _MIXTURES = [
-    *(_row("experts", name, **_EXPERTS) for name in "mixtral granitemoe granitemoeshared phimoe gpt_oss olmoe".split()),
-    *(_row("experts", name, **_EXPERTS) for name in "flex_olmo qwen3_moe jetmoe minimax_m2".split()),
+    *(_row("experts", name, **_EXPERTS) for name in _names("mixtral granitemoe granitemoeshared phimoe gpt_oss olmoe")),
+    *(_row("experts", name, **_EXPERTS) for name in _names("flex_olmo qwen3_moe jetmoe minimax_m2")),
     *(_row("experts", name, leave=_FUSED, **_EXPERTS) for name in ("exaone_moe", "afmoe")),
-    *(_row("experts", name, leave=_FUSED, **_ROUTED, **_GROUPS) for name in "glm4_moe dots1 solar_open".split()),
+    *(_row("experts", name, leave=_FUSED, **_ROUTED, **_GROUPS) for name in _names("glm4_moe dots1 solar_open")),
     *(_row("experts", f"deepseek_v{i}", leave=_FUSED, **_ROUTED, **_GROUPS, **_LATENT) for i in (2, 3)),
     _row("experts", "qwen2_moe", **_EXPERTS, shared_expert_intermediate_size=16),
     _row("experts", "hunyuan_v1_moe", leave=_FUSED, **{**_EXPERTS, "moe_topk": 2}),
@@ -309,7 +257,7 @@ _ENCODER_DECODERS = [
     *(_seq2seq(name, **_T5) for name in ("t5", "mt5", "umt5")),
     _seq2seq("longt5", **_T5, local_radius=4),
     _seq2seq("switch_transformers", **_T5, **_SWITCH),
-    *(_seq2seq(name, **_BART) for name in "bart mbart m2m_100 pegasus marian blenderbot blenderbot-small".split()),
+    *(_seq2seq(name, **_BART) for name in _names("bart mbart m2m_100 pegasus marian blenderbot blenderbot-small")),
     *(_seq2seq(name, **_BART) for name in ("plbart", "mvp")),
     _seq2seq("pegasus_x", **_BART, block_size=8, num_global_tokens=4),
     _seq2seq("bigbird_pegasus", **_BART, attention_type="original_full"),

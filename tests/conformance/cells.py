@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from molecli.errors import UserError
+from tests.conformance.calls import PROMPTS, Call, Pairs
 from tests.conformance.subject import FIXED, MODES, Subject
-from tests.conformance.ways import PROMPTS, WAYS, Call, Pairs
+from tests.conformance.ways import WAYS
 
 State = Literal["exact", "refused", "base", "wrong"]
 FIXED_TOLERANCE = 1e-5  # relative to the largest logit, against PEFT
@@ -32,14 +34,14 @@ class Cell:
 
 def off(pairs: Iterable[tuple[Tensor, Tensor]], tolerance: float) -> str:
     """What is wrong with the pairs (result, expected), "" if nothing is."""
-    worst, number = 0.0, 0
-    for number, (found, expected) in enumerate(pairs, start=1):
+    worst = -1.0
+    for found, expected in pairs:
         if found.shape != expected.shape:
             return f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
         if not (torch.isfinite(found).all() and torch.isfinite(expected).all()):
             return "not finite"
         worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)))
-    if number == 0:
+    if worst < 0:
         return "nothing was compared"
     return f"off by {worst:.1e}" if worst > tolerance else ""
 
@@ -66,7 +68,7 @@ def try_way(subject: Subject, way: str, mode: str) -> Cell:
     """The cell of one way in one mode, of a base that keeps it."""
 
     def pairs() -> Pairs:
-        with subject.mixed(mode):
+        with nullcontext() if WAYS[way].attaches else subject.mixed(mode):
             yield from WAYS[way].run(Call(subject, mode))
 
     with warnings.catch_warnings():

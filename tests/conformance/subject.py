@@ -18,7 +18,7 @@ from torch import Tensor
 from molecli.config import GateConfig
 from molecli.mixture.attach import attach
 from molecli.mixture.mixture import Mixture
-from tests.conformance.architectures import Architecture, adapted, build
+from tests.conformance.models import Architecture, adapted, build
 
 WEIGHTS = {"a": 0.7, "b": -0.5}
 RANKS = {"a": 4, "b": 2}
@@ -52,16 +52,16 @@ class Subject:
     def mixed(self, mode: str) -> Iterator[Mixture]:
         """The model with both LoRAs composed in this mode; gates are far from uniform."""
         if mode not in self._mixtures:
-            mixture = self.attach(mode)
-            randomise(mixture)
-            self._mixtures[mode] = mixture
+            self._mixtures[mode] = self.anew(mode)
         with self._mixtures[mode] as mixture:
             yield mixture
 
-    def attach(self, mode: str, **changes: Any) -> Mixture:
-        """A new mixture; `changes` replace arguments of `attach`."""
+    def anew(self, mode: str, **changes: Any) -> Mixture:
+        """A new mixture with the same gates; `changes` replace arguments of `attach`."""
         model = changes.pop("model", self.model)
-        return attach(model, **{"loras": self.loras, **MODES[mode], **changes})
+        mixture = attach(model, **{"loras": self.loras, **MODES[mode], **changes})
+        randomise(mixture)
+        return mixture
 
     @cached_property
     def peft(self) -> Any:

@@ -1,107 +1,24 @@
 """The columns of the table: ways of calling a model, each with what it must equal.
 
 A way yields pairs (result, expected). It is tried on the base first: where the base alone does not keep it, or raises,
-there is nothing to keep. With LoRAs the same must hold, or molecli refuses. Contents: Call, Way, WAYS.
+there is nothing to keep. With LoRAs the same must hold, or molecli refuses. Contents: WAYS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from molecli.mixture.streams import CACHE_ARGUMENTS
-from tests.conformance.subject import FIXED, Subject
+from tests.conformance.calls import NEW, PROMPTS, Call, Pairs, Way
+from tests.conformance.files import FILES
 
-Pairs = Iterator[tuple[Tensor, Tensor]]
-PROMPTS = ([9, 23, 40, 7], [8, 12, 61, 33, 18, 5, 44])  # of different lengths, so that a batch is padded
 REPEATED = [8, 12, 61, 8, 12, 61, 8]  # so that prompt lookup has candidates
-DECODED = [2, 14, 71, 30]  # what an encoder-decoder's decoder is given in a plain forward pass
-NEW = 4
-
-
-class Call:
-    """The model of a subject as a way calls it: inputs, passes, generation and teacher forcing.
-
-    mode: that of the mixture that is on the model, None for the base.
-    """
-
-    def __init__(self, subject: Subject, mode: str | None) -> None:
-        self.subject, self.mode, self.model = subject, mode, subject.model
-        self.seq2seq = subject.seq2seq
-
-    def given(self, name: str) -> bool:
-        """Whether the model's `forward` has this argument."""
-        return name in signature(self.model.forward).parameters
-
-    def batch(self, rows: Sequence[Sequence[int]] = PROMPTS, side: str = "") -> dict[str, Tensor]:
-        """input_ids and attention_mask [B, T], padded on the side that is usual for the kind of model."""
-        side = side or ("right" if self.seq2seq else "left")
-        width = max(map(len, rows))
-        pads = [[0] * (width - len(row)) for row in rows]
-        join = (lambda pad, row: pad + row) if side == "left" else (lambda pad, row: row + pad)
-        ids = torch.tensor([join(pad, list(row)) for pad, row in zip(pads, rows, strict=True)])
-        mask = torch.tensor([join(pad, [1] * len(row)) for pad, row in zip(pads, rows, strict=True)])
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def positions(self, mask: Tensor) -> dict[str, Tensor]:
-        """position_ids for padded rows, where the model takes them."""
-        return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if self.given("position_ids") else {}
-
-    def decoder(self, rows: int) -> dict[str, Tensor]:
-        """The decoder's tokens in a plain forward pass; nothing for a causal model."""
-        return {"decoder_input_ids": torch.tensor([DECODED] * rows)} if self.seq2seq else {}
-
-    def logits(self, *args: Any, **inputs: Any) -> Tensor:
-        """[B, T, V] of a plain forward pass."""
-        rows = next(value for value in (*args, *inputs.values()) if isinstance(value, Tensor)).shape[0]
-        with torch.no_grad():
-            return self.model(*args, **{"use_cache": False, **self.decoder(rows), **inputs}).logits
-
-    def alone(self, row: Sequence[int]) -> Tensor:
-        """[T, V], the reference of plain passes: one row without padding, by keyword."""
-        return self.logits(**self.batch([row]))[0]
-
-    def taught(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-        """[answer, V], the reference of generation: teacher forcing of one row, without cache, labels on the answer."""
-        answer = list(answer)
-        with torch.no_grad():
-            if self.seq2seq:
-                decoded = torch.tensor([[self.start, *answer[:-1]]])
-                ids = torch.tensor([list(prompt)])
-                mask = torch.ones_like(ids)
-                return self.model(
-                    input_ids=ids, attention_mask=mask, decoder_input_ids=decoded, use_cache=False
-                ).logits[0]
-            ids = torch.tensor([[*prompt, *answer]])
-            labels = ids.clone()
-            labels[:, : len(prompt)] = -100
-            out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, use_cache=False)
-            return out.logits[0, len(prompt) - 1 : -1]
-
-    @property
-    def start(self) -> int:
-        """The token that an encoder-decoder's answer begins with."""
-        found = self.model.generation_config.decoder_start_token_id
-        return int(self.model.config.decoder_start_token_id if found is None else found)
-
-    def generate(self, **inputs: Any) -> Any:
-        """`model.generate`, greedily, always NEW tokens."""
-        settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-        settings |= {"return_dict_in_generate": True, "output_logits": True}
-        with torch.no_grad():
-            return self.model.generate(**{**settings, **inputs})
-
-    def answered(self, out: Any, prompts: Sequence[Sequence[int]]) -> Pairs:
-        """(logits that chose the answers, those of teacher forcing), row by row; rows may repeat each prompt."""
-        logits = torch.stack(out.logits, 1)
-        for i, answer in enumerate(out.sequences[:, -NEW:].tolist()):
-            prompt = prompts[i * len(prompts) // len(logits)]
-            yield logits[i], self.taught(prompt, answer)
+FEW = ("linear", "prompt/block")
 
 
 # -- forward passes ----------------------------------------------------------------------------------------------------
@@ -256,27 +173,35 @@ def _checkpointed(between: bool) -> Callable[[Call], Pairs]:
 
 
 def parallel(call: Call) -> Pairs:
-    """`DataParallel` around the model, without devices: it calls the model as it is."""
-    wrapped, batch = nn.DataParallel(call.model), {**call.batch(), **call.decoder(len(PROMPTS)), "use_cache": False}
-    with torch.no_grad():
-        yield wrapped(**batch).logits, call.model(**batch).logits
+    """`DataParallel` around the model; without devices it calls the model as it is."""
+    yield call.plain(nn.DataParallel(call.model)), call.plain(call.model)
+
+
+def parallel_before(call: Call) -> Pairs:
+    """The LoRAs are attached to the wrapper."""
+    with call.mixed():
+        expected = call.plain(call.model)
+    wrapper = nn.DataParallel(call.model)
+    with call.mixed(model=wrapper):
+        yield call.plain(wrapper), expected
 
 
 def compiled(call: Call) -> Pairs:
-    """Compiled after the LoRAs were attached."""
-    batch = {**call.batch(), **call.decoder(len(PROMPTS)), "use_cache": False}
+    """Compiled with the LoRAs on it."""
     torch._dynamo.reset()
-    with torch.no_grad():
-        yield torch.compile(call.model, backend="eager")(**batch).logits, call.model(**batch).logits
+    yield call.plain(torch.compile(call.model, backend="eager")), call.plain(call.model)
 
 
-@dataclass(frozen=True)
-class Way:
-    """A column: its head in the table, the function, and whether all modes or only some are tried with it."""
-
-    head: str
-    run: Callable[[Call], Pairs]
-    modes: Sequence[str] | None = None
+def compiled_before(call: Call) -> Pairs:
+    """Compiled and called before, so that the graph of the base exists; the LoRAs are attached to what was compiled."""
+    with call.mixed():
+        expected = call.plain(call.model)
+    torch._dynamo.reset()
+    wrapper = torch.compile(call.model, backend="eager")
+    base = call.plain(wrapper)
+    with call.mixed(model=wrapper):
+        yield call.plain(wrapper), expected
+    yield call.plain(wrapper), base
 
 
 WAYS: Mapping[str, Way] = {
@@ -299,6 +224,8 @@ WAYS: Mapping[str, Way] = {
     "checkpointed": Way("checkpointing", _checkpointed(between=False)),
     "between": Way("checkpointing, generation between", _checkpointed(between=True)),
     "parallel": Way("`DataParallel`", parallel),
-    "compiled": Way("compiled after", compiled, ("linear", "prompt/block")),
+    "parallel_before": Way("attached to `DataParallel`", parallel_before, attaches=True, modes=FEW),
+    "compiled": Way("compiled with LoRAs", compiled, modes=FEW, costly=True),
+    "compiled_before": Way("compiled before", compiled_before, attaches=True, modes=FEW, costly=True),
+    **FILES,
 }
-__all__ = ["FIXED", "WAYS", "Call", "Way"]
