@@ -16,9 +16,25 @@ from torch import nn
 from molecli.mixture.streams import CACHE_ARGUMENTS
 from tests.conformance.calls import NEW, PROMPTS, Call, Pairs, Way
 from tests.conformance.files import FILES
+from tests.conformance.naive import NaiveGates
+from tests.conformance.subject import GATED
 
 REPEATED = [8, 12, 61, 8, 12, 61, 8]  # so that prompt lookup has candidates
 FEW = ("linear", "prompt/block")
+
+
+def defined(call: Call) -> Pairs:
+    """Teacher forcing with the gates is that with gates from their definition."""
+    prompt, answer = PROMPTS[1], [14, 71, 30, 25]
+    with call.mixed() as mixture:
+        found = call.taught(prompt, answer)
+    if mixture is None:
+        yield found, found
+        return
+    size = {"prompt": 1, "length": NEW, "memory": len(prompt)} if call.seq2seq else {"prompt": len(prompt)}
+    with NaiveGates(mixture, call.model, **{"length": len(prompt) + NEW, **size}):
+        expected = call.taught(prompt, answer)
+    yield found, expected
 
 
 # -- forward passes ----------------------------------------------------------------------------------------------------
@@ -205,6 +221,7 @@ def compiled_before(call: Call) -> Pairs:
 
 
 WAYS: Mapping[str, Way] = {
+    "defined": Way("gates as defined", defined, attaches=True, modes=tuple(GATED)),
     "by_position": Way("inputs by position", by_position),
     "left": Way("padding left", _padded("left")),
     "right": Way("padding right", _padded("right")),
