@@ -21,8 +21,8 @@ from tests.conformance.subject import FIXED, MODES, Subject
 from tests.conformance.ways import WAYS
 
 EXACT = "exact"  # the first column: a mode as it is
-# The LoRAs of the suite were made for their base, so these words would be false.
-_FALSE = re.compile(r"made for another base|other LoRAs")
+# False words: the LoRAs of the suite were made for their base, and it is the model that is called.
+_FALSE = re.compile(r"made for another base|other LoRAs|outside the model")
 State = Literal["exact", "refused", "base", "wrong"]
 FIXED_TOLERANCE = 1e-5  # relative to the largest logit, against PEFT
 TOLERANCE = 1e-4  # between two ways of computing the same, through a cache or padding
@@ -61,7 +61,7 @@ def _tried(pairs: Pairs, tolerance: float) -> tuple[State, str]:
 
 
 def cells_of(subject: Subject, way: str, modes: Sequence[str] = tuple(MODES)) -> dict[str, Cell]:
-    """The cells of a way in these modes, if it is tried in them; only that of "base" if the base alone does not keep it."""
+    """The cells of a way in these modes, if it is tried in them; one alone, "base", if the base does not keep it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if way == EXACT:

@@ -1,4 +1,4 @@
-"""Gates from their definition (MoLE, Eq. 9-11), one row at a time and one LoRA after the other: the anchor of the gates.
+"""Gates from their definition (MoLE, Eq. 9-11), one row at a time and one LoRA after the other: what all ways rest on.
 
 Nothing is shared with the engine but the parameters and which matrices share a gate. Contents: NaiveGates.
 """
