@@ -65,11 +65,15 @@ def cells_of(subject: Subject, way: str, modes: Sequence[str] = tuple(MODES)) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if way == EXACT:
-            return {mode: _exactness(subject, mode) for mode in modes}
+            return {mode: _cleaned(subject, _exactness(subject, mode)) for mode in modes}
         state, words = _tried(WAYS[way].run(Call(subject, None)), TOLERANCE)
         if state != "exact":
             return {"base": Cell("base", words)}
-        return {mode: _in_mode(subject, way, mode) for mode in modes if mode in WAYS[way].modes}
+        return {mode: _cleaned(subject, _in_mode(subject, way, mode)) for mode in modes if mode in WAYS[way].modes}
+
+
+def _cleaned(subject: Subject, cell: Cell) -> Cell:
+    return cell if subject.clean() else Cell("wrong", f"hooks were left on the base; {cell.words}")
 
 
 def _in_mode(subject: Subject, way: str, mode: str) -> Cell:
