@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,14 @@ SAMPLES = 512
 _RELATIVE = 2.0**-7
 # The spacing of float16 subnormals: below it a value has no significant digits after float16.
 _ABSOLUTE = 2.0**-24
+# The copies that diffusers' `fuse_qkv_projections` makes of a UNet's projections.
+_FUSED = re.compile(r"\.attn\d\.(to_qkv|to_kv)\.")
 
 
 def fingerprint(model: nn.Module) -> str:
     """JSON: `structure`, a hash of parameter names and shapes; `sample`, base64 of 512 bf16 parameter values.
 
-    Attached PEFT adapters and hooks do not change it. `sample` is empty for a model on the meta device.
+    Attached PEFT adapters, hooks and fused projections do not change it. `sample` is empty on the meta device.
     """
     parameters = _base_parameters(model)
     listing = json.dumps([[name, list(p.shape)] for name, p in parameters])
@@ -61,6 +64,8 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     # With duplicates: moving a model may separate tied weights, and it must stay the same base.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if any(part.startswith("lora_") for part in name.split(".")):
+            continue
+        if _FUSED.search(name):
             continue
         own.append((name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter.detach()))
     # Sorted by name: wrappers register modules in another order.

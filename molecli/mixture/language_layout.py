@@ -6,7 +6,7 @@ Contents: TextLayout, TextStreams.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,16 @@ class TextStreams:
         self.model, self.seq2seq = model, seq2seq
         self.encoder = Pass()
         self.decoder = Pass()
+
+    def parts(self) -> Sequence[nn.Module]:
+        """Encoder and decoder, then the model, which has the output head."""
+        if not self.seq2seq:
+            return [self.model]
+        return [self.model.get_encoder(), self.model.get_decoder(), self.model]  # type: ignore[operator]
+
+    def optional(self, matrices: Sequence[str]) -> Collection[str]:
+        """Those of a multimodal model's other parts, such as its vision encoder."""
+        return language.outside_text(self.model, matrices)
 
     def of(self, site: Site) -> Pass:
         """The pass that a site belongs to; cross-attention keys are computed in the decoder's, on encoder tokens."""

@@ -7,7 +7,7 @@ No tensor of size experts x tokens x width is computed, and no `forward` is patc
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from molecli.bases.pipeline import PipelineModules
+from molecli.bases.pipeline import PipelineModules, fused_with
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
+from molecli.mixture.compiled import forget_compiled
+from molecli.mixture.served import Served
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
 from molecli.mixture.streams import Pass, Streams
 from molecli.protocols import Gate, Site
+
+# The input x of a matrix and its output y -> y with the experts' update, or None for y as it is.
+Update = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class Mixture:
@@ -75,9 +80,11 @@ class Mixture:
         if self._handles:
             raise RunError("mixture", "it is attached already", "Leave its context first.")
         self._state = object()
+        forget_compiled()
         self._handles += self._streams.attach(self._forget)
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
+        self._served = self._watched()
         for hosted in self._hosted.values():
             hosted.owners, hosted.expanded = [], None
             # A gate value from an earlier attachment does not belong to the prompts of this one.
@@ -86,7 +93,7 @@ class Mixture:
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
-                    self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
+                    self._hook_at(matrix, self._hook(live, index))
             hosted.owner, hosted.ranks = torch.cat(hosted.owners), [len(owner) for owner in hosted.owners]
 
     def detach(self) -> None:
@@ -94,6 +101,7 @@ class Mixture:
         for handle in self._handles:
             handle.remove()
         self._handles, self._groups = [], []
+        forget_compiled()
         for hosted in self._hosted.values():
             hosted.maker = None  # it would keep a copy of its factors
 
@@ -198,11 +206,29 @@ class Mixture:
 
     # -- one forward pass --------------------------------------------------------------------------------------------
 
-    def _hook(self, group: HostedGroup, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+    def _watched(self) -> Served:
+        """The marks of the matrices of all sites, with hooks that check every pass."""
+        matrices = [matrix for site in self.sites for matrix in site.matrices]
+        served = Served(self.model, matrices, self._streams.parts(), self._streams.optional(matrices))
+        self._handles += served.watch()
+        return served
+
+    def _hook_at(self, matrix: str, hook: Update) -> None:
+        """Adds the hook (x, y) -> y' at the matrix, and where a module that is fused from several computes it."""
+        mark = self._served.mark(matrix)
+
+        def called(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+            mark.seen = mark.ever = True
+            return hook(args[0], y)
+
+        self._handles.append(self._modules[matrix].register_forward_hook(called))
+        for module, rows in fused_with(matrix, self._modules):
+            self._handles.append(module.register_forward_hook(_on_rows(rows, called)))
+
+    def _hook(self, group: HostedGroup, index: int) -> Update:
+        def hook(x: Tensor, y: Tensor) -> Tensor | None:
             if self._off:
                 return None
-            x = args[0]
             if group.x is not x:
                 self._mix(group, x)
             return group.add(y, index)
@@ -307,6 +333,16 @@ class Mixture:
                 weight = hosted.valid.unsqueeze(-1).to(value.dtype)
                 value = (value * weight).sum(1) / weight.sum(1).clamp_min(1)
             yield name, value if value.dim() == 2 else value.unsqueeze(0)
+
+
+def _on_rows(rows: slice, hook: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """The hook for some features of a module's output."""
+
+    def part(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        new = hook(module, args, y[..., rows].contiguous())
+        return None if new is None else torch.cat([y[..., : rows.start], new, y[..., rows.stop :]], dim=-1)
+
+    return part
 
 
 def switch(mixture: Mixture, *, mask: tuple[str, ...], only: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ every other, with padding (CLIP is trained to read it), so all positions count i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -137,6 +137,14 @@ class PipelineStreams:
             handles.append(part.register_forward_pre_hook(self._begin(name, on_pass)))
             handles.append(part.register_forward_hook(self._end(name)))
         return handles
+
+    def parts(self) -> Sequence[nn.Module]:
+        """The UNet and the text encoder(s)."""
+        return list(self.model.children())
+
+    def optional(self, matrices: Sequence[str]) -> Collection[str]:
+        """None: each part always has its input."""
+        return ()
 
     def of(self, site: Site) -> Pass:
         """The pass of the part that contains the site's matrices; the site's name begins with it."""

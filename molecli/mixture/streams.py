@@ -6,11 +6,11 @@ Contents: Pass; the protocols Streams and Layout, implemented in `language_layou
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from molecli.catalog.methods import Kind
@@ -51,6 +51,14 @@ class Streams(Protocol):
 
     def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
         """Hooks that update the passes; `on_pass` is called at the start of each pass."""
+        ...
+
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules whose calls are passes; those inside another one first."""
+        ...
+
+    def optional(self, matrices: Sequence[str]) -> Collection[str]:
+        """Those of the matrices whose input a pass may lack, such as pictures."""
         ...
 
     def of(self, site: Site) -> Pass:
