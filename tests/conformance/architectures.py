@@ -62,8 +62,10 @@ _SMALL_STATE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mam
 _GPT = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 
 _DECODERS = [
-    *_dense("llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox"),
-    *_dense("stablelm starcoder2 olmo olmo2 olmo3 granite cohere cohere2 glm glm4 ernie4_5 exaone4"),
+    *_dense("llama ministral3 qwen2 qwen3 gemma phi gpt_neox stablelm starcoder2 olmo olmo2"),
+    *_dense("granite cohere glm glm4 ernie4_5"),
+    *(_row("decoder", name, sliding_window=5) for name in _names("mistral ministral gemma2 gemma3_text phi3")),
+    *(_row("decoder", name, sliding_window=5) for name in _names("olmo3 cohere2 exaone4")),
     *_dense("hunyuan_v1_dense smollm3 persimmon nemotron helium diffllama apertus arcee seed_oss bitnet cwm"),
     *_dense("jais2 nanochat vaultgemma hyperclovax modernbert-decoder biogpt doge bloom gpt_bigcode"),
     *_dense("mpt openai-gpt xlm"),
@@ -108,11 +110,12 @@ _DECODERS = [
     _row("decoder", "minicpm3", **_LATENT),
 ]
 _MIXTURES = [
-    *(_row("experts", name, **_EXPERTS) for name in _names("mixtral granitemoe granitemoeshared phimoe gpt_oss olmoe")),
+    *(_row("experts", name, **_EXPERTS) for name in _names("mixtral granitemoe granitemoeshared phimoe olmoe")),
     *(_row("experts", name, **_EXPERTS) for name in _names("flex_olmo qwen3_moe jetmoe minimax_m2")),
     *(_row("experts", name, leave=_FUSED, **_EXPERTS) for name in ("exaone_moe", "afmoe")),
     *(_row("experts", name, leave=_FUSED, **_ROUTED, **_GROUPS) for name in _names("glm4_moe dots1 solar_open")),
     *(_row("experts", f"deepseek_v{i}", leave=_FUSED, **_ROUTED, **_GROUPS, **_LATENT) for i in (2, 3)),
+    _row("experts", "gpt_oss", **_EXPERTS, sliding_window=5),
     _row("experts", "qwen2_moe", **_EXPERTS, shared_expert_intermediate_size=16),
     _row("experts", "hunyuan_v1_moe", leave=_FUSED, **{**_EXPERTS, "moe_topk": 2}),
     _row("experts", "ernie4_5_moe", leave=_FUSED, **_EXPERTS, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1),
@@ -132,7 +135,7 @@ _MIXTURES = [
     ),
 ]
 _RECURRENT = [
-    *(_row("recurrent", name, state_size=8, leave="out_proj") for name in ("mamba", "falcon_mamba")),
+    *(_row("recurrent", name, state_size=8, leave="out_proj|dt_proj") for name in ("mamba", "falcon_mamba")),
     _row("recurrent", "mamba2", state_size=8, num_heads=8, n_groups=1, chunk_size=16, leave="out_proj"),
     _row("recurrent", "bamba", **_SMALL_STATE, attn_layer_indices=[1]),
     _row("recurrent", "falcon_h1", leave="out_proj", **{**_SMALL_STATE, "mamba_d_ssm": 64}),

@@ -6,12 +6,12 @@ there is nothing to keep. With LoRAs the same must hold, or molecli refuses. Con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from molecli.mixture.streams import CACHE_ARGUMENTS
 from tests.conformance.calls import NEW, PROMPTS, Call, Pairs, Way
@@ -91,28 +91,50 @@ def embedded(call: Call) -> Pairs:
     yield call.logits(inputs_embeds=embeds, **batch), call.logits(input_ids=ids, **batch)
 
 
-def cached(call: Call) -> Pairs:
-    """The cache in the caller's hands: the prompt, then the answer in pieces of 1, 2 and 1 tokens."""
-    prompt, answer = PROMPTS[1], [14, 71, 30, 25]
-    pieces, logits, past = ([answer[0]], answer[1:3], answer[3:]), [], {}
-    ids = torch.tensor([prompt])
-    if call.seq2seq:
-        pieces = ([call.start], [answer[0]], answer[1:3])
-    seen = 0
-    for piece in pieces if call.seq2seq else (prompt, *pieces):
-        new = torch.tensor([piece])
-        seen += len(piece)
-        more = {"input_ids": ids, "decoder_input_ids": new} if call.seq2seq else {"input_ids": new}
-        mask = torch.ones(1, len(prompt) if call.seq2seq else seen, dtype=torch.long)
+def last_logits(call: Call) -> Pairs:
+    """Only the logits of the last token, as generation asks for them."""
+    if not call.given("logits_to_keep"):
+        raise NotImplementedError("it always computes all logits")
+    batch = call.batch([PROMPTS[1], PROMPTS[1][::-1]])
+    yield call.logits(**batch, logits_to_keep=1), call.logits(**batch)[:, -1:]
+
+
+def packed(call: Call) -> Pairs:
+    """Two texts in one row, told apart by their positions."""
+    ids = torch.tensor([[token for row in PROMPTS for token in row]])
+    positions = torch.tensor([[place for row in PROMPTS for place in range(len(row))]])
+    logits = call.logits(input_ids=ids, position_ids=positions)[0]
+    for row, values in zip(PROMPTS, logits.split([len(row) for row in PROMPTS]), strict=True):
+        yield values, call.alone(row)
+
+
+def _cached(sizes: Sequence[int]) -> Callable[[Call], Pairs]:
+    """The cache in the caller's hands: the prompt, then an answer in pieces of these sizes."""
+
+    def way(call: Call) -> Pairs:
+        prompt, answer = PROMPTS[1], [14, 71, 30, 25]
+        fed = [call.start, *answer[:-1]] if call.seq2seq else answer
+        pieces = torch.tensor(fed).split(list(sizes))
+        yield _in_pieces(call, prompt, pieces)[: len(answer)], call.taught(prompt, answer)
+
+    return way
+
+
+def _in_pieces(call: Call, prompt: Sequence[int], pieces: Sequence[Tensor]) -> Tensor:
+    """[T, V], the logits from the prompt's last token on, pass by pass with the model's own cache."""
+    given, logits, past = torch.tensor([list(prompt)]), [], {}
+    mask = torch.ones_like(given)
+    for new in pieces if call.seq2seq else (given, *pieces):
+        new = new.reshape(1, -1)
+        inputs = {"input_ids": given, "decoder_input_ids": new} if call.seq2seq else {"input_ids": new}
+        if past and not call.seq2seq:
+            mask = torch.cat([mask, torch.ones_like(new)], 1)
         with torch.no_grad():
-            out = call.model(**more, attention_mask=mask, use_cache=True, **past)
+            out = call.model(**inputs, attention_mask=mask, use_cache=True, **past)
         name = next(name for name in CACHE_ARGUMENTS if getattr(out, name, None) is not None)
         past = {name: getattr(out, name)}
-        logits.append(out.logits[0])
-    if call.seq2seq:
-        yield torch.cat(logits), call.taught(prompt, answer)
-    else:
-        yield torch.cat([logits[0][-1:], *logits[1:]])[: len(answer)], call.taught(prompt, answer)
+        logits.append(out.logits[0, -1:] if not logits and not call.seq2seq else out.logits[0])
+    return torch.cat(logits)
 
 
 # -- generation --------------------------------------------------------------------------------------------------------
@@ -123,6 +145,33 @@ def _greedy(**options: Any) -> Callable[[Call], Pairs]:
         yield from call.answered(call.generate(**call.batch(), **options), PROMPTS)
 
     return way
+
+
+def static(call: Call) -> Pairs:
+    """A static cache, asked for in the call and by the checkpoint's own settings."""
+    yield from call.answered(
+        call.generate(**call.batch(), cache_implementation="static", disable_compile=True), PROMPTS
+    )
+    own = call.model.generation_config
+    own.cache_implementation = "static"
+    try:
+        out = call.generate(**call.batch(), disable_compile=True)
+    finally:
+        own.cache_implementation = None
+    yield from call.answered(out, PROMPTS)
+
+
+def continued(call: Call) -> Pairs:
+    """`generate` on the cache of a pass before: its tokens are the prompt that gates see."""
+    if call.seq2seq:
+        raise NotImplementedError("the prompt of an encoder-decoder is not in its cache")
+    first, ids = PROMPTS[1][:4], torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        out = call.model(input_ids=ids[:, :4], attention_mask=torch.ones(1, 4, dtype=torch.long), use_cache=True)
+    name = next(name for name in CACHE_ARGUMENTS if getattr(out, name, None) is not None)
+    out = call.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{name: getattr(out, name)})
+    rest = out.sequences[0, len(first) :].tolist()
+    yield torch.stack(out.logits, 1)[0], call.taught(first, rest)[-NEW:]
 
 
 def generate_embedded(call: Call) -> Pairs:
@@ -228,11 +277,15 @@ WAYS: Mapping[str, Way] = {
     "without_mask": Way("no mask", without_mask),
     "four_axes": Way("mask with four axes", four_axes),
     "embedded": Way("`inputs_embeds`", embedded),
-    "cached": Way("own cache, in pieces", cached),
+    "last_logits": Way("`logits_to_keep`", last_logits),
+    "packed": Way("texts packed in a row", packed),
+    "cached": Way("own cache, by token", _cached((1, 1, 1, 1))),
+    "pieces": Way("own cache, in pieces", _cached((1, 2, 1))),
     "generate": Way("`generate`", _greedy()),
     "uncached": Way("`use_cache=False`", _greedy(use_cache=False)),
-    "static": Way("static cache", _greedy(cache_implementation="static", disable_compile=True)),
+    "static": Way("static cache", static),
     "chunks": Way("prefill in chunks", _greedy(prefill_chunk_size=3)),
+    "continued": Way("`generate` on a cache", continued),
     "generate_embedded": Way("`generate(inputs_embeds)`", generate_embedded),
     "beams": Way("beams", beams),
     "lookup": Way("prompt lookup", lookup),
