@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from molecli.bases import language
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
-from molecli.protocols import Example, Family, Shape
+from molecli.protocols import Example, Family, Matrices
 
 
 class Causal:
@@ -44,7 +44,7 @@ class Causal:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def matrices(self) -> dict[str, Shape]:
+    def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return language.adaptable_matrices(self.model)
 

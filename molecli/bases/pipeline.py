@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from molecli.functional.layers import kernel_shape, linear_shape
 from molecli.protocols import Shape
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -82,13 +83,13 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 def pipeline_matrices(model: PipelineModules) -> dict[str, Shape]:
     """Matrix name -> shape, in the order of calls, also on the meta device: every linear layer and convolution of the
-    UNet, and the linear layers in the text encoders' CLIP layers."""
+    UNet, and the linear layers in the text encoders' CLIP layers; quantised or not."""
     found: dict[str, Shape] = {}
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in _FUSED:
-            continue
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and (name.startswith("unet.") or _in_clip_layer(name)):
-            found[name] = tuple(module.weight.shape)
+        if name.rpartition(".")[2] not in _FUSED and (name.startswith("unet.") or _in_clip_layer(name)):
+            shape = linear_shape(module) or kernel_shape(module)
+            if shape is not None:
+                found[name] = shape
     return {name: found[name] for name in in_call_order(found)}
 
 
