@@ -118,7 +118,9 @@ class Subject:
                 loss = self.model(**batch).logits.log_softmax(-1)[..., 7].sum()
                 leaves = list(seen)
                 if between:
+                    self.model.eval()
                     call.generate(**call.batch())
+                    self.model.train()
                 found = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
         finally:
             for handle in handles:

@@ -221,12 +221,13 @@ def _checkpointed(between: bool) -> Callable[[Call], Pairs]:
     def way(call: Call) -> Pairs:
         call.model.train()
         try:
-            expected = call.subject.gradients(call, between=False)
             call.model.gradient_checkpointing_enable({"use_reentrant": False})
             try:
                 found = call.subject.gradients(call, between=between)
             finally:
                 call.model.gradient_checkpointing_disable()
+                call.model.disable_input_require_grads()
+            expected = call.subject.gradients(call, between=False)
         finally:
             call.model.eval()
         yield found, expected
