@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from molecli.errors import UsageError
+from molecli.functional.layers import layers_of, own_layer
 from molecli.protocols import Shape
 
 UNSCORED = -100
@@ -29,8 +30,9 @@ def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     found: dict[str, Shape] = {}
-    for name, module in model.named_modules():
-        if module is head:
+    for name, wrapped in layers_of(model):
+        module = own_layer(wrapped)
+        if module is head or wrapped is head:
             continue
         if isinstance(module, nn.Linear):
             found[name] = (module.out_features, module.in_features)

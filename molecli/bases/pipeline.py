@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from molecli.functional.layers import layers_of, own_layer
 from molecli.protocols import Shape
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -75,9 +76,15 @@ def pipeline_matrices(model: PipelineModules) -> dict[str, Shape]:
     """Matrix name -> shape, in the order of calls, also on the meta device: every linear layer and convolution of the
     UNet, and the linear layers in the text encoders' CLIP layers."""
     found: dict[str, Shape] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and (name.startswith("unet.") or _in_clip_layer(name)):
-            found[name] = tuple(module.weight.shape)
+    for name, module in layers_of(model):
+        layer = own_layer(module)
+        if not (name.startswith("unet.") or _in_clip_layer(name)):
+            continue
+        # Not from the weight, which quantised layers store packed.
+        if isinstance(layer, nn.Linear):
+            found[name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, nn.Conv2d):
+            found[name] = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     return {name: found[name] for name in in_call_order(found)}
 
 

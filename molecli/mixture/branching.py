@@ -23,13 +23,14 @@ from molecli.bases.pipeline import PipelineModules
 from molecli.catalog.methods import DEFAULT, SUM
 from molecli.errors import UsageError
 from molecli.experts import ExpertBank
+from molecli.functional.layers import device_of
 from molecli.mixture.branched import BranchedGroup, Branches
+from molecli.mixture.call_scale import called_scale
 from molecli.mixture.mixture import Mixture
-from molecli.mixture.site_state import reference
 from molecli.mixture.streams import Streams
 from molecli.protocols import Moment, OutputMethod, Reading, Site
 
-# The number of steps whose branches are cached, so that a repeated step copies nothing to the device.
+# The number of steps whose branches are cached, so that a repeated step has the same object.
 _KNOWN = 64
 
 
@@ -82,6 +83,7 @@ class Branching(Mixture):
         self._branched: list[BranchedGroup] = []
         self._kept: Tensor | None = None
         self._branches: Branches = ()
+        self._scale = 1.0  # the caller's factor on all updates in this UNet call
         self._known: dict[tuple[tuple[float, ...], ...], Branches] = {}
         self._call: _Call | None = None
         self._next: _Call | None = None  # the call that `foreseen` announced
@@ -164,6 +166,7 @@ class Branching(Mixture):
         if self._off or self._further:
             return None
         coming = self._next
+        self._scale = called_scale(kwargs)
         self._call = self._coming(args, kwargs) if coming is None else replace(coming, args=args, kwargs=kwargs)
         self._start(self._call.weights[: self._call.at_once])
         return self._call.inputs(self._call.at_once)
@@ -207,16 +210,12 @@ class Branching(Mixture):
             if len(self._known) == _KNOWN:
                 self._known.clear()  # the weights depend on the prompt
                 self._state = object()
-            here = weights.to(reference(self._unet).device)
-            self._known[rows] = [
-                [(expert, here[k, expert : expert + 1]) for expert, weight in enumerate(row) if weight]
-                for k, row in enumerate(rows)
-            ]
+            self._known[rows] = [[(expert, weight) for expert, weight in enumerate(row) if weight] for row in rows]
         self._branches = self._known[rows]
 
     def _branched_hook(self, group: BranchedGroup, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-            return None if self._off else group.add(y, args[0], index, self._branches)
+            return None if self._off else group.add(y, args[0], index, self._branches, self._scale)
 
         return hook
 
@@ -233,7 +232,7 @@ class Branching(Mixture):
             with torch.no_grad():
                 return pipe.encode_prompt(
                     prompt=list(texts),
-                    device=reference(self._unet).device,
+                    device=device_of(self._unet),
                     num_images_per_prompt=1,
                     do_classifier_free_guidance=False,
                 )[0]

@@ -19,8 +19,9 @@ from molecli.bases.pipeline import PipelineModules
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
+from molecli.functional.layers import device_of, layers_of
 from molecli.functional.tensor_version import Stamp, stamp
-from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
+from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, move_reading
 from molecli.mixture.streams import Pass, Streams
 from molecli.protocols import Gate, Site
 
@@ -44,7 +45,7 @@ class Mixture:
         self.model, self.bank = model, bank
         self._hosted_bank = bank  # the LoRAs that are attached; a merged mixture replaces them
         self.sites = tuple(sites)
-        modules = dict(model.named_modules())
+        modules = dict(layers_of(model))
         for matrix in bank.matrices:
             if matrix not in modules:
                 raise MismatchError(matrix, "the LoRAs adapt this matrix, but the base has no matrix of that name")
@@ -52,11 +53,13 @@ class Mixture:
         self._streams = streams
         self._renormalize_absent = renormalize_absent
         for site in sites:
-            gates[site.name].to(reference(modules[site.matrices[0]]).device)
+            place = device_of(modules[site.matrices[0]])
+            gates[site.name].to(place)
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
         self._handles: list[RemovableHandle] = []
-        self._keep: Tensor | None = None
+        self._keep: Tensor | None = None  # on the CPU; [N], 0 for masked experts
+        self._keeps: dict[torch.device, Tensor] = {}  # copies of it on other devices
         self._off = False
         self._state = object()  # replaced whenever a pass will compute from other memory than before
         self._stamps: list[Stamp] = []
@@ -79,15 +82,12 @@ class Mixture:
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
         for hosted in self._hosted.values():
-            hosted.owners, hosted.expanded = [], None
-            # A gate value from an earlier attachment does not belong to the prompts of this one.
-            hosted.step, hosted.value, hosted.maker, hosted.origin = -1, None, None, None
+            hosted.open()
             for group in hosted.site.groups:
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
-            hosted.owner, hosted.ranks = torch.cat(hosted.owners), [len(owner) for owner in hosted.owners]
 
     def detach(self) -> None:
         """Removes all hooks; the model is the base again, bit for bit."""
@@ -110,7 +110,7 @@ class Mixture:
         """
         off = {self.bank.index(name) for name in names}
         keep = torch.tensor([0.0 if i in off else 1.0 for i in range(len(self.bank))])
-        self._keep = keep.to(reference(self.model).device) if off else None
+        self._keep, self._keeps = (keep if off else None), {}
         self._off = len(off) == len(self.bank)
         self._state = object()
         for hosted in self._hosted.values():
@@ -133,6 +133,7 @@ class Mixture:
     def stacked_gates(self) -> Tensor:
         """[M sites, B, N], like `gates`, but with gradient, for the balance loss (MoLE, Eq. 15)."""
         values = [mean for _, mean in self._means()]
+        values = [value.to(values[0].device) for value in values]
         batch = max(value.shape[0] for value in values)
         # Guidance doubles the UNet's rows, but not a text encoder's: its row i then counts for rows i and i + B.
         return torch.stack([value.repeat(batch // len(value), 1) for value in values])
@@ -203,31 +204,39 @@ class Mixture:
             if self._off:
                 return None
             x = args[0]
-            if group.x is not x:
-                self._mix(group, x)
+            if group.x is not x or group.device != y.device:
+                self._mix(group, x, y)
             return group.add(y, index)
 
         return hook
 
-    def _mix(self, group: HostedGroup, x: Tensor) -> None:
-        """Projects x for every matrix of the group, and weights each rank by its expert's gate."""
-        exact = torch.is_grad_enabled()
-        if group.kept is not None and not exact and self._recalled(group.kept, group, x):
-            return
-        u = group.project(x)
-        value = self._value(group, x, u)
-        # Without gradients the weights are multiplied in place, which needs no cast.
-        group.weight(x, u, self._per_rank(group, value, u.dtype if exact else value.dtype))
-        if not exact and group.lasting:
-            group.keep(x, value, self._keep)
+    def _mix(self, group: HostedGroup, x: Tensor, y: Tensor) -> None:
+        """Projects x for every matrix of the group, and weights each rank by its expert's gate.
 
-    def _recalled(self, kept: Kept, group: HostedGroup, x: Tensor) -> bool:
+        y is an output of the base for x: it tells where, and in which type, the base computes.
+        """
+        exact, scale = torch.is_grad_enabled(), self._streams.of(group.site.site).scale
+        if group.device != y.device or group.dtype != y.dtype:
+            group.put(y.device, y.dtype)
+        if group.kept is not None and not exact and self._recalled(group.kept, group, x, scale):
+            return
+        here = x if x.device == y.device else x.to(y.device)  # accelerate's hook moves it for the layer alone
+        u = group.project(here)
+        value = self._value(group, here, u)
+        # Without gradients the weights are multiplied in place, which needs no cast.
+        weights = self._per_rank(group, value, u.dtype if exact else value.dtype)
+        group.weight(here, u, weights if scale == 1.0 else weights * scale)
+        group.x = x
+        if not exact and group.lasting:
+            group.keep(x, value, self._keep, scale)
+
+    def _recalled(self, kept: Kept, group: HostedGroup, x: Tensor, scale: float) -> bool:
         """Whether the results of an earlier pass are used again, because the input and the gate are the same.
 
         A pipeline gives the UNet the same text tensor at every denoising step.
         """
         hosted = group.site
-        if not kept.holds(x, self._keep, hosted):
+        if not kept.holds(x, self._keep, scale, hosted):
             return False
         step = self._streams.of(hosted.site).step
         if group.place == 0:
@@ -241,10 +250,10 @@ class Mixture:
         """`value` ([N], [B, N] or [B, T, N]) for each rank of the group: [R], [B, 1, R] or [B, T, R]."""
         apart = self._renormalize_absent and not group.complete
         if value.dim() < 3 and not apart:
-            return group.site.by_rank(value, dtype)[group.place]
+            return group.site.by_rank(value, dtype, group.device)[group.place]
         if not apart:
-            return value.to(dtype).index_select(-1, group.owner)
-        value = value.unsqueeze(1) if value.dim() == 2 else value
+            return value.to(group.device, dtype).index_select(-1, group.owner)
+        value = (value.unsqueeze(1) if value.dim() == 2 else value).to(group.device)
         parts, owners = [rescale(value, present) for present in group.present], group.owner.split(group.sizes)
         return torch.cat([p.index_select(-1, owner) for p, owner in zip(parts, owners, strict=True)], dim=-1).to(dtype)
 
@@ -261,8 +270,10 @@ class Mixture:
             return hosted.value
         hosted.maker = group
         gate: Gate = hosted.gate  # type: ignore[assignment]
+        hosted.move(group.device)
+        keep = self._keep_on(group.device)
         if gate.constant:
-            hosted.step, hosted.value = current.step, gate(None, self._keep)
+            hosted.step, hosted.value = current.step, gate(None, keep)
             return hosted.value
         decoding = current.past != 0 and hosted.site.stream == "decoder" and gate.remembers
         if decoding:
@@ -271,11 +282,21 @@ class Mixture:
             hosted.step = current.step  # computed at prefill, then constant
             return hosted.value
         reading = self._streams.reading(hosted.site, x, u, hosted.state)
+        move_reading(reading, group.device)
         hosted.valid = reading.valid
-        value = gate(reading, self._keep)
+        value = gate(reading, keep)
         hosted.step, hosted.value, hosted.state = current.step, value, reading.state
         hosted.origin = hosted.origin if decoding else current
         return value
+
+    def _keep_on(self, device: torch.device) -> Tensor | None:
+        """The mask on this device, copied to it once."""
+        if self._keep is None or self._keep.device == device or device.type == "meta":
+            return self._keep
+        if device not in self._keeps:
+            with torch.inference_mode(False):
+                self._keeps[device] = self._keep.to(device)
+        return self._keeps[device]
 
     def _check_cache(self, hosted: HostedSite, current: Pass) -> None:
         """Raises: RunError if the pass does not continue the prompt that the site's gate was computed for."""

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from molecli.bases.pipeline import PipelineModules, idle_matrices, in_call_order, pipeline_matrices
 from molecli.catalog.methods import Kind
 from molecli.errors import UsageError
+from molecli.mixture.call_scale import TextScale, called_scale
 from molecli.mixture.sites import as_registered, block_of, groups_of, layer_of
 from molecli.mixture.streams import Pass, Streams, outside
 from molecli.protocols import Granularity, Group, Reading, Shape, Site, Stream
@@ -128,15 +129,21 @@ class PipelineStreams:
     def __init__(self, model: PipelineModules) -> None:
         self.model = model
         self.passes = {name: Pass() for name, _ in model.named_children()}
+        self._text_scale = 1.0  # of the prompt that the pipeline encodes now
 
     def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
         """Hooks that count the passes of every part; `on_pass` is called at the start of each."""
         self.passes = {name: Pass() for name in self.passes}
         handles = []
         for name, part in self.model.named_children():
-            handles.append(part.register_forward_pre_hook(self._begin(name, on_pass)))
+            handles.append(part.register_forward_pre_hook(self._begin(name, on_pass), with_kwargs=True))
             handles.append(part.register_forward_hook(self._end(name)))
+        if hasattr(self.model.pipe, "encode_prompt"):
+            handles.append(TextScale(self.model.pipe, self._note_text_scale))
         return handles
+
+    def _note_text_scale(self, scale: float) -> None:
+        self._text_scale = scale
 
     def of(self, site: Site) -> Pass:
         """The pass of the part that contains the site's matrices; the site's name begins with it."""
@@ -153,9 +160,10 @@ class PipelineStreams:
         return Reading(positions(x), positions(u), None, None, shared=current.shared)
 
     def _begin(self, name: str, on_pass: Callable[[], None]) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             on_pass()
-            self.passes[name] = Pass(self.passes[name].step + 1)
+            scale = called_scale(kwargs) if name == "unet" else self._text_scale
+            self.passes[name] = Pass(self.passes[name].step + 1, scale=scale)
 
         return hook
 

@@ -27,8 +27,8 @@ class Pass:
 
     step: the number of the pass, by which a site knows that its gate value is old; past, cache: the number of tokens in
     the cache, and that cache (a recurrent state counts as one token; past is None if it is unknown); over: the pass has
-    ended, and calls now recompute it for the backward pass; shared: values that one gate computed and other gates of
-    this pass need too.
+    ended, and calls now recompute it for the backward pass; scale: a factor on all experts' updates, which a pipeline's
+    caller gives; shared: values that one gate computed and other gates of this pass need too.
     """
 
     step: int = 0
@@ -39,6 +39,7 @@ class Pass:
     memory: Tensor | None = None
     memory_valid: Tensor | None = None
     over: bool = False
+    scale: float = 1.0
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def differs(self, later: Pass) -> bool:
