@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from molecli.bases import language
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
+from molecli.functional.layers import device_of
 from molecli.protocols import Example, Family, Shape
 
 
@@ -42,7 +43,7 @@ class Causal:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def matrices(self) -> dict[str, Shape]:
         """Adaptable matrices: module name -> (d_out, d_in)."""

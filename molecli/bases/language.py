@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from molecli.errors import UsageError
-from molecli.functional.layers import layers_of, own_layer
+from molecli.functional.layers import device_of, layers_of, own_layer
 from molecli.protocols import Shape
 
 UNSCORED = -100
@@ -147,7 +147,7 @@ class Decoding:
 
     def complete(self, model: nn.Module, ids: Tensor, mask: Tensor, *, stop: Sequence[int], pad_id: int) -> Tensor:
         """The output of `model.generate` for prompts ids, mask [B, T], each with up to max_new_tokens more tokens."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         settings = self._settings(stop, pad_id, use_cache=self.use_cache and model not in _UNCACHED)
         with torch.no_grad(), seeded(self.seed, device), _plain(model):
             return model.generate(  # type: ignore[operator]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molecli.bases import language
 from molecli.functional import fingerprint
+from molecli.functional.layers import device_of
 from molecli.protocols import Example, Family, Shape
 
 
@@ -30,7 +31,7 @@ class Seq2Seq:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def matrices(self) -> dict[str, Shape]:
         """Adaptable matrices: module name -> (d_out, d_in)."""

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molecli.errors import UsageError
 from molecli.functional.fingerprint import fingerprint
+from molecli.functional.layers import held, own_layer
 from molecli.functional.spectral import Spectrum, decompose
 from molecli.protocols import Shape
 
@@ -50,11 +51,11 @@ class BaseWeights:
     def shape(self, matrix: str) -> Shape:
         """(d_out, d_in), or the shape of a convolution's kernel, whatever layout the layer uses."""
         shape = tuple(self._weight(matrix).shape)
-        return shape[::-1] if isinstance(self.model.get_submodule(matrix), Conv1D) else shape
+        return shape[::-1] if isinstance(self._layer(matrix), Conv1D) else shape
 
     def dense(self, matrix: str) -> Tensor:
         """[d_out, d_in], or [c_out, c_in·k_h·k_w], in float32. Raises: UsageError for quantised weights."""
-        layer, weight = self.model.get_submodule(matrix), self._weight(matrix)
+        layer, weight = self._layer(matrix), self._weight(matrix)
         if not weight.is_floating_point():
             kind = str(weight.dtype).removeprefix("torch.")
             what = f"its weights are quantised ({kind}), and singular values can be computed only of unquantised ones"
@@ -69,7 +70,7 @@ class BaseWeights:
     @torch.no_grad()
     def spectrum(self, matrix: str) -> Spectrum:
         """U, σ and V of the matrix, on its device; cached until its weight changes or the layer is deleted."""
-        layer, weight = self.model.get_submodule(matrix), self._weight(matrix)
+        layer, weight = self._layer(matrix), self._weight(matrix)
         # Includes the sum, because writing through `.data`, as PEFT does to merge, does not change the version.
         stamp = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, float(weight.float().sum()))
         known = _SPECTRA.get(layer)
@@ -78,6 +79,7 @@ class BaseWeights:
         return known.spectrum
 
     def _weight(self, matrix: str) -> Tensor:
-        weight = self.model.get_submodule(matrix).weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+        return held(self._layer(matrix), "weight").detach()
+
+    def _layer(self, matrix: str) -> nn.Module:
+        return own_layer(self.model.get_submodule(matrix))

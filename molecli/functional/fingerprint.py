@@ -1,7 +1,8 @@
 """Fingerprints identify the base of a composition; they are small enough for file metadata.
 
-The structure (parameter names and shapes) must agree exactly, and 512 sampled values within bf16 rounding. A base is
-the same in another dtype, but not after fine-tuning or requantising.
+The structure (parameter names and shapes) must agree exactly, and 512 sampled values within bf16 rounding, or that of
+an 8-bit floating type in which one of the two is stored. A base is the same in another dtype, but not after fine-tuning
+or requantising.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import torch
 from torch import Tensor, nn
 
+from molecli.functional.layers import held, is_wrapper
+
 SAMPLES = 512
 # bf16 keeps 8 significand bits: two roundings on either side differ by less than 2^-7 of the value.
 _RELATIVE = 2.0**-7
@@ -23,7 +26,8 @@ _ABSOLUTE = 2.0**-24
 def fingerprint(model: nn.Module) -> str:
     """JSON: `structure`, a hash of parameter names and shapes; `sample`, base64 of 512 bf16 parameter values.
 
-    Attached PEFT adapters and hooks do not change it. `sample` is empty for a model on the meta device.
+    `stored` is an 8-bit floating type that some parameters have, if any. Attached PEFT adapters, hooks and offloading
+    do not change the fingerprint. `sample` is empty for a model on the meta device.
     """
     parameters = _base_parameters(model)
     listing = json.dumps([[name, list(p.shape)] for name, p in parameters])
@@ -32,7 +36,11 @@ def fingerprint(model: nn.Module) -> str:
     if parameters and not any(p.is_meta for _, p in parameters):
         values = _sample([p for _, p in parameters])
         sample = base64.b64encode(values.view(torch.int16).numpy().astype("<i2").tobytes()).decode()
-    return json.dumps({"structure": structure, "sample": sample})
+    found = {"structure": structure, "sample": sample}
+    coarse = next((p.dtype for _, p in parameters if p.is_floating_point() and p.dtype.itemsize == 1), None)
+    if coarse is not None:
+        found["stored"] = str(coarse).removeprefix("torch.")
+    return json.dumps(found)
 
 
 def same_base(a: str, b: str) -> bool:
@@ -51,20 +59,37 @@ def same_base(a: str, b: str) -> bool:
         return False
     if x.shape != y.shape:
         return False
-    allowed = _RELATIVE * torch.maximum(x.abs(), y.abs()) + _ABSOLUTE
-    return bool(((x - y).abs() <= allowed).all())
+    coarse = [torch.finfo(getattr(torch, side["stored"])) for side in (left, right) if "stored" in side]
+    relative = _RELATIVE + sum(info.eps / 2 for info in coarse)
+    absolute = _ABSOLUTE + sum(info.eps * info.tiny / 2 for info in coarse)
+    return bool(((x - y).abs() <= relative * torch.maximum(x.abs(), y.abs()) + absolute).all())
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The parameters of the base by name, without PEFT's parameters and the prefixes of its wrappers."""
     own = []
+    wrappers: list[str] = []
     # With duplicates: moving a model may separate tied weights, and it must stay the same base.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if any(part.startswith("lora_") for part in name.split(".")):
-            continue
-        own.append((name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter.detach()))
+    for path, module in model.named_modules(remove_duplicate=False):
+        if is_wrapper(module):
+            wrappers.append(f"{path}.")
+        for key in dict(module.named_parameters(recurse=False, remove_duplicate=False)):
+            name = f"{path}.{key}" if path else key
+            if _of_adapter(name, wrappers):
+                continue
+            own.append(
+                (name.removeprefix("base_model.model.").replace(".base_layer.", "."), held(module, key).detach())
+            )
     # Sorted by name: wrappers register modules in another order.
     return sorted(own, key=lambda item: item[0])
+
+
+def _of_adapter(name: str, wrappers: list[str]) -> bool:
+    """Whether a parameter is an adapter's: PEFT's layers have the model's own layer as `base_layer`."""
+    if any(part.startswith("lora_") for part in name.split(".")):
+        return True
+    around = [prefix for prefix in wrappers[-1:] if name.startswith(prefix)]
+    return any(not name.removeprefix(prefix).startswith("base_layer.") for prefix in around)
 
 
 def _sample(parameters: list[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 An adapter library replaces a layer by its own one, which calls it; the layer keeps its name in every file. Offloaded
 weights are on the meta device between calls, and accelerate's hook has their values.
 
-Contents: is_wrapper, own_layer, layers_of, held, device_of.
+Contents: is_wrapper, own_layer, layers_of, held, device_of, is_managed.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ def device_of(model: nn.Module) -> torch.device:
             if device is not None:
                 return torch.device(device)
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def is_managed(model: nn.Module) -> bool:
+    """Whether hooks of accelerate or diffusers move its weights, or change their type, around a call."""
+    return any(hasattr(module, name) for module in model.modules() for name in ("_hf_hook", "_diffusers_hook"))
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from molecli.config import GateConfig, MethodConfig
 from molecli.config.method import share_of
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, Merged
+from molecli.functional.layers import device_of
 from molecli.mixture.branching import Branching
 from molecli.mixture.layout import blocks_of, layout_of
 from molecli.mixture.merged import MergedMixture, merge_experts
@@ -120,7 +121,7 @@ def _merged(asked: Asked) -> Mixture:
     own = asked.own
     if factors is not None:
         own = own * torch.tensor(factors(asked.config, asked.bank.names))
-    device, base = next(asked.model.parameters()).device, BaseWeights(asked.model)
+    device, base = device_of(asked.model), BaseWeights(asked.model)
 
     @cache
     def there() -> ExpertBank:
