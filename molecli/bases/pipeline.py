@@ -125,7 +125,7 @@ def _place(matrix: str) -> tuple[int, int, int, int]:
     stages = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
     stage = stages.index(names[0]) if names[0] in stages else -1
     blocks, names = (int(names[1]), names[2:]) if names[0] in ("down_blocks", "up_blocks") else (0, names[1:])
-    # Residual block 0, attention 0, residual block 1, ...; then the layers that change the resolution.
-    order = {"resnets": 0, "attentions": 1}
-    within = 2 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
+    # Residual block 0, attention 0, motion 0, residual block 1, ...; then the layers that change the resolution.
+    order = {"resnets": 0, "attentions": 1, "motion_modules": 2}
+    within = 3 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
     return (len(TEXT_ENCODERS), stage, blocks, within)

@@ -5,7 +5,7 @@
 A hook before the UNet repeats its inputs, and a hook after it combines the outputs. In each branch's rows only its own
 experts' ranks are computed. The pipeline itself is not changed.
 
-Contents: Branching, Clock, guided.
+Contents: Branching, Clock.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from molecli.mixture.branched import BranchedGroup, Branches
 from molecli.mixture.call_scale import called_scale
 from molecli.mixture.mixture import Mixture
 from molecli.mixture.streams import Streams
+from molecli.mixture.unet_rows import RowModules, copied, guided, repeated
 from molecli.protocols import Moment, OutputMethod, Reading, Site
 
 # The number of steps whose branches are cached, so that a repeated step has the same object.
@@ -41,6 +42,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rows: int
+    frames: int | None
     moment: Moment
     weights: Tensor
     at_once: int
@@ -48,8 +50,11 @@ class _Call:
     def inputs(self, branches: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs, with every tensor that has one entry per row repeated for each branch."""
         if branches == 1:
-            return self.args, self.kwargs
-        return _repeated(self.args, branches, self.rows), _repeated(self.kwargs, branches, self.rows)
+            return copied(self.args), copied(self.kwargs)
+        return (
+            repeated(self.args, branches, self.rows, self.frames),
+            repeated(self.kwargs, branches, self.rows, self.frames),
+        )
 
 
 class Branching(Mixture):
@@ -100,8 +105,9 @@ class Branching(Mixture):
                 self._branched.append(live)
                 for index, matrix in enumerate(group.matrices):
                     hook = self._branched_hook(live, index)
-                    self._handles.append(self._modules[matrix].register_forward_hook(hook))
+                    self._handles.append(self._modules[matrix].register_forward_hook(hook, with_kwargs=True))
             unet = self._unet
+            self._row_modules = RowModules(unet)
             self._handles.append(unet.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(unet.register_forward_hook(self._after))
         except BaseException:
@@ -179,7 +185,10 @@ class Branching(Mixture):
         moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, guided(pipe, len(sample)))
         weights = self.method.branches(moment, self._kept)
         at_once = min(self.branches_at_once or len(weights), len(weights))
-        return _Call(args, dict(kwargs), len(sample), moment, weights, at_once)
+        if at_once > 1 and self._row_modules.divider() is not None:
+            at_once = 1  # what splits the rows must get those of one branch
+        frames = sample.shape[2] if sample.dim() == 5 else None
+        return _Call(args, dict(kwargs), len(sample), frames, moment, weights, at_once)
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Runs the remaining branches and combines all."""
@@ -201,7 +210,12 @@ class Branching(Mixture):
 
     def _combined(self, outputs: Tensor, call: _Call) -> Tensor:
         outputs = outputs.view(len(call.weights), call.rows, *outputs.shape[1:])
-        return self.method.combine(outputs, call.moment, self._kept)
+        if outputs.dim() == 5:
+            return self.method.combine(outputs, call.moment, self._kept)
+        # A film [C, F, H, W]: its frames are combined like pictures.
+        frames = outputs.transpose(2, 3).flatten(1, 2)
+        combined = self.method.combine(frames, call.moment, self._kept)
+        return combined.unflatten(0, (call.rows, -1)).transpose(1, 2)
 
     def _start(self, weights: Tensor) -> None:
         """Sets the branches of the UNet's rows, with weights [k, N]."""
@@ -214,8 +228,11 @@ class Branching(Mixture):
         self._branches = self._known[rows]
 
     def _branched_hook(self, group: BranchedGroup, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-            return None if self._off else group.add(y, args[0], index, self._branches, self._scale)
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+            if self._off:
+                return None
+            x = args[0] if args else kwargs["input"]
+            return group.add(y, x, index, self._branches, self._scale)
 
         return hook
 
@@ -257,17 +274,6 @@ class _TextGate(nn.Module):
         return self.method.text_weights(keep).to(self.place.device)
 
 
-def _repeated(value: Any, branches: int, rows: int) -> Any:
-    """`value` with every tensor in it that has `rows` entries repeated: [branches * rows, ...]."""
-    if isinstance(value, Tensor):
-        return value.repeat(branches, *(1,) * (value.dim() - 1)) if value.dim() and len(value) == rows else value
-    if isinstance(value, Mapping):
-        return {key: _repeated(entry, branches, rows) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_repeated(entry, branches, rows) for entry in value)
-    return value
-
-
 def _sample(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
@@ -284,7 +290,7 @@ class Clock:
         self._values: list[float] = []
         self._index = -1
 
-    def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool) -> Moment:
+    def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool | None) -> Moment:
         """The step at `timestep`: the next one if it has that time (a scheduler can repeat a time), otherwise the first
         one with it."""
         time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
@@ -299,8 +305,3 @@ class Clock:
             following = gaps.index(min(gaps))
         self._index = following
         return Moment(following, len(self._values), time, guided)
-
-
-def guided(pipe: Any, rows: int) -> bool:
-    """Whether the UNet's rows are the two halves of guidance. A pipeline that was never called has no guidance."""
-    return rows % 2 == 0 and bool(getattr(pipe, "do_classifier_free_guidance", False))

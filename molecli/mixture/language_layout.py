@@ -85,6 +85,10 @@ class TextStreams:
             shared=current.shared,
         )
 
+    def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
+        """`value`: a hosted group fits it to the rows of x itself."""
+        return value
+
     def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
         """Hooks that update the passes; `on_pass` is called at the start of each pass."""
 

@@ -87,7 +87,8 @@ class Mixture:
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
-                    self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
+                    hook = self._hook(live, index)
+                    self._handles.append(self._modules[matrix].register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Removes all hooks; the model is the base again, bit for bit."""
@@ -200,10 +201,10 @@ class Mixture:
     # -- one forward pass --------------------------------------------------------------------------------------------
 
     def _hook(self, group: HostedGroup, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
             if self._off:
                 return None
-            x = args[0]
+            x = args[0] if args else kwargs["input"]
             if group.x is not x or group.device != y.device:
                 self._mix(group, x, y)
             return group.add(y, index)
@@ -222,7 +223,7 @@ class Mixture:
             return
         here = x if x.device == y.device else x.to(y.device)  # accelerate's hook moves it for the layer alone
         u = group.project(here)
-        value = self._value(group, here, u)
+        value = self._streams.fitted(group.matrices[0], self._value(group, here, u), here)
         # Without gradients the weights are multiplied in place, which needs no cast.
         weights = self._per_rank(group, value, u.dtype if exact else value.dtype)
         group.weight(here, u, weights if scale == 1.0 else weights * scale)

@@ -65,6 +65,13 @@ class Streams(Protocol):
         """
         ...
 
+    def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
+        """A gate's `value` ([N], [B, N] or [B, T, N]) for the rows of x, the input of `matrix`.
+
+        Raises: RunError if x has other rows than the sequences or pictures that the value belongs to.
+        """
+        ...
+
 
 def outside() -> RunError:
     """The error for experts that are called before a pass of the model has begun."""
