@@ -85,8 +85,10 @@ def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _of_adapter(name: str, wrappers: list[str]) -> bool:
-    """Whether a parameter is an adapter's: PEFT's layers have the model's own layer as `base_layer`."""
+    """Whether a parameter is an adapter's; PEFT's layers have the model's own layer as `base_layer`."""
     if any(part.startswith("lora_") for part in name.split(".")):
+        return True
+    if ".processor." in name or "encoder_hid_proj.image_projection_layers." in name:  # diffusers' IP-Adapters
         return True
     around = [prefix for prefix in wrappers[-1:] if name.startswith(prefix)]
     return any(not name.removeprefix(prefix).startswith("base_layer.") for prefix in around)
