@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from molecli.adapters.keys import Keys, factor_keys, is_bare
+from molecli.adapters.keys import Keys, factor_keys, is_bare, table_keys
 from molecli.adapters.metadata import Configured, configured
 from molecli.adapters.settings import LoraSettings
 from molecli.adapters.source import canonical_source, resolve_source, weights_files
@@ -31,13 +31,24 @@ class Adapted:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A weight of the base that a LoRA's file repeats: the parameter's name, and the copy's place and shape."""
+
+    parameter: str
+    path: Path
+    key: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """One LoRA without its tensors; `adapted` is by matrix name.
 
     `rank` and `alpha` are the configured ones, else the most frequent ones. Matrices have the names in the file (in
     kohya's layout with underscores; bare names lack their component) until `place` renames them to those of a base.
     `path` is the file, or the folder with one subfolder per component. `origin` is set for SVDiff adapters, which have
-    shifts instead of factors.
+    shifts instead of factors. `taken_for` says which names `place` read as others; `tables` are the base's own weights
+    that the file repeats.
     """
 
     name: str
@@ -49,6 +60,8 @@ class AdapterInfo:
     adapted: dict[str, Adapted]
     base_model: str | None
     origin: Origin | None = None
+    taken_for: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     @property
     def where(self) -> str:
@@ -82,9 +95,11 @@ def read_info(spec: LoraLike) -> AdapterInfo:
     adapted: dict[str, Adapted] = {}
     settings: list[LoraSettings] = []
     bases: list[str | None] = []
+    tables: list[Table] = []
     origin = None
     for component, path in files.items():
         found, said, origin = _read_file(f"{spec.name} ({path})", path)
+        tables += _tables(path)
         adapted |= {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
         settings += said.by_component.values()
         bases.append(said.base_model)
@@ -99,7 +114,14 @@ def read_info(spec: LoraLike) -> AdapterInfo:
         adapted=adapted,
         base_model=next(filter(None, bases), None),
         origin=origin,
+        tables=tuple(tables),
     )
+
+
+def _tables(path: Path) -> list[Table]:
+    with opened_lora(path) as file:
+        found = table_keys(file.keys())
+        return [Table(name, path, key, tuple(file.get_slice(key).get_shape())) for key, name in found.items()]
 
 
 def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, Origin | None]:

@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from molecli.adapters.coverage import check_coverage
+from molecli.adapters.coverage import Coverage, check_coverage
 from molecli.adapters.info import Adapted, AdapterInfo, read_info
 from molecli.adapters.settings import unsupported
 from molecli.adapters.svdiff import Base
 from molecli.adapters.svdiff_expert import shifted_factors
+from molecli.adapters.tables import check_tables
 from molecli.adapters.weights import Shape, opened_lora
 from molecli.errors import MismatchError
 from molecli.experts import Expert, LowRank
 from molecli.files.lora_spec import LoraLike
+from molecli.protocols import Matrices
 
 
 def read_expert(
@@ -25,12 +27,15 @@ def read_expert(
     """The expert that `spec` names, on the base whose matrices are `matrices`: name -> shape.
 
     Factors keep their stored type, on the CPU, in the order of the base's matrices; those of an SVDiff adapter are
-    computed from `base`, in float32.
-    Raises: UsageError, MismatchError as `read_info` and `check_coverage` do, and for weights that are not finite.
+    computed from `base`, in float32. Copies of the base's own weights in the files are compared with `base`.
+    Raises: UsageError, MismatchError as `read_info`, `check_coverage` and `check_tables` do, and for weights that are
+    not finite.
     """
     found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
     info, matched = found.info, set(found.matched)
-    stored = _factors(info, [name for name in matrices if name in matched])
+    known = Matrices.of(matrices)
+    check_tables(info, known, base)
+    stored = _factors(info, [name for name in known.named if name in matched])
     _check_finite(info, stored)
     if info.origin is not None:
         shifts = {name: shift for name, (shift, _) in stored.items()}
@@ -45,7 +50,26 @@ def read_expert(
         rank=info.rank,
         alpha=info.alpha,
         left_out=found.unmatched,
+        notices=_notices(found, stored),
     )
+
+
+def _notices(found: Coverage, stored: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
+    """What the user of this LoRA has to know: names read as others, what is left out, that it does nothing."""
+    info, said = found.info, []
+    if info.taken_for:
+        said.append(f"{info.name}: module names {', '.join(info.taken_for)}")
+    if found.unmatched:
+        lacks = f"the base lacks {len(found.unmatched)} of its matrices, such as {found.unmatched[0]}"
+        part = f"{found.left_out:.1%} of its weights (by squared Frobenius norm)"
+        said.append(f"{info.name}: {lacks}, with {part}; they are left out")
+    if not any(_moves(a) and _moves(b) for a, b in stored.values()):
+        said.append(f"{info.name}: it changes nothing: one of its factors is zero everywhere, as before any training")
+    return tuple(said)
+
+
+def _moves(factor: Tensor) -> bool:
+    return bool((factor.float() if factor.element_size() == 1 else factor).any())
 
 
 def _factors(info: AdapterInfo, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -29,7 +29,11 @@ _REFUSED = {
 }
 # These initialisations change the weights of the base, so that the adapter fits no published base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Settings that train weights of the base itself: they are named, because only merging keeps them.
+_OWN_WEIGHTS = ("modules_to_save", "trainable_token_indices")
 _EMPTY: Mapping[str, Any] = {}
+PLAIN = "Use a plain LoRA (or rsLoRA)."
+MERGE = "Use a plain LoRA, or merge it into its base (PEFT's merge_and_unload) and use that as the base."
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
         raise unsupported(where, f"the adapter type {kind}")
     for key, name in _REFUSED.items():
         if config.get(key):
-            raise unsupported(where, name)
+            own = key in _OWN_WEIGHTS
+            raise unsupported(where, name + (_named(config[key]) if own else ""), MERGE if own else PLAIN)
     if config.get("bias", "none") != "none":
         raise unsupported(where, f"LoRA with bias (bias: {config['bias']})")
     start = str(config.get("init_lora_weights", "")).lower()
@@ -112,9 +117,15 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def unsupported(where: str, name: str) -> UsageError:
+def unsupported(where: str, name: str, remedy: str = PLAIN) -> UsageError:
     """The error for an unsupported kind of adapter."""
-    return UsageError(where, f"{name} is not supported", "Use a plain LoRA (or rsLoRA).")
+    return UsageError(where, f"{name} is not supported", remedy)
+
+
+def _named(value: Any) -> str:
+    """The modules whose own weights an adapter trains, in brackets; "" for a list of tokens."""
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, (list, dict)) else []
+    return f" (weights of its own for {', '.join(names)})" if names else ""
 
 
 def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from molecli.bases import language
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
-from molecli.functional.layers import device_of
-from molecli.protocols import Example, Family, Shape
+from molecli.functional.wrapped import device_of
+from molecli.protocols import Example, Family, Matrices
 
 
 class Causal:
@@ -45,7 +45,7 @@ class Causal:
     def device(self) -> torch.device:
         return device_of(self.model)
 
-    def matrices(self) -> dict[str, Shape]:
+    def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return language.adaptable_matrices(self.model)
 

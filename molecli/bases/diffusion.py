@@ -27,7 +27,7 @@ from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE, 
 from molecli.errors import RunError, UsageError
 from molecli.files.pictures import read_picture
 from molecli.functional import fingerprint
-from molecli.functional.layers import is_managed
+from molecli.functional.wrapped import is_managed
 from molecli.protocols import Family, Moment, Picture, Shape
 
 OnStep = Callable[[Moment], object]

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from molecli.bases import language
 from molecli.functional import fingerprint
-from molecli.functional.layers import device_of
-from molecli.protocols import Example, Family, Shape
+from molecli.functional.wrapped import device_of
+from molecli.protocols import Example, Family, Matrices
 
 
 class Seq2Seq:
@@ -33,7 +33,7 @@ class Seq2Seq:
     def device(self) -> torch.device:
         return device_of(self.model)
 
-    def matrices(self) -> dict[str, Shape]:
+    def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return language.adaptable_matrices(self.model)
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from molecli.errors import UsageError
 from molecli.functional.fingerprint import fingerprint
-from molecli.functional.layers import held, own_layer
+from molecli.functional.layers import compute_dtype, dense_weight, is_packed, kernel_shape, linear_shape
 from molecli.functional.spectral import Spectrum, decompose
+from molecli.functional.wrapped import held, own_layer, there
 from molecli.protocols import Shape
 
 
@@ -45,22 +45,35 @@ class BaseWeights:
         return self._fingerprint
 
     def dtype(self, matrix: str) -> str:
-        """The number type of the matrix."""
-        return str(self._weight(matrix).dtype).removeprefix("torch.")
+        """The number type in which the matrix computes."""
+        return str(compute_dtype(self._layer(matrix))).removeprefix("torch.")
 
     def shape(self, matrix: str) -> Shape:
-        """(d_out, d_in), or the shape of a convolution's kernel, whatever layout the layer uses."""
-        shape = tuple(self._weight(matrix).shape)
-        return shape[::-1] if isinstance(self._layer(matrix), Conv1D) else shape
+        """(d_out, d_in), or the shape of a convolution's kernel, however the layer stores it."""
+        layer = self._layer(matrix)
+        shape = linear_shape(layer) or kernel_shape(layer)
+        assert shape is not None, matrix
+        return shape
 
+    def parameter(self, name: str) -> Tensor:
+        """The parameter `name` as it is stored."""
+        owner, _, leaf = name.rpartition(".")
+        return held(self._layer(owner), leaf).detach()
+
+    @torch.no_grad()
     def dense(self, matrix: str) -> Tensor:
-        """[d_out, d_in], or [c_out, c_in·k_h·k_w], in float32. Raises: UsageError for quantised weights."""
-        layer, weight = self._layer(matrix), self._weight(matrix)
-        if not weight.is_floating_point():
-            kind = str(weight.dtype).removeprefix("torch.")
+        """[d_out, d_in], or [c_out, c_in·k_h·k_w], in float32; of quantised weights, the numbers that they stand for.
+
+        Raises: UsageError for quantised weights that cannot be read.
+        """
+        layer = there(self._layer(matrix))
+        dense = dense_weight(layer)
+        if dense is None:
+            weight = getattr(layer, "weight", None)
+            kind = f"{weight.dtype}".removeprefix("torch.") if isinstance(weight, Tensor) else type(layer).__name__
             what = f"its weights are quantised ({kind}), and singular values can be computed only of unquantised ones"
             raise UsageError(matrix, what, "Load the unquantised base.")
-        return (weight.T if isinstance(layer, Conv1D) else weight.flatten(1)).float()
+        return dense.detach().flatten(1).float()
 
     def digest(self, matrix: str) -> str:
         """A hash of all bits of the matrix in float32: it changes if the base is rounded to another type."""
@@ -70,16 +83,17 @@ class BaseWeights:
     @torch.no_grad()
     def spectrum(self, matrix: str) -> Spectrum:
         """U, σ and V of the matrix, on its device; cached until its weight changes or the layer is deleted."""
-        layer, weight = self._layer(matrix), self._weight(matrix)
+        layer = self._layer(matrix)
+        # Packed weights are compared by what they stand for: their storage may be reordered.
+        weight = self.dense(matrix) if is_packed(layer) else there(layer).weight
+        assert isinstance(weight, Tensor)
+        place = (0, 0) if is_packed(layer) else (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         # Includes the sum, because writing through `.data`, as PEFT does to merge, does not change the version.
-        stamp = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, float(weight.float().sum()))
+        stamp = (*place, float(weight.float().sum()))
         known = _SPECTRA.get(layer)
         if known is None or known.stamp != stamp:
             _SPECTRA[layer] = known = _Known(stamp, decompose(self.dense(matrix)))
         return known.spectrum
-
-    def _weight(self, matrix: str) -> Tensor:
-        return held(self._layer(matrix), "weight").detach()
 
     def _layer(self, matrix: str) -> nn.Module:
         return own_layer(self.model.get_submodule(matrix))

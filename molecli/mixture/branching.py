@@ -23,10 +23,10 @@ from molecli.bases.pipeline import PipelineModules
 from molecli.catalog.methods import DEFAULT, SUM
 from molecli.errors import UsageError
 from molecli.experts import ExpertBank
-from molecli.functional.layers import device_of
+from molecli.functional.wrapped import device_of
 from molecli.mixture.branched import BranchedGroup, Branches
 from molecli.mixture.call_scale import called_scale
-from molecli.mixture.mixture import Mixture
+from molecli.mixture.mixture import Mixture, Update
 from molecli.mixture.streams import Streams
 from molecli.mixture.unet_rows import RowModules, copied, guided, repeated
 from molecli.protocols import Moment, OutputMethod, Reading, Site
@@ -104,8 +104,7 @@ class Branching(Mixture):
                 live = BranchedGroup(group, self.bank, self._modules)
                 self._branched.append(live)
                 for index, matrix in enumerate(group.matrices):
-                    hook = self._branched_hook(live, index)
-                    self._handles.append(self._modules[matrix].register_forward_hook(hook, with_kwargs=True))
+                    self._hook_at(matrix, self._branched_hook(live, index))
             unet = self._unet
             self._row_modules = RowModules(unet)
             self._handles.append(unet.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -227,12 +226,9 @@ class Branching(Mixture):
             self._known[rows] = [[(expert, weight) for expert, weight in enumerate(row) if weight] for row in rows]
         self._branches = self._known[rows]
 
-    def _branched_hook(self, group: BranchedGroup, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-            if self._off:
-                return None
-            x = args[0] if args else kwargs["input"]
-            return group.add(y, x, index, self._branches, self._scale)
+    def _branched_hook(self, group: BranchedGroup, index: int) -> Update:
+        def hook(x: Tensor, y: Tensor) -> Tensor | None:
+            return None if self._off else group.add(y, x, index, self._branches, self._scale)
 
         return hook
 

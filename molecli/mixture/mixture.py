@@ -7,23 +7,30 @@ No tensor of size experts x tokens x width is computed, and no `forward` is patc
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from molecli.bases.pipeline import PipelineModules
+from molecli.bases.pipeline import PipelineModules, fused_with
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
-from molecli.functional.layers import device_of, layers_of
 from molecli.functional.tensor_version import Stamp, stamp
+from molecli.functional.wrapped import device_of, layers_of
+from molecli.mixture.continuation import check_continues, check_whole, rolled_back
+from molecli.mixture.output_head import output_head
+from molecli.mixture.recompute import check_learns
+from molecli.mixture.served import Served
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, move_reading
 from molecli.mixture.streams import Pass, Streams
-from molecli.protocols import Gate, Site
+from molecli.mixture.uncompiled import run_eagerly
+from molecli.protocols import Site
+
+# The input x of a matrix and its output y -> y with the experts' update, or None for y as it is.
+Update = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class Mixture:
@@ -50,14 +57,15 @@ class Mixture:
             if matrix not in modules:
                 raise MismatchError(matrix, "the LoRAs adapt this matrix, but the base has no matrix of that name")
         self._modules = modules
+        fixed = all(getattr(gates[site.name], "constant", False) for site in sites)
+        self._head = None if fixed else output_head(model, bank.matrices)
         self._streams = streams
         self._renormalize_absent = renormalize_absent
         for site in sites:
-            place = device_of(modules[site.matrices[0]])
-            gates[site.name].to(place)
+            gates[site.name].to(device_of(modules[site.matrices[0]]))
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Any] = []  # with `remove`
         self._keep: Tensor | None = None  # on the CPU; [N], 0 for masked experts
         self._keeps: dict[torch.device, Tensor] = {}  # copies of it on other devices
         self._off = False
@@ -77,26 +85,34 @@ class Mixture:
         """Adds the hooks."""
         if self._handles:
             raise RunError("mixture", "it is attached already", "Leave its context first.")
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self) -> None:
         self._state = object()
-        self._handles += self._streams.attach(self._forget)
+        self._handles.append(run_eagerly())
+        self._handles += self._streams.attach(self._begin)
+        self._handles += self._head.attach() if self._head is not None else []
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
+        self._served = self._watched()
         for hosted in self._hosted.values():
             hosted.open()
             for group in hosted.site.groups:
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
+                live.heads = self._head is not None and self._modules[group.matrices[0]] is self._head.module
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
-                    hook = self._hook(live, index)
-                    self._handles.append(self._modules[matrix].register_forward_hook(hook, with_kwargs=True))
+                    self._hook_at(matrix, self._hook(live, index))
 
     def detach(self) -> None:
         """Removes all hooks; the model is the base again, bit for bit."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._groups = [], []
-        for hosted in self._hosted.values():
-            hosted.maker = None  # it would keep a copy of its factors
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
@@ -115,7 +131,7 @@ class Mixture:
         self._off = len(off) == len(self.bank)
         self._state = object()
         for hosted in self._hosted.values():
-            hosted.step, hosted.value = -1, None
+            hosted.step, hosted.value, hosted.origin = -1, None, None
 
     def only(self, *names: str) -> None:
         """Switches off all experts except the named ones."""
@@ -200,11 +216,32 @@ class Mixture:
 
     # -- one forward pass --------------------------------------------------------------------------------------------
 
-    def _hook(self, group: HostedGroup, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+    def _watched(self) -> Served:
+        """The marks of the matrices of all sites, with hooks that check every pass."""
+        matrices = [matrix for site in self.sites for matrix in site.matrices]
+        served = Served(self.model, matrices, self._streams.parts(), self._streams.optional(matrices))
+        self._handles += served.watch()
+        return served
+
+    def _hook_at(self, matrix: str, hook: Update) -> None:
+        """Adds the hook (x, y) -> y' at the matrix, and where a module that is fused from several computes it."""
+        mark = self._served.mark(matrix)
+
+        def called(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+            mark.seen = mark.ever = True
+            return hook(args[0] if args else kwargs["input"], y)
+
+        self._handles.append(self._modules[matrix].register_forward_hook(called, with_kwargs=True))
+        for module, rows in fused_with(matrix, self._modules):
+            self._handles.append(module.register_forward_hook(_on_rows(rows, called), with_kwargs=True))
+
+    def _hook(self, group: HostedGroup, index: int) -> Update:
+        def hook(x: Tensor, y: Tensor) -> Tensor | None:
             if self._off:
                 return None
-            x = args[0] if args else kwargs["input"]
+            if self._streams.probing:
+                group.learn(tuple(x.shape[:-1]), self._streams.axes(group.stream))
+                return None
             if group.x is not x or group.device != y.device:
                 self._mix(group, x, y)
             return group.add(y, index)
@@ -216,20 +253,28 @@ class Mixture:
 
         y is an output of the base for x: it tells where, and in which type, the base computes.
         """
-        exact, scale = torch.is_grad_enabled(), self._streams.of(group.site.site).scale
+        exact, scale, given = torch.is_grad_enabled(), self._streams.of(group.site.site).scale, x
         if group.device != y.device or group.dtype != y.dtype:
             group.put(y.device, y.dtype)
         if group.kept is not None and not exact and self._recalled(group.kept, group, x, scale):
             return
-        here = x if x.device == y.device else x.to(y.device)  # accelerate's hook moves it for the layer alone
-        u = group.project(here)
-        value = self._streams.fitted(group.matrices[0], self._value(group, here, u), here)
+        x = x if x.device == y.device else x.to(y.device)  # accelerate's hook moves it for the layer alone
+        head = self._head if group.heads and not group.site.gate.constant else None
+        whole = given if head is None else head.whole(given)
+        whole = x if whole is given else whole.to(y.device)
+        size = self._streams.axes(group.stream)
+        group.learn(tuple(whole.shape[:-1]), size)
+        u = group.project(x)
+        value = self._value(group, whole, u if whole is x else group.project(whole))
+        value = self._streams.fitted(group.name, value, x)
+        if head is not None:
+            value, size = head.rows(value), size if whole is x else None
         # Without gradients the weights are multiplied in place, which needs no cast.
         weights = self._per_rank(group, value, u.dtype if exact else value.dtype)
-        group.weight(here, u, weights if scale == 1.0 else weights * scale)
-        group.x = x
+        group.weight(x, u, weights if scale == 1.0 else weights * scale, size)
+        group.x = given
         if not exact and group.lasting:
-            group.keep(x, value, self._keep, scale)
+            group.keep(given, value, self._keep, scale)
 
     def _recalled(self, kept: Kept, group: HostedGroup, x: Tensor, scale: float) -> bool:
         """Whether the results of an earlier pass are used again, because the input and the gate are the same.
@@ -241,7 +286,7 @@ class Mixture:
             return False
         step = self._streams.of(hosted.site).step
         if group.place == 0:
-            hosted.step, hosted.value, hosted.valid = step, kept.value, None
+            hosted.step, hosted.value, hosted.seen = step, kept.value, None
         elif hosted.step != step or hosted.value is not kept.value:
             return False
         group.x, group.mixed, group.served = x, kept.mixed, 0
@@ -251,7 +296,9 @@ class Mixture:
         """`value` ([N], [B, N] or [B, T, N]) for each rank of the group: [R], [B, 1, R] or [B, T, R]."""
         apart = self._renormalize_absent and not group.complete
         if value.dim() < 3 and not apart:
-            return group.site.by_rank(value, dtype, group.device)[group.place]
+            current = self._streams.of(group.site.site)
+            memo = current.expanded if current.learning else group.site.expanded
+            return group.site.by_rank(value, dtype, group.device, memo)[group.place]
         if not apart:
             return value.to(group.device, dtype).index_select(-1, group.owner)
         value = (value.unsqueeze(1) if value.dim() == 2 else value).to(group.device)
@@ -265,52 +312,67 @@ class Mixture:
         must be computed again, so that autograd finds the same tensors. Values from outside must be used as they are.
         """
         hosted = group.site
-        current = self._streams.of(hosted.site)
-        again = current.over and group is hosted.maker
-        if hosted.value is not None and hosted.step == current.step and not again:
-            return hosted.value
-        hosted.maker = group
-        gate: Gate = hosted.gate  # type: ignore[assignment]
+        current, gate = self._streams.of(hosted.site), hosted.gate
+        made = current.values.get(hosted.site.name) if current.over else None
+        if made is not None:
+            if made[1] is group:
+                return self._made(group, current, x, u, None)
+            check_learns(made[0], hosted.gate)
+            return made[0]
+        if hosted.value is None or hosted.step != current.step:
+            hosted.step, hosted.value, hosted.seen = current.step, self._new_value(group, current, x, u), current
+        elif not gate.constant and group.stream != hosted.site.stream:
+            self._streams.check_shared()
+        return hosted.value
+
+    def _new_value(self, group: HostedGroup, current: Pass, x: Tensor, u: Tensor) -> Tensor:
+        """The value in a new pass, which may go on from a prompt. Raises: RunError if it is not known from which."""
+        hosted, gate = group.site, group.site.gate
+        if gate.constant or current.past == 0 or hosted.site.stream != "decoder" or not gate.remembers:
+            if not gate.constant and gate.remembers and gate.per_sequence and hosted.site.stream == "decoder":
+                check_whole(current)
+            value = self._made(group, current, x, u, None)
+            hosted.origin = current.trace
+        else:
+            check_continues(current, hosted.origin, fixed=gate.per_sequence)
+            if gate.per_sequence and hosted.value is not None:
+                return hosted.value  # computed at prefill, then constant
+            assert hosted.last is not None
+            value = self._made(group, current, x, u, rolled_back(hosted.state, hosted.last, current.trace.start))
+        hosted.last = current.trace
+        return value
+
+    def _made(
+        self, group: HostedGroup, current: Pass, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """The gate's value for the entry's input x; it is noted in the pass if a backward pass may follow."""
+        hosted, gate, keep = group.site, group.site.gate, self._keep_on(group.device)
         hosted.move(group.device)
-        keep = self._keep_on(group.device)
         if gate.constant:
-            hosted.step, hosted.value = current.step, gate(None, keep)
-            return hosted.value
-        decoding = current.past != 0 and hosted.site.stream == "decoder" and gate.remembers
-        if decoding:
-            self._check_cache(hosted, current)
-        if decoding and gate.per_sequence and hosted.value is not None:
-            hosted.step = current.step  # computed at prefill, then constant
-            return hosted.value
-        reading = self._streams.reading(hosted.site, x, u, hosted.state)
-        move_reading(reading, group.device)
-        hosted.valid = reading.valid
-        value = gate(reading, keep)
-        hosted.step, hosted.value, hosted.state = current.step, value, reading.state
-        hosted.origin = hosted.origin if decoding else current
+            value: Tensor = gate(None, keep)
+        else:
+            reading = self._streams.reading(hosted.site, x, u, state, gate=gate, first=group.first)
+            move_reading(reading, group.device)
+            value = gate(reading, keep)
+            if not current.over:
+                hosted.state = reading.state
+        if current.learning:
+            current.values[hosted.site.name] = value, group
         return value
 
     def _keep_on(self, device: torch.device) -> Tensor | None:
         """The mask on this device, copied to it once."""
-        if self._keep is None or self._keep.device == device or device.type == "meta":
+        if self._keep is None or device.type in ("cpu", "meta"):
             return self._keep
         if device not in self._keeps:
             with torch.inference_mode(False):
                 self._keeps[device] = self._keep.to(device)
         return self._keeps[device]
 
-    def _check_cache(self, hosted: HostedSite, current: Pass) -> None:
-        """Raises: RunError if the pass does not continue the prompt that the site's gate was computed for."""
-        what = None
-        if current.past is None:
-            what = "this kind of cache does not say whether it continues a prompt"
-            raise RunError("generation", what, "Write use_cache=False, or use gates with --pool token.")
-        if hosted.value is None:
-            what = "the cache has tokens from before the experts were attached or masked"
-        elif hosted.origin is not None and hosted.origin.differs(current):
-            what = "the cache is not that of the last prompt, for which the gates were computed"
-        if what is not None:
-            raise RunError("generation", what, "Start with an empty cache.")
+    def _begin(self) -> bool:
+        """Drops what an earlier pass left; whether the axes of an input are still to be found out."""
+        self._forget()
+        return any(group.first is None and not group.site.gate.constant for group in self._groups)
 
     def _forget(self) -> None:
         for group in self._groups:
@@ -322,13 +384,27 @@ class Mixture:
             if hosted.value is None:
                 continue
             value = hosted.value
-            if value.dim() == 3 and hosted.valid is None:
+            valid = None if hosted.seen is None or value.dim() < 3 else _valid(hosted.seen, hosted.site)
+            if value.dim() == 3 and valid is None:
                 value = value.mean(1)
-            elif value.dim() == 3:
-                assert hosted.valid is not None
-                weight = hosted.valid.unsqueeze(-1).to(value.dtype)
+            elif valid is not None:
+                weight = valid.unsqueeze(-1).to(value.dtype)
                 value = (value * weight).sum(1) / weight.sum(1).clamp_min(1)
             yield name, value if value.dim() == 2 else value.unsqueeze(0)
+
+
+def _on_rows(rows: slice, hook: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """The hook for some features of a module's output."""
+
+    def part(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        new = hook(module, args, kwargs, y[..., rows].contiguous())
+        return None if new is None else torch.cat([y[..., : rows.start], new, y[..., rows.stop :]], dim=-1)
+
+    return part
+
+
+def _valid(seen: Pass, site: Site) -> Tensor | None:
+    return seen.memory_valid if site.stream == "memory" else seen.valid
 
 
 def switch(mixture: Mixture, *, mask: tuple[str, ...], only: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ every other, with padding (CLIP is trained to read it), so all positions count i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -26,7 +27,7 @@ from molecli.mixture.call_scale import TextScale, called_scale
 from molecli.mixture.sites import as_registered, block_of, groups_of, layer_of
 from molecli.mixture.streams import Pass, Streams, outside
 from molecli.mixture.unet_rows import RowModules
-from molecli.protocols import Granularity, Group, Reading, Shape, Site, Stream
+from molecli.protocols import Gate, Granularity, Group, Reading, Shape, Site, Stream
 
 
 class PipelineLayout:
@@ -143,12 +144,14 @@ _MOTION = ("motion_modules", "temp_attentions", "transformer_in")
 class PipelineStreams:
     """The current pass of the UNet and of each text encoder."""
 
+    probing = False
+
     def __init__(self, model: PipelineModules) -> None:
         self.model = model
         self.passes = {name: PartPass() for name, _ in model.named_children()}
         self._text_scale = 1.0  # of the prompt that the pipeline encodes now
 
-    def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
+    def attach(self, on_pass: Callable[[], Any]) -> list[RemovableHandle]:
         """Hooks that count the passes of every part; `on_pass` is called at the start of each."""
         self.passes = {name: PartPass() for name in self.passes}
         handles = []
@@ -162,11 +165,27 @@ class PipelineStreams:
     def _note_text_scale(self, scale: float) -> None:
         self._text_scale = scale
 
+    def parts(self) -> Sequence[nn.Module]:
+        """The UNet and the text encoder(s)."""
+        return list(self.model.children())
+
+    def optional(self, matrices: Sequence[str]) -> Collection[str]:
+        """None: each part always has its input."""
+        return ()
+
     def of(self, site: Site) -> PartPass:
         """The pass of the part that contains the site's matrices; the site's name begins with it."""
         return self.passes[site.name.partition(".")[0]]
 
-    def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
+    def axes(self, stream: Stream) -> None:
+        """None: every input has pictures before positions."""
+
+    def check_shared(self) -> None:
+        """Nothing: no gate is shared between axes."""
+
+    def reading(
+        self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None, *, gate: Gate, first: bool | None
+    ) -> Reading:
         """x and u as [B, positions, .], without masks; the positions of a film are those of all its frames."""
         current = self.of(site)
         if current.step == 0:
@@ -207,7 +226,7 @@ class PipelineStreams:
         what = f"each row of the call has its own gate, and rows are split: {why}"
         raise RunError("gates", what, f"Use a mode with the same weights for every row, such as {SUM}.")
 
-    def _begin(self, name: str, on_pass: Callable[[], None]) -> Callable[..., None]:
+    def _begin(self, name: str, on_pass: Callable[[], Any]) -> Callable[..., None]:
         rows_of = ("sample", "input_ids")[name != "unet"]
         modules = RowModules(self.model.get_submodule(name))
 
@@ -218,7 +237,12 @@ class PipelineStreams:
             rows, frames = shape[0], shape[2] if len(shape) == 5 else None
             scale = called_scale(kwargs) if name == "unet" else self._text_scale
             self.passes[name] = PartPass(
-                self.passes[name].step + 1, scale=scale, rows=rows, frames=frames, divider=modules.divider
+                self.passes[name].step + 1,
+                learning=torch.is_grad_enabled(),
+                scale=scale,
+                rows=rows,
+                frames=frames,
+                divider=modules.divider,
             )
 
         return hook

@@ -9,19 +9,24 @@ move_reading.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from molecli.errors import MismatchError
 from molecli.experts import ExpertBank
-from molecli.functional.layers import own_layer
+from molecli.functional.layers import compute_dtype
 from molecli.functional.low_rank import add_expanded, add_expanded_maps, project, project_maps
 from molecli.functional.tensor_version import Stamp, stamp
+from molecli.functional.wrapped import own_layer
+from molecli.mixture.continuation import Trace
 from molecli.mixture.streams import Pass
+from molecli.mixture.token_axes import axes_of, placed
 from molecli.protocols import Group, Reading, Site
 
 
@@ -30,39 +35,23 @@ class HostedSite:
 
     def __init__(self, site: Site, gate: nn.Module) -> None:
         self.site = site
-        self.gate = gate
+        self.gate: Any = gate
         self.step = -1
         self.value: Tensor | None = None  # from the gate, with experts masked
-        self.maker: HostedGroup | None = None  # the group in whose call the value was computed
-        self.valid: Tensor | None = None
-        self.state: tuple[Tensor, Tensor] | None = None
-        self.origin: Pass | None = None  # the prompt's pass, from which value and state come
+        self.seen: Pass | None = None  # the pass that the value belongs to
+        self.state: tuple[Tensor, Tensor] | None = None  # after the last tokens of the pass `last`
+        self.origin: Trace | None = None  # of the prompt's pass
+        self.last: Trace | None = None  # of the last pass
         self.owners: list[Tensor] = []  # the experts of its groups' ranks, in the order of the groups
+        self.owner: dict[torch.device, Tensor] = {}  # the same as one tensor, on each device that needs it
         self.ranks: list[int] = []  # the number of ranks of each group
-        self.owner: dict[torch.device, Tensor] = {}  # the owners as one tensor, on each device that needs them
-        # By device: a value, and that value by rank for each group.
-        self.expanded: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.expanded: dict[Any, Any] = {}  # see `by_rank`
         self.tensors = (*gate.parameters(), *gate.buffers())
 
     def open(self) -> None:
         """For a new attachment: without groups, and without gate values, which belong to earlier prompts."""
         self.owners, self.ranks, self.owner, self.expanded = [], [], {}, {}
-        self.step, self.value, self.maker, self.origin = -1, None, None, None
-
-    def by_rank(self, value: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather; cached for the same value."""
-        known = self.expanded.get(device)
-        if known is None or known[0] is not value or known[1][0].dtype != dtype:
-            owner = self.owner.get(device)
-            if owner is None:
-                with torch.inference_mode(False):
-                    self.owner[device] = owner = torch.cat(self.owners).to(device)
-            ranks = value.to(device, dtype).index_select(-1, owner)
-            if ranks.dim() == 2:
-                ranks = ranks.unsqueeze(1)  # one per sequence: the same for all its tokens
-            parts = ranks.split_with_sizes(self.ranks, -1) if len(self.ranks) > 1 else (ranks,)
-            self.expanded[device] = known = value, parts
-        return known[1]
+        self.step, self.value, self.origin = -1, None, None
 
     def move(self, device: torch.device) -> None:
         """Moves the gate to where its input is. In place: sites can share a gate, and an optimizer can hold it."""
@@ -71,6 +60,23 @@ class HostedSite:
                 tensor.data = tensor.data.to(device)
                 if tensor.grad is not None:
                     tensor.grad.data = tensor.grad.data.to(device)
+
+    def by_rank(
+        self, value: Tensor, dtype: torch.dtype, device: torch.device, memo: dict[Any, Any]
+    ) -> tuple[Tensor, ...]:
+        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather, kept in `memo`."""
+        known: tuple[Tensor, tuple[Tensor, ...]] | None = memo.get((self.site.name, device))
+        if known is None or known[0] is not value or known[1][0].dtype != dtype:
+            owner = self.owner.get(device)
+            if owner is None:
+                with torch.inference_mode(False):
+                    self.owner[device] = owner = torch.cat(self.owners).to(device)
+            ranks = value.to(device, dtype).index_select(-1, owner)
+            if ranks.dim() == 2:
+                ranks = ranks.unsqueeze(1)  # one per sequence: the same for all its tokens
+            known = value, ranks.split_with_sizes(self.ranks, -1) if len(self.ranks) > 1 else (ranks,)
+            memo[self.site.name, device] = known
+        return known[1]
 
 
 @dataclass(frozen=True)
@@ -105,20 +111,21 @@ class HostedGroup:
         site.ranks.append(len(self.owners))
         self.sizes = [len(owner) for owner in owners]
         self.complete = all(len(bank.present(m)) == len(bank) for m in group.matrices)
+        self.stream = group.stream
+        self.name = group.matrices[0]
+        self.first: bool | None = None  # whether its input has sequences before tokens, if that was seen
         self.x: Tensor | None = None
         self.mixed: tuple[Tensor, ...] = ()
         self.served = 0
         # True for the UNet's keys and values of the text, which is the same at every step.
         self.lasting = group.stream == "text" and group.matrices[0].startswith("unet.")
         self.kept: Kept | None = None
+        self.heads = False  # whether it is the output head, which reads only some of the tokens
         self.device, self.dtype = torch.device("meta"), torch.get_default_dtype()
-        self._expect(reference(own_layer(modules[group.matrices[0]])))
-
-    def _expect(self, weight: Tensor) -> None:
-        """Places the factors where the layer will probably compute, so that the first pass is as fast as the others."""
-        dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else self.dtype
-        if not weight.is_meta:
-            self.put(weight.device, dtype)
+        layer = own_layer(modules[group.matrices[0]])
+        if not reference(layer).is_meta:
+            # Where the layer will probably compute, so that the first pass is as fast as the others.
+            self.put(reference(layer).device, compute_dtype(layer))
 
     @torch.no_grad()
     def put(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -141,13 +148,27 @@ class HostedGroup:
         """u [..., R], x projected by every expert's A."""
         return project(x, self.A)
 
-    def weight(self, x: Tensor, u: Tensor, weights: Tensor | float) -> None:
-        """Stores u times `weights` (one for all, or by rank [R], [B, 1, R] or [B, T, R]) for the group's matrices."""
+    def learn(self, lead: tuple[int, ...], size: tuple[int, int] | None) -> None:
+        """Notes the order of the axes of an input [*lead, d] in a pass over `size` sequences and tokens."""
+        if self.first is None and size is not None and len(lead) > 1 and size[0] != size[1]:
+            rows = axes_of(lead, *size).rows
+            self.first = None if rows is None else rows == 0
+
+    def weight(self, x: Tensor, u: Tensor, weights: Tensor | float, size: tuple[int, int] | None = None) -> None:
+        """Stores u times `weights` (one for all, or by rank [R], [B, 1, R] or [B, T, R]) for the group's matrices.
+
+        size: the numbers of sequences and tokens, if the input may have other axes than these.
+        """
         if isinstance(weights, Tensor) and weights.dim() == 3:
-            weights = _fit_batch(weights, x)
-        mixed = _weighted(u, weights).flatten(0, -2)
+            weights = _fit_batch(weights, x) if size is None else self._placed(weights, tuple(x.shape[:-1]), size)
+        mixed = _weighted(u, weights).reshape(-1, u.shape[-1])
         self.x, self.served = x, 0
         self.mixed = mixed.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (mixed,)
+
+    def _placed(self, weights: Tensor, lead: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+        if lead == size and weights.shape[0] == lead[0] and (size[0] != size[1] or self.first):
+            return weights  # as in most models
+        return placed(weights, self.name, lead, axes_of(lead, *size, first=self.first), size)
 
     def add(self, y: Tensor, index: int) -> Tensor:
         """y plus the experts' update at the group's matrix `index`; after the last matrix the results are dropped."""
@@ -183,7 +204,7 @@ class HostedMaps(HostedGroup):
         """u [B, R, H', W'], x projected by every expert's A."""
         return project_maps(x, self.A, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
-    def weight(self, x: Tensor, u: Tensor, weights: Tensor | float) -> None:
+    def weight(self, x: Tensor, u: Tensor, weights: Tensor | float, size: tuple[int, int] | None = None) -> None:
         """Stores u times `weights` (one for all, or by rank [R], [B, 1, R] or [B, P, R]) for the group's matrices."""
         if isinstance(weights, Tensor):
             weights = weights.transpose(1, 2) if weights.dim() == 3 else weights.unsqueeze(-1)
@@ -199,8 +220,8 @@ def host_group(group: Group, site: HostedSite, bank: ExpertBank, modules: Mappin
 
 
 def reference(module: nn.Module) -> Tensor:
-    """A parameter that shows the module's device and dtype, unless it is offloaded or stored in another type."""
-    return next(module.parameters())
+    """A tensor of the module, which shows its device; some quantised layers have buffers only."""
+    return next(itertools.chain(module.parameters(), module.buffers()))
 
 
 def move_reading(reading: Reading, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from molecli.adapters import write_diffusers
 from molecli.bases.pipeline import PipelineModules, pipeline_matrices
 from molecli.experts import Expert
 from molecli.functional.fingerprint import fingerprint, same_base
-from molecli.functional.layers import device_of
+from molecli.functional.wrapped import device_of
 from molecli.mixture.attach import attach
 from molecli.mixture.build import build_mixture
 from molecli.mixture.layout import adaptable_matrices
