@@ -16,7 +16,7 @@ from molecli.bases import language, languages
 from molecli.bases.prompt_format import PromptFormat, choose_format
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
-from molecli.protocols import Completion, Example, Family, Shape
+from molecli.protocols import Completion, Example, Family, Matrices
 
 
 class Causal:
@@ -61,7 +61,7 @@ class Causal:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def matrices(self) -> dict[str, Shape]:
+    def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return language.adaptable_matrices(self.model)
 

@@ -11,10 +11,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.pytorch_utils import Conv1D
 
+from molecli.bases.fused import is_layer
+from molecli.bases.own_names import own_names
 from molecli.errors import UsageError
-from molecli.protocols import Shape
+from molecli.functional.layers import linear_shape
+from molecli.protocols import Matrices, Shape
 
 UNSCORED = -100
 # Models whose LoRAs are attached in a way that does not work with a key-value cache.
@@ -22,22 +24,26 @@ _UNCACHED: WeakSet[nn.Module] = WeakSet()
 Side = Literal["left", "right"]
 
 
-def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
-    """Module name -> (d_out, d_in) of every linear layer except the output head; also works on the meta device.
-
-    GPT-2's Conv1D stores its weight as [d_in, d_out]; its shape here is (d_out, d_in) too.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+def adaptable_matrices(model: nn.Module) -> Matrices:
+    """Module name -> (d_out, d_in) of every linear layer, quantised or not, the output head apart; also works on the
+    meta device. See `layers.linear_shape`."""
+    head, embeddings = model.get_output_embeddings(), _embeddings(model)  # type: ignore[operator]
     found: dict[str, Shape] = {}
+    last: dict[str, Shape] = {}
+    tables: dict[str, Shape] = {}
     for name, module in model.named_modules():
-        if module is head:
-            continue
-        if isinstance(module, nn.Linear):
-            found[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            d_in, d_out = module.weight.shape
-            found[name] = (d_out, d_in)
-    return found
+        if module is embeddings and isinstance(module, nn.Embedding):
+            tables[name] = (module.num_embeddings, module.embedding_dim)
+        elif (shape := linear_shape(module)) is not None and is_layer(module):
+            (last if module is head else found)[name] = shape
+    return Matrices(found, head=last, tables={**tables, **last}, renamed=own_names(model, [*found, *last, *tables]))
+
+
+def _embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # of models whose embeddings transformers does not know
+        return None
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -93,7 +99,9 @@ def outside_text(model: nn.Module, matrices: Iterable[str]) -> list[str]:
     if isinstance(model.config, kind) or model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return []
     parts = [name for name, module in model.named_modules() if isinstance(getattr(module, "config", None), kind)]
-    return [name for name in matrices if not any(name.startswith(f"{part}.") for part in parts)]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    inside = [name for name, module in model.named_modules() if module is head]
+    return [name for name in matrices if name not in inside and not any(name.startswith(f"{part}.") for part in parts)]
 
 
 def position_limit(model: nn.Module) -> int | None:

@@ -13,7 +13,7 @@ from molecli.bases import language, languages
 from molecli.bases.prompt_format import choose_format
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
-from molecli.protocols import Example, Family, Shape
+from molecli.protocols import Example, Family, Matrices
 
 
 class Seq2Seq:
@@ -55,7 +55,7 @@ class Seq2Seq:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def matrices(self) -> dict[str, Shape]:
+    def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return language.adaptable_matrices(self.model)
 

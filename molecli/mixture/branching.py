@@ -24,7 +24,7 @@ from molecli.catalog.methods import DEFAULT, SUM
 from molecli.errors import UsageError
 from molecli.experts import ExpertBank
 from molecli.mixture.branched import BranchedGroup, Branches
-from molecli.mixture.mixture import Mixture
+from molecli.mixture.mixture import Mixture, Update
 from molecli.mixture.site_state import reference
 from molecli.mixture.streams import Streams
 from molecli.protocols import Moment, OutputMethod, Reading, Site
@@ -97,8 +97,7 @@ class Branching(Mixture):
                 live = BranchedGroup(group, self.bank, self._modules)
                 self._branched.append(live)
                 for index, matrix in enumerate(group.matrices):
-                    hook = self._branched_hook(live, index)
-                    self._handles.append(self._modules[matrix].register_forward_hook(hook))
+                    self._hook_at(matrix, self._branched_hook(live, index))
             unet = self._unet
             self._handles.append(unet.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(unet.register_forward_hook(self._after))
@@ -214,9 +213,9 @@ class Branching(Mixture):
             ]
         self._branches = self._known[rows]
 
-    def _branched_hook(self, group: BranchedGroup, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-            return None if self._off else group.add(y, args[0], index, self._branches)
+    def _branched_hook(self, group: BranchedGroup, index: int) -> Update:
+        def hook(x: Tensor, y: Tensor) -> Tensor | None:
+            return None if self._off else group.add(y, x, index, self._branches)
 
         return hook
 

@@ -11,9 +11,10 @@ every other, with padding (CLIP is trained to read it), so all positions count i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -23,7 +24,7 @@ from molecli.catalog.methods import Kind
 from molecli.errors import UsageError
 from molecli.mixture.sites import as_registered, block_of, groups_of, layer_of
 from molecli.mixture.streams import Pass, Streams, outside
-from molecli.protocols import Granularity, Group, Reading, Shape, Site, Stream
+from molecli.protocols import Gate, Granularity, Group, Reading, Shape, Site, Stream
 
 
 class PipelineLayout:
@@ -125,11 +126,13 @@ def _unet_layer(matrix: str) -> str:
 class PipelineStreams:
     """The current pass of the UNet and of each text encoder."""
 
+    probing = False
+
     def __init__(self, model: PipelineModules) -> None:
         self.model = model
         self.passes = {name: Pass() for name, _ in model.named_children()}
 
-    def attach(self, on_pass: Callable[[], None]) -> list[RemovableHandle]:
+    def attach(self, on_pass: Callable[[], Any]) -> list[RemovableHandle]:
         """Hooks that count the passes of every part; `on_pass` is called at the start of each."""
         self.passes = {name: Pass() for name in self.passes}
         handles = []
@@ -138,11 +141,27 @@ class PipelineStreams:
             handles.append(part.register_forward_hook(self._end(name)))
         return handles
 
+    def parts(self) -> Sequence[nn.Module]:
+        """The UNet and the text encoder(s)."""
+        return list(self.model.children())
+
+    def optional(self, matrices: Sequence[str]) -> Collection[str]:
+        """None: each part always has its input."""
+        return ()
+
     def of(self, site: Site) -> Pass:
         """The pass of the part that contains the site's matrices; the site's name begins with it."""
         return self.passes[site.name.partition(".")[0]]
 
-    def reading(self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None) -> Reading:
+    def axes(self, stream: Stream) -> None:
+        """None: every input has pictures before positions."""
+
+    def check_shared(self) -> None:
+        """Nothing: no gate is shared between axes."""
+
+    def reading(
+        self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None, *, gate: Gate, first: bool | None
+    ) -> Reading:
         """x and u as [B, positions, .], without masks."""
         current = self.of(site)
         if current.step == 0:
@@ -152,10 +171,10 @@ class PipelineStreams:
             x = F.adaptive_avg_pool2d(x, (u.shape[-2], u.shape[-1]))
         return Reading(positions(x), positions(u), None, None, shared=current.shared)
 
-    def _begin(self, name: str, on_pass: Callable[[], None]) -> Callable[..., None]:
+    def _begin(self, name: str, on_pass: Callable[[], Any]) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             on_pass()
-            self.passes[name] = Pass(self.passes[name].step + 1)
+            self.passes[name] = Pass(self.passes[name].step + 1, learning=torch.is_grad_enabled())
 
         return hook
 

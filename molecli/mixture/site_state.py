@@ -5,18 +5,23 @@ Contents: HostedSite; Kept; HostedGroup, of linear layers; HostedMaps, of convol
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from molecli.errors import MismatchError
 from molecli.experts import ExpertBank
+from molecli.functional.layers import compute_dtype
 from molecli.functional.low_rank import add_expanded, add_expanded_maps, project, project_maps
 from molecli.functional.tensor_version import Stamp, stamp
+from molecli.mixture.continuation import Trace
 from molecli.mixture.streams import Pass
+from molecli.mixture.token_axes import axes_of, placed
 from molecli.protocols import Group, Site
 
 
@@ -25,27 +30,28 @@ class HostedSite:
 
     def __init__(self, site: Site, gate: nn.Module) -> None:
         self.site = site
-        self.gate = gate
+        self.gate: Any = gate
         self.step = -1
         self.value: Tensor | None = None  # from the gate, with experts masked
-        self.maker: HostedGroup | None = None  # the group in whose call the value was computed
-        self.valid: Tensor | None = None
-        self.state: tuple[Tensor, Tensor] | None = None
-        self.origin: Pass | None = None  # the prompt's pass, from which value and state come
+        self.seen: Pass | None = None  # the pass that the value belongs to
+        self.state: tuple[Tensor, Tensor] | None = None  # after the last tokens of the pass `last`
+        self.origin: Trace | None = None  # of the prompt's pass
+        self.last: Trace | None = None  # of the last pass
         self.owners: list[Tensor] = []  # the experts of its groups' ranks, in the order of the groups
         self.owner = torch.empty(0)  # the same as one tensor
         self.ranks: list[int] = []  # the number of ranks of each group
-        self.expanded: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a value, and that value by rank for each group
+        self.expanded: dict[str, Any] = {}  # see `by_rank`
         self.tensors = (*gate.parameters(), *gate.buffers())
 
-    def by_rank(self, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather; cached for the same value."""
-        known = self.expanded
+    def by_rank(self, value: Tensor, dtype: torch.dtype, memo: dict[str, Any]) -> tuple[Tensor, ...]:
+        """`value` [N] or [B, N] as [R] or [B, 1, R] for each group, by one gather, kept in `memo`."""
+        known: tuple[Tensor, tuple[Tensor, ...]] | None = memo.get(self.site.name)
         if known is None or known[0] is not value or known[1][0].dtype != dtype:
             ranks = (value if value.dtype == dtype else value.to(dtype)).index_select(-1, self.owner)
             if ranks.dim() == 2:
                 ranks = ranks.unsqueeze(1)  # one per sequence: the same for all its tokens
-            self.expanded = known = value, ranks.split_with_sizes(self.ranks, -1) if len(self.ranks) > 1 else (ranks,)
+            known = value, ranks.split_with_sizes(self.ranks, -1) if len(self.ranks) > 1 else (ranks,)
+            memo[self.site.name] = known
         return known[1]
 
 
@@ -72,23 +78,26 @@ class HostedGroup:
 
     def __init__(self, group: Group, site: HostedSite, bank: ExpertBank, modules: Mapping[str, nn.Module]) -> None:
         self.site = site
-        weight = reference(modules[group.matrices[0]])
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        stacked = [bank.stacked(m, device=weight.device, dtype=dtype) for m in group.matrices]
+        device, dtype = reference(modules[group.matrices[0]]).device, compute_dtype(modules[group.matrices[0]])
+        stacked = [bank.stacked(m, device=device, dtype=dtype) for m in group.matrices]
         self.A = torch.cat([s.A for s in stacked]) if len(stacked) > 1 else stacked[0].A
         self.Bt = [s.B.t() for s in stacked]
         self.owner = torch.cat([s.owner for s in stacked])
         self.place = len(site.owners)
         site.owners.append(self.owner)
         self.sizes = [s.A.shape[0] for s in stacked]
-        self.present = [_indicator(bank, m, weight.device) for m in group.matrices]
+        self.present = [_indicator(bank, m, device) for m in group.matrices]
         self.complete = all(len(bank.present(m)) == len(bank) for m in group.matrices)
+        self.stream = group.stream
+        self.name = group.matrices[0]
+        self.first: bool | None = None  # whether its input has sequences before tokens, if that was seen
         self.x: Tensor | None = None
         self.mixed: tuple[Tensor, ...] = ()
         self.served = 0
         # True for the UNet's keys and values of the text, which is the same at every step.
         self.lasting = group.stream == "text" and group.matrices[0].startswith("unet.")
         self.kept: Kept | None = None
+        self.heads = False  # whether it is the output head, which reads only some of the tokens
 
     def keep(self, x: Tensor, value: Tensor, keep: Tensor | None) -> None:
         """Keeps the result for x for later passes, unless the gate is being calibrated, which needs every pass."""
@@ -100,13 +109,27 @@ class HostedGroup:
         """u [..., R], x projected by every expert's A."""
         return project(x, self.A)
 
-    def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
-        """Stores u times `weights` by rank ([R], [B, 1, R] or [B, T, R]) for the matrices of the group."""
+    def learn(self, lead: tuple[int, ...], size: tuple[int, int] | None) -> None:
+        """Notes the order of the axes of an input [*lead, d] in a pass over `size` sequences and tokens."""
+        if self.first is None and size is not None and len(lead) > 1 and size[0] != size[1]:
+            rows = axes_of(lead, *size).rows
+            self.first = None if rows is None else rows == 0
+
+    def weight(self, x: Tensor, u: Tensor, weights: Tensor, size: tuple[int, int] | None = None) -> None:
+        """Stores u times `weights` by rank ([R], [B, 1, R] or [B, T, R]) for the matrices of the group.
+
+        size: the numbers of sequences and tokens, if the input may have other axes than these.
+        """
         if weights.dim() == 3:
-            weights = _fit_batch(weights, x)
-        mixed = _weighted(u, weights).flatten(0, -2)
+            weights = _fit_batch(weights, x) if size is None else self._placed(weights, tuple(x.shape[:-1]), size)
+        mixed = _weighted(u, weights).reshape(-1, u.shape[-1])
         self.x, self.served = x, 0
         self.mixed = mixed.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (mixed,)
+
+    def _placed(self, weights: Tensor, lead: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+        if lead == size and weights.shape[0] == lead[0] and (size[0] != size[1] or self.first):
+            return weights  # as in most models
+        return placed(weights, self.name, lead, axes_of(lead, *size, first=self.first), size)
 
     def add(self, y: Tensor, index: int) -> Tensor:
         """y plus the experts' update at the group's matrix `index`; after the last matrix the results are dropped."""
@@ -142,7 +165,7 @@ class HostedMaps(HostedGroup):
         """u [B, R, H', W'], x projected by every expert's A."""
         return project_maps(x, self.A, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
-    def weight(self, x: Tensor, u: Tensor, weights: Tensor) -> None:
+    def weight(self, x: Tensor, u: Tensor, weights: Tensor, size: tuple[int, int] | None = None) -> None:
         """Stores u times `weights` by rank ([R], [B, 1, R] or [B, P, R]) for the matrices of the group."""
         by_position = weights.transpose(1, 2) if weights.dim() == 3 else weights.unsqueeze(-1)
         mixed = _weighted(u.flatten(2), by_position)
@@ -157,8 +180,8 @@ def host_group(group: Group, site: HostedSite, bank: ExpertBank, modules: Mappin
 
 
 def reference(module: nn.Module) -> Tensor:
-    """A parameter that shows the module's device and dtype."""
-    return next(module.parameters())
+    """A tensor of the module, which shows its device; some quantised layers have buffers only."""
+    return next(itertools.chain(module.parameters(), module.buffers()))
 
 
 def _weighted(u: Tensor, weights: Tensor) -> Tensor:
