@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from molecli.adapters.architecture import read_info_for
 from molecli.adapters.coverage import Coverage, check_coverage
 from molecli.adapters.fused import slice_of
-from molecli.adapters.info import Adapted, AdapterInfo, read_info
+from molecli.adapters.info import Adapted, AdapterInfo
 from molecli.adapters.keys import Keys
 from molecli.adapters.settings import unsupported
 from molecli.adapters.svdiff import Base
@@ -36,7 +37,7 @@ def read_expert(
     Raises: UsageError, MismatchError as `read_info`, `check_coverage` and `check_tables` do, and for weights that are
     not finite.
     """
-    found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
+    found = check_coverage(read_info_for(spec, matrices), matrices, allow_partial=allow_partial)
     info, matched = found.info, set(found.matched)
     known = Matrices.of(matrices)
     check_tables(info, known, base)

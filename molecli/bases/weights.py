@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from molecli.bases.fused import FusedPlace, fused_places
 from molecli.errors import UsageError
 from molecli.functional.fingerprint import fingerprint
-from molecli.functional.layers import compute_dtype, dense_weight, is_packed, kernel_shape, linear_shape
+from molecli.functional.layers import compute_dtype, dense_weight, dequantizable, is_packed, kernel_shape, linear_shape
 from molecli.functional.spectral import Spectrum, decompose
 from molecli.protocols import Shape
 
@@ -58,9 +58,10 @@ class BaseWeights:
         assert shape is not None, matrix
         return shape
 
-    def parameter(self, name: str) -> Tensor:
-        """The parameter `name` as it is stored."""
-        return self.model.get_parameter(name).detach()
+    def parameter(self, name: str) -> Tensor | None:
+        """The parameter `name` as it is stored; None if it is quantised."""
+        module, found = self.model.get_submodule(name.rpartition(".")[0]), self.model.get_parameter(name)
+        return None if is_packed(module) or dequantizable(found) else found.detach()
 
     @torch.no_grad()
     def dense(self, matrix: str) -> Tensor:

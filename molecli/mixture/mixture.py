@@ -96,7 +96,8 @@ class Mixture:
     def _attach(self) -> None:
         self._state = object()
         self._handles.append(run_eagerly())
-        self._handles += self._streams.attach(self._begin)
+        pools = any(not hosted.gate.constant and hosted.gate.remembers for hosted in self._hosted.values())
+        self._handles += self._streams.attach(self._begin, pools=pools)
         self._handles += self._head.attach() if self._head is not None else []
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
