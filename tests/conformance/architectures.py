@@ -205,7 +205,9 @@ _RECURRENT = [
         block_types=["recurrent", "attention"],
     ),
     _row("recurrent", "rwkv", context_length=64, attention_hidden_size=32),
-    _row("recurrent", "xlstm", mlstm_round_up_to_multiple_of=8, num_heads=4, num_blocks=2, chunk_size=16, head_dim=None),
+    _row(
+        "recurrent", "xlstm", mlstm_round_up_to_multiple_of=8, num_heads=4, num_blocks=2, chunk_size=16, head_dim=None
+    ),
     _row("recurrent", "qwen3_next", leave=_FUSED, **_DELTA, **_EXPERTS, shared_expert_intermediate_size=16),
     _row("recurrent", "qwen3_5_text", **_DELTA),
     _row("recurrent", "qwen3_5_moe_text", **_DELTA, **_EXPERTS, shared_expert_intermediate_size=16),
