@@ -196,7 +196,7 @@ def beams(call: Call) -> Pairs:
 
 
 def _several(call: Call) -> Pairs:
-    """What proposals of several tokens rest on: that the base reads several on its cache, whatever it proposes itself."""
+    """What proposals rest on, also where the base accepts none: that it reads several tokens on its cache."""
     if call.mode is None:
         yield from _cached((1, 2, 1))(call)
 
