@@ -132,7 +132,7 @@ class PipelineStreams:
         self.model = model
         self.passes = {name: Pass() for name, _ in model.named_children()}
 
-    def attach(self, on_pass: Callable[[], Any]) -> list[RemovableHandle]:
+    def attach(self, on_pass: Callable[[], Any], *, pools: bool = False) -> list[RemovableHandle]:
         """Hooks that count the passes of every part; `on_pass` is called at the start of each."""
         self.passes = {name: Pass() for name in self.passes}
         handles = []

@@ -222,6 +222,41 @@ def test_merges_work_on_a_packed_base(base: nn.Module, folders: dict[str, str], 
         assert close(found, logits(twin))
 
 
+@pytest.mark.parametrize("mode", ["arrow", "xlora"])
+def test_a_router_of_peft_acts_on_every_layer_or_is_refused(
+    base: nn.Module, folders: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = standing_in(base, "Columns")
+    before, twin = logits(model), dense_twin(model)
+    found, expected = (_routed(host, folders, mode) for host in (model, twin))
+    assert close(found, expected)
+    assert torch.equal(logits(model), before)
+    with pytest.raises(UsageError) as caught:
+        _routed(standing_in(base, "Buffers"), folders, mode)
+    assert str(caught.value) == (
+        "mixture: PEFT has no LoRA layer for a Buffers. Use another mode, or an unquantised base."
+    )
+    # As PEFT's own layers for GPTQ, AWQ and others, which know nothing of its routers.
+    deaf = type("Deaf", (peft.tuners.lora.layer.LoraLayer, nn.Module), dict(vars(peft.tuners.lora.Linear)))
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "resolve_lora_variant", lambda *_, **__: None)
+    if mode == "xlora":
+        monkeypatch.setattr(peft.tuners.lora, "Linear", deaf)
+    with pytest.raises(UsageError) as caught:
+        _routed(model, folders, mode)
+    name = {"arrow": "Arrow", "xlora": "X-LoRA"}[mode]
+    assert str(caught.value) == (
+        f"--mode {mode}: PEFT's {name} does not act on a Columns, and {Q} is one. "
+        "Use another mode, or an unquantised base."
+    )
+    assert torch.equal(logits(model), before)
+
+
+def _routed(model: nn.Module, folders: dict[str, str], mode: str) -> Tensor:
+    torch.manual_seed(0)
+    with attach(model, loras=folders, mode=mode), torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("kind", ["Columns", "Buffers", "Blocks8"])
 def test_pipelines_with_a_packed_unet_and_text_encoder(tiny_sd: Any, make_pipeline: Any, kind: str) -> None:
     plain = make_pipeline("sd")
