@@ -61,7 +61,8 @@ class TextLayout:
 
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
         """See `sites.make_sites`."""
-        return make_sites(matrices, granularity, seq2seq=self.seq2seq, per_token=per_token)
+        shapes = self.matrices().named
+        return make_sites(matrices, granularity, seq2seq=self.seq2seq, per_token=per_token, shapes=shapes)
 
 
 class TextStreams:

@@ -382,6 +382,8 @@ class Mixture:
         if gate.constant:
             value: Tensor = gate(None, keep)
         else:
+            if gate.reads_entry(memory=hosted.site.stream == "decoder" and current.memory is not None):
+                self._check_entry(group)
             reading = self._streams.reading(hosted.site, x, u, state, gate=gate, first=group.first)
             move_reading(reading, group.device)
             value = gate(reading, keep)
@@ -399,6 +401,15 @@ class Mixture:
             with torch.inference_mode(False):
                 self._keeps[device] = self._keep.to(device)
         return self._keeps[device]
+
+    def _check_entry(self, group: HostedGroup) -> None:
+        """Raises: RunError if the model calls the layers of a site in another order than that of its modules: then the
+        gate would read another layer's input than that which it is defined by."""
+        entry = group.site.site.entry.matrices[0]
+        if group.place and entry not in self._fused and group.stream == group.site.site.stream:
+            what = f"its gate reads the input of {entry}, and the model calls {group.name} before"
+            remedy = "Use --granularity matrix, or LoRAs that do not adapt one of them."
+            raise RunError(group.site.site.name, what, remedy)
 
     def _begin(self) -> bool:
         """Drops what an earlier pass left; whether the axes of an input are still to be found out."""
