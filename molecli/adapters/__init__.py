@@ -1,9 +1,10 @@
 """LoRA files: reads the layouts of PEFT, diffusers and kohya into experts, and writes them; also SVDiff's shifts.
 
 `source` finds the files. `keys` knows the tensor names of the layouts, `settings` and `metadata` the scaling; `info`
-describes a LoRA without reading its factors. `place` renames its matrices to those of a base (`blocks`: the names in
-the original Stable Diffusion code), and `coverage` compares it with the base. `read` and the three `write` modules read
-and write the factors; `svdiff` and `svdiff_expert` do the same for shifts of the base's singular values.
+describes a LoRA without reading its factors. `place` renames its matrices to those of a base (`module_names`: those of
+language models; `blocks`: the names in the original Stable Diffusion code), and `coverage` compares it with the base,
+`tables` the copies of the base's own weights in its file. `read` (with `factors`) and the three `write` modules read and
+write the factors; `svdiff` and `svdiff_expert` do the same for shifts of the base's singular values.
 """
 
 from __future__ import annotations
