@@ -22,6 +22,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from molecli.adapters.info import Adapted, AdapterInfo
+from molecli.adapters.module_names import plain
 from molecli.adapters.weights import Shape, check_rank
 from molecli.errors import MismatchError
 
@@ -59,21 +60,22 @@ def unfused(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
     configuration names.
     """
     parameters = _parameters(matrices)
+    moved = _moved(info.adapted, parameters)
     adapted: dict[str, Adapted] = {}
-    stacks: dict[str, dict[int, Adapted]] = defaultdict(dict)
-    for name, matrix in info.adapted.items():
-        module = name
-        while module.endswith(_INNER):
-            module = module.removesuffix(_INNER)
-        if module in parameters and _targeted(module, parameters[module], matrix, name in matrices):
-            stacks[module][(len(name) - len(module)) // len(_INNER)] = matrix
+    stacks: dict[tuple[str, str], dict[int, Adapted]] = defaultdict(dict)
+    for old, matrix in info.adapted.items():
+        renamed = _renamed(old, moved)
+        name = renamed if old not in matrices and _known(renamed, matrices, parameters) else old
+        module, named = _outside(name), _outside(old)
+        if module in parameters and _targeted(named, parameters[module], matrix, name in matrices):
+            stacks[module, named][(len(name) - len(module)) // len(_INNER)] = matrix
         else:
             if name in matrices:
-                _check_plain(info, name, matrix)
+                _check_plain(info, old, matrix)
             adapted[name] = matrix
-    for module, levels in stacks.items():
-        adapted |= _unstacked(info, module, levels, parameters[module])
-    return replace(info, adapted=_gathered(adapted, matrices, parameters))
+    for (module, named), levels in stacks.items():
+        adapted |= _unstacked(info, named, levels, parameters[module])
+    return replace(info, adapted=_gathered(adapted, matrices))
 
 
 def slice_of(a: Tensor, b: Tensor, expert: int, experts: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +115,10 @@ def _chosen(module: str, parameters: Iterable[str], named: Iterable[str]) -> lis
 def _unstacked(
     info: AdapterInfo, module: str, levels: Mapping[int, Adapted], parameters: Mapping[str, list[str]]
 ) -> dict[str, Adapted]:
-    """The matrices of one module's parameters, from the factors at each level of PEFT's nesting (0 is the last)."""
+    """The matrices of a module's parameters, from the factors at each level of PEFT's nesting (0 is the last).
+
+    module: its name in the file, which patterns and target_parameters refer to.
+    """
     chosen = _chosen(module, parameters, next(iter(levels.values())).parameters)
     if sorted(levels) != list(range(len(chosen))):
         what = f"target_parameters names {len(chosen)} parameters of {module!r} in this base"
@@ -146,25 +151,31 @@ def _check_plain(info: AdapterInfo, name: str, matrix: Adapted) -> None:
         check_rank(info.where, name, matrix.rank, settings.rank_of(local), matrix.said)
 
 
-def _gathered(
-    adapted: Mapping[str, Adapted], matrices: Mapping[str, Shape], parameters: _Parameters
-) -> dict[str, Adapted]:
+def _gathered(adapted: Mapping[str, Adapted], matrices: Mapping[str, Shape]) -> dict[str, Adapted]:
     """`adapted` with the linear layers of single experts as (parts of) the matrices that they are now."""
     found: dict[str, Adapted] = {}
-    moved = _moved(adapted, matrices, parameters)
     parts: dict[str, list[tuple[int, Adapted]]] = defaultdict(list)
     for name, matrix in adapted.items():
-        place = name if name in matrices else _renamed(name, moved)
-        of_expert = _OF_EXPERT.fullmatch(place)
-        now, half = _PARTS.get(of_expert["leaf"], ("", None)) if of_expert else ("", None)
-        target = matrix_name(of_expert["module"], now, int(of_expert["expert"])) if of_expert else ""
-        if place in matrices or target not in matrices:
-            found[place if place in matrices else name] = matrix
+        target, half = _now(name)
+        if name in matrices or target not in matrices:
+            found[name] = matrix
         elif half is None:
             found[target] = matrix
         else:
             parts[target].append((half, matrix))
     return found | {target: _joined(halves) for target, halves in parts.items()}
+
+
+def _now(name: str) -> tuple[str, int | None]:
+    """(the matrix that a linear layer of one expert is now part of, which half of it; None for all); "" for others."""
+    of_expert = _OF_EXPERT.fullmatch(name)
+    parameter, half = _PARTS.get(of_expert["leaf"], ("", None)) if of_expert else ("", None)
+    return (matrix_name(of_expert["module"], parameter, int(of_expert["expert"])) if of_expert else ""), half
+
+
+def _known(name: str, matrices: Mapping[str, Shape], parameters: _Parameters) -> bool:
+    """Whether the base has what `name` means."""
+    return name in matrices or _now(name)[0] in matrices or _outside(name) in parameters
 
 
 def _joined(halves: list[tuple[int, Adapted]]) -> Adapted:
@@ -185,8 +196,11 @@ def _joined(halves: list[tuple[int, Adapted]]) -> Adapted:
     )
 
 
-def _moved(adapted: Iterable[str], matrices: Mapping[str, Shape], parameters: _Parameters) -> dict[str, str]:
-    """Old path -> path in the base, of blocks whose experts have another name there (block_sparse_moe -> mlp)."""
+def _moved(adapted: Iterable[str], parameters: _Parameters) -> dict[str, str]:
+    """Old path -> path in the base, where routed experts have another name (block_sparse_moe -> mlp, other prefixes).
+
+    They are found by block and last name, if these mean only one module of the base.
+    """
     stacks = {module for module, held in parameters.items() if any(len(names) > 1 for names in held.values())}
     here: dict[tuple[str, str], list[str]] = defaultdict(list)
     for module in stacks:
@@ -194,19 +208,27 @@ def _moved(adapted: Iterable[str], matrices: Mapping[str, Shape], parameters: _P
     moved = {}
     for name in adapted:
         of_expert = _OF_EXPERT.fullmatch(name)
-        if of_expert is None or name in matrices or of_expert["module"] in stacks:
-            continue
-        block, leaf = _block_and_leaf(of_expert["module"])
-        candidates = here.get((block, leaf), [])
-        if block and len(candidates) == 1:
-            old, new = of_expert["module"].rpartition(".")[0], candidates[0].rpartition(".")[0]
+        module = of_expert["module"] if of_expert else _outside(name)
+        block, leaf = _block_and_leaf(module)
+        alike = here.get((block, leaf), [])
+        # Of several, the one whose whole name it ends with, without the parts of wrappers.
+        candidates = [one for one in alike if f".{plain(module)}".endswith(f".{one}")] or alike
+        if block and module not in stacks and len(candidates) == 1:
+            old, new = module.rpartition(".")[0], candidates[0].rpartition(".")[0]
             moved[f"{old}."] = f"{new}."
     return moved
 
 
+def _outside(name: str) -> str:
+    """The module whose factors `name` has in PEFT's nesting."""
+    while name.endswith(_INNER):
+        name = name.removesuffix(_INNER)
+    return name
+
+
 def _block_and_leaf(module: str) -> tuple[str, str]:
-    block = re.match(r".*?\.\d+\.", f"{module}.")
-    return (block.group() if block else ""), module.rpartition(".")[2]
+    block = re.match(r"(?:.*?\.)?(\w+\.\d+)\.", f"{module}.")
+    return (block[1] if block else ""), module.rpartition(".")[2]
 
 
 def _renamed(name: str, moved: Mapping[str, str]) -> str:

@@ -1,14 +1,15 @@
 """The matrices of a language model that the modules of a LoRA file mean.
 
 One module has several names: wrappers add parts (`_orig_mod.`, `module.`), transformers moved modules between releases,
-and a language model may be trained alone and used in a multimodal one. Contents: resolved, plain, same_layer, taken_for.
+and a language model may be trained alone and used in a multimodal one.
+Contents: resolved, plain, same_layer, taken_for.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from molecli.errors import MismatchError
@@ -25,8 +26,6 @@ _WRAPPERS = (
     "base_layer",
 )
 _PEFT = "base_model.model."
-# PEFT nests the layers of several adapted parameters of one module in one another.
-_LEVEL = ".base_layer"
 # Parts between a model and its language model, in the bases of transformers.
 _INNER = {"model", "language_model", "text_model", "base_model", "transformer", "thinker", "llm", "lm", "vlm"}
 # The other parts of a multimodal model: a module below one of them is not one of the language model.
@@ -49,29 +48,24 @@ def resolved(where: str, wanted: Mapping[str, Shape], base: Matrices) -> dict[st
     """module -> matrix of `base`, for the modules in `wanted` (name -> shape) that the base has.
 
     Tried in this order: the name itself, without wrappers' parts, by the base's own rules for older names, and by a
-    common ending. The last must hold for all modules under the same prefix, and its choice must be unique. Modules that
-    are no matrices of the base, such as those that hold fused experts, follow the others of their prefix.
+    common ending. The last must hold for all modules under the same prefix, and its choice must be unique.
     Raises: MismatchError if it is not.
     """
     known = base.named
     found = {name: name for name in wanted if name in known}
-    levels = {name for name in wanted if name.removesuffix(_LEVEL) in wanted and name.endswith(_LEVEL)}
     for name in wanted:
         bare = plain(name)
-        spellings = (bare, base.renamed(name), base.renamed(bare)) if name not in found and name not in levels else ()
+        spellings = (bare, base.renamed(name), base.renamed(bare)) if name not in found else ()
         meant = next((spelling for spelling in spellings if spelling in known), None)
         if meant is not None:
             found[name] = meant
-    rest = {name: shape for name, shape in wanted.items() if name not in found and name not in levels}
-    found |= _by_ending(where, rest, set(found), known) if rest else {}
-    found |= _followers([name for name in wanted if name not in found], found, base)
-    # What is left of the levels is a second LoRA on one layer: the same name shows it.
-    return found | {name: plain(name) for name in levels if name not in found and plain(name) in known}
+    rest = {name: shape for name, shape in wanted.items() if name not in found}
+    return found | (_by_ending(where, rest, set(found), known) if rest else {})
 
 
-def plain(name: str, wrappers: Collection[str] = _WRAPPERS) -> str:
+def plain(name: str) -> str:
     """`name` without the parts of wrappers and PEFT's prefixes."""
-    name = ".".join(part for part in name.split(".") if part not in wrappers)
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     while name.startswith(_PEFT):
         name = name.removeprefix(_PEFT)
     return name
@@ -99,49 +93,6 @@ def taken_for(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
         start, end = (_numberless([*parts[: len(parts) - shared], *tail]) for parts in (old, new))
         said[f"{start} taken for {end}"] = None
     return tuple(said)
-
-
-def _followers(names: Iterable[str], found: Mapping[str, str], base: Matrices) -> dict[str, str]:
-    """module -> its name in the base, for modules that hold adapted parameters of their own."""
-    moves = {}
-    for module, matrix in found.items():
-        old, new = plain(module).split("."), matrix.split(".")
-        shared = _common(old, new)
-        moves[".".join(old[: len(old) - shared])] = ".".join(new[: len(new) - shared])
-    holders = {matrix[:end] for matrix in base for end in (i for i, sign in enumerate(matrix) if sign == ".")}
-    placed = {}
-    for name in names:
-        if _holder(name) in holders:
-            continue
-        bare = plain(name, [part for part in _WRAPPERS if part != _LEVEL[1:]])
-        moved = (_moved(bare, old, new) for old, new in moves.items())
-        for spelling in (bare, base.renamed(bare), *moved, *_shorter(bare)):
-            if _holder(spelling) in holders:
-                placed[name] = spelling
-                break
-    return placed
-
-
-def _moved(name: str, old: str, new: str) -> str:
-    """`name` with the prefix `new` for `old`; "" if it has another one."""
-    start = f"{old}." if old else ""
-    return (f"{new}." if new else "") + name.removeprefix(start) if name.startswith(start) else ""
-
-
-def _shorter(name: str) -> Iterator[str]:
-    """`name` without its first parts, as long as they may be wrappers."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.isdigit() or _TOWER.search(part):
-            return
-        yield ".".join(parts[i + 1 :])
-
-
-def _holder(name: str) -> str:
-    """The module whose parameters the factors at `name` adapt: PEFT nests several in one another."""
-    while name.endswith(_LEVEL):
-        name = name.removesuffix(_LEVEL)
-    return name
 
 
 def _numberless(parts: list[str]) -> str:

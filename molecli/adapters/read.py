@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from molecli.adapters.architecture import read_info_for
 from molecli.adapters.coverage import Coverage, check_coverage
 from molecli.adapters.factors import Stored, a_of, low_rank, stored_tensors
-from molecli.adapters.info import AdapterInfo, read_info
+from molecli.adapters.info import AdapterInfo
 from molecli.adapters.settings import unsupported
 from molecli.adapters.svdiff import Base
 from molecli.adapters.svdiff_expert import shifted_factors
@@ -31,7 +32,7 @@ def read_expert(
     Raises: UsageError, MismatchError as `read_info`, `check_coverage` and `check_tables` do, and for weights that are
     not finite.
     """
-    found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
+    found = check_coverage(read_info_for(spec, matrices), matrices, allow_partial=allow_partial)
     info, matched = found.info, set(found.matched)
     known = Matrices.of(matrices)
     check_tables(info, known, base)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from molecli.errors import MismatchError, UsageError
+from molecli.files.lora_spec import COMPONENTS
 
 # PEFT configuration key -> name of the kind of adapter that sets it. Each changes the forward pass.
 _REFUSED = {
@@ -154,10 +155,12 @@ def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, An
 def _matched(pattern: Mapping[str, Any], matrix: str, default: float) -> Any:
     """PEFT's rule: the first key that matches the end of the name, from its start or after a dot.
 
-    CLIP's modules are under "text_model." in some releases of transformers only; both names are accepted.
-    Source: peft.utils.other.get_pattern_key.
+    CLIP's modules are under "text_model." in some releases of transformers only, and patterns of a pipeline may name
+    the component or not: all these names are accepted. Source: peft.utils.other.get_pattern_key.
     """
-    for name in dict.fromkeys((matrix, matrix.removeprefix("text_model."))):
+    component, _, path = matrix.partition(".")
+    inner = path if component in COMPONENTS else matrix
+    for name in dict.fromkeys((matrix, inner, inner.removeprefix("text_model."))):
         for expression, number in pattern.items():
             if re.match(rf"(.*\.)?({expression})$", name):
                 return number

@@ -128,6 +128,7 @@ IMAGE = (
     Flag("--guidance", "image.guidance"),
     Flag("--scheduler", "image.scheduler"),
     Flag("--negative-prompt", "image.negative_prompt"),
+    Flag("--clip-skip", "image.clip_skip"),
     Flag("--width", "image.width"),
     Flag("--height", "image.height"),
 )

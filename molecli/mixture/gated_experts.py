@@ -23,12 +23,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from molecli.bases.fused import FusedPlace
+from molecli.catalog.methods import SUM
 from molecli.errors import RunError, UsageError
 from molecli.experts import ExpertBank
 from molecli.mixture.fused_experts import FusedModule, Held, check_same, stacked_updates
 from molecli.mixture.site_state import HostedSite
 from molecli.mixture.sites import block_of
-from molecli.protocols import Group, Site, Stream
+from molecli.protocols import Group, Site
 
 _IMPLEMENTATION = "molecli_gated"
 # The weights [rows, N] of a site for a module's input with that many rows; None: all experts are off.
@@ -224,7 +225,7 @@ def gated_kind(module: nn.Module, parameters: Collection[str]) -> type[GatedExpe
 
 
 def with_entries(sites: Sequence[Site], fused: Mapping[str, FusedPlace]) -> list[Site]:
-    """The sites, with routed experts and routers under the gate of the nearest site before them in their block.
+    """The sites, with routed experts and routers under the gate of the last site before them.
 
     A gate reads the input of a layer, and they are none. Raises: UsageError if there is no site before them.
     """
@@ -237,19 +238,14 @@ def with_entries(sites: Sequence[Site], fused: Mapping[str, FusedPlace]) -> list
             found.append(replace(site, groups=(*layers, *apart)))
             continue
         first = apart[0].matrices[0]
-        before_it = (i for i, one in enumerate(found) if _precedes(one, first, apart[0].stream))
-        at = max(before_it, default=None)
+        at = max((i for i, one in enumerate(found) if one.stream == apart[0].stream), default=None)
         if at is None:
-            what = f"the gate of {first} has nothing to read: the LoRAs adapt no linear layer before it in its block"
-            raise UsageError(site.name, what, "Use a mode with fixed weights, or gates for larger parts of the model.")
+            what = f"the gate of {first} has nothing to read: the LoRAs adapt no linear layer before it"
+            raise UsageError(site.name, what, f"Use --mode {SUM}, a merge, or gates that do not read the input.")
         found[at] = replace(found[at], groups=(*found[at].groups, *apart))
         if layers:
             found.append(replace(site, groups=tuple(layers)))
     return found
-
-
-def _precedes(site: Site, matrix: str, stream: Stream) -> bool:
-    return site.stream == stream and block_of(site.entry.matrices[0]) == block_of(matrix)
 
 
 def _beside(layer: str, apart: Sequence[Group], fused: Mapping[str, FusedPlace]) -> bool:

@@ -153,6 +153,10 @@ class TextStreams:
             shared=current.shared,
         )
 
+    def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
+        """`value`: a hosted group places it by the axes of x itself."""
+        return value
+
     def _kept(self, current: Pass, tokens: int) -> int:
         """After how many of the last tokens the state is kept, because a later pass may take some of them back."""
         prompt = current.trace.prompt if current.past == 0 else 0
@@ -160,9 +164,9 @@ class TextStreams:
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def attach(self, on_pass: Callable[[], Any]) -> list[Any]:
+    def attach(self, on_pass: Callable[[], Any], *, pools: bool = False) -> list[Any]:
         """Hooks that update the passes; `on_pass` is called at the start of each pass, and returns whether the order of
-        an input's axes is still to be found out."""
+        an input's axes is still to be found out; pools: whether gates average over tokens."""
         self.encoder, self.decoder, self._last, self._learning = Pass(), Pass(), Trace(), Learning()
         self._encoded = None
         if not self.seq2seq:
@@ -172,8 +176,7 @@ class TextStreams:
             handles = self._watch(encoder, "encoder", self._read_encoder, on_pass)
             handles += self._watch(decoder, "decoder", self._read_decoder, on_pass)
             handles += self._watch_head()
-        generate = self.generations.watch(self.model)
-        return handles if generate is None else [*handles, generate]
+        return handles + self.generations.watch(self.model, pools=pools)
 
     def _watch(
         self, module: nn.Module, axis: str, read: Callable[[Mapping[str, Any]], Pass], on_pass: Callable[[], Any]

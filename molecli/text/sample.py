@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Completions go to stdout: a folder is written only if one is named.
 IN_FOLDER = False
-PICTURE_FIELDS = ("modes", "images", "image", "method", "concepts")
+PICTURE_FIELDS = ("modes", "images", "init_image", "mask_image", "strength", "image", "method", "concepts")
 
 
 @dataclass(frozen=True)

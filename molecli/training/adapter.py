@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from molecli import __version__
 from molecli.adapters import Origin, write_svdiff
 from molecli.bases.fused import fused_places, taken_for_experts
+from molecli.bases.peft_layers import explained
 from molecli.bases.weights import BaseWeights
 from molecli.errors import UsageError, suggestion
 from molecli.protocols import Backbone, Matrices, Progress, Shape
@@ -80,7 +81,7 @@ def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequen
     )
     # PEFT draws A from the global generator.
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), explained("adapter.targets", "Leave it out, or use an unquantised base."):
         # PEFT uses an old name of transformers 5; the user can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model = get_peft_model(backbone.model, config, autocast_adapter_dtype=True)

@@ -85,6 +85,20 @@ def test_old_keys_are_the_rows_of_the_fused_matrices(kind: str, tmp_path: Path) 
     torch.testing.assert_close(expert.factors[f"{LAYER}.mlp.gate"].delta(), updates[f"{LAYER}.{router}"])
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_other_prefixes_are_found_by_block_and_name(kind: str, stacked: Any) -> None:
+    model = moe(kind)
+    folder = stacked(kind, model, targets=["gate_proj", "up_proj", "down_proj"] if kind == "qwen3_moe" else [])
+    patterns = {r"^model\.layers\.1\.mlp\.experts\.down_proj": 6}
+    wanted, file = read(changed(folder, alpha_pattern=patterns), model), folder / "adapter_model.safetensors"
+    assert 1.5 in {factor.scaling for factor in wanted.factors.values()}
+    changed(folder, alpha_pattern={r"^model\.language_model\.layers\.1\.mlp\.experts\.down_proj": 6})
+    save_file({n.replace(".model.layers", ".model.language_model.layers"): t for n, t in load_file(file).items()}, file)
+    again = read(folder, model)
+    assert again.factors.keys() == wanted.factors.keys()
+    assert all(torch.equal(again.factors[n].delta(), factor.delta()) for n, factor in wanted.factors.items())
+
+
 def test_one_of_gate_and_up_leaves_the_other_rows_alone(tmp_path: Path) -> None:
     model = moe("qwen3_moe")
     updates = old_lora("qwen3_moe", model, tmp_path / "old", skip="gate_proj")

@@ -19,7 +19,7 @@ from molecli.mixture.attach import attach
 from molecli.mixture.gated_experts import by_row, with_entries
 from molecli.protocols import Group, Site
 
-KINDS = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe"]
+KINDS = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "nemotron_h"]
 Loras = dict[str, str]
 
 
@@ -187,8 +187,7 @@ def test_without_a_layer_before_them_they_have_no_gate(loras: Any, explained: An
         lambda: gated(model, made),
         2,
         "model.layers.0.block_sparse_moe: the gate of model.layers.0.block_sparse_moe.router has nothing to read: "
-        "the LoRAs adapt no linear layer before it in its block. Use a mode with fixed weights, or gates for larger "
-        "parts of the model.",
+        "the LoRAs adapt no linear layer before it. Use --mode linear, a merge, or gates that do not read the input.",
     )
 
 
