@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from molecli.adapters.factors import share
 from molecli.adapters.families import family_in
 from molecli.adapters.info import AdapterInfo
 from molecli.adapters.keys import component_of
 from molecli.adapters.module_names import same_layer
 from molecli.adapters.place import components_in, place
-from molecli.adapters.share import share
 from molecli.adapters.tables import base_tables, grown
 from molecli.adapters.weights import Shape
 from molecli.errors import MismatchError
