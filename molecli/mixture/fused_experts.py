@@ -98,7 +98,8 @@ class FusedModule:
         if self._known is not None and not learning and self._known[0] == now:
             return self._known[1]
         self._known = None  # its memory is free for the new one
-        with torch.set_grad_enabled(learning):
+        # Later passes may have gradients, for which tensors of the inference mode are useless.
+        with torch.inference_mode(False), torch.set_grad_enabled(learning):
             replaced = {
                 name: update.added(weight, values, renormalize=self.renormalize)
                 for (name, update), weight in zip(self.updates.items(), own, strict=True)

@@ -138,6 +138,17 @@ def test_an_error_inside_the_experts_leaves_the_base(loras: Any) -> None:
         assert relative(model(input_ids=IDS).logits, wanted) < 1e-5
 
 
+def test_after_inference_mode_gradients_pass_through(loras: Any) -> None:
+    model = moe("jetmoe")
+    made = loras("jetmoe", model)
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with attach(model, loras=made, mode="linear"):
+        with torch.inference_mode():
+            model(input_ids=IDS)
+        model(inputs_embeds=embedded).logits.square().mean().backward()
+    assert float(embedded.grad.norm()) > 0
+
+
 def test_a_base_that_changes_is_not_served_from_before(loras: Any) -> None:
     model = moe("qwen3_moe")
     made = loras("qwen3_moe", model)
