@@ -37,7 +37,8 @@ class FusedModule:
     """The adapted parameters of one module; `values(site)` gives a site's weights [N] in the current pass, None: off.
 
     matrices: the adapted ones with their places and sites. renormalize: experts that lack a matrix leave their share
-    to the others. Raises: UsageError if the parameters are not there as plain numbers.
+    to the others. kept: the sums are kept until they change; otherwise each call computes them.
+    Raises: UsageError if the parameters are not there as plain numbers.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class FusedModule:
         values: Callable[[HostedSite], Tensor | None],
         *,
         renormalize: bool = False,
+        kept: bool = True,
     ) -> None:
-        self.module, self.values, self.renormalize = module, values, renormalize
+        self.module, self.values, self.renormalize, self.kept = module, values, renormalize, kept
         self.sites = list({id(site): site for _, site in matrices.values()}.values())
         self.updates = stacked_updates(module, matrices, self.sites, bank)
         self._own: dict[str, nn.Parameter | None] = {}
@@ -91,7 +93,7 @@ class FusedModule:
             self.restore()
 
     def _replaced(self, values: Tensor) -> dict[str, Tensor]:
-        """parameter -> its replacement for the sites' weights [sites, N]; kept while all that it is made of is."""
+        """parameter -> its replacement for the sites' weights [sites, N]."""
         own = [getattr(self.module, name) for name in self.updates]
         learning = torch.is_grad_enabled() and (values.requires_grad or any(weight.requires_grad for weight in own))
         now = stamp([*own, *(tensor for site in self.sites for tensor in site.tensors)])
@@ -104,7 +106,7 @@ class FusedModule:
                 name: update.added(weight, values, renormalize=self.renormalize)
                 for (name, update), weight in zip(self.updates.items(), own, strict=True)
             }
-        if not learning:
+        if self.kept and not learning:
             self._known = now, replaced
         return replaced
 

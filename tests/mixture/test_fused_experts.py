@@ -14,8 +14,10 @@ from moe import IDS, MOES, by_hand, moe, peft_logits, relative
 from molecli.bases.fused import fused_places
 from molecli.bases.weights import BaseWeights
 from molecli.config import GateConfig, MethodConfig
+from molecli.mixture import gated_experts
 from molecli.mixture.attach import attach
 from molecli.mixture.build import build_mixture
+from molecli.mixture.fused_experts import StackedUpdate
 from molecli.mixture.merged import MergedMixture
 
 Loras = dict[str, str]
@@ -105,6 +107,20 @@ def test_every_implementation_of_the_experts_reads_the_sum(implementation: str, 
     with torch.no_grad(), attach(model, loras=made, mode="single", only="a"):
         assert relative(model(input_ids=IDS).logits, wanted) < 1e-5
         assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape[1] > IDS.shape[1]
+
+
+def test_large_sums_are_computed_in_every_pass(loras: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moe("qwen3_moe")
+    made = loras("qwen3_moe", model)
+    wanted = peft_logits(model, made["a"])
+    monkeypatch.setattr(gated_experts, "KEPT_BYTES", 1000)
+    calls = []
+    added = StackedUpdate.added
+    monkeypatch.setattr(StackedUpdate, "added", lambda *args, **more: calls.append(1) or added(*args, **more))
+    with torch.no_grad(), attach(model, loras=made, mode="single", only="a"):
+        for _ in range(2):
+            assert relative(model(input_ids=IDS).logits, wanted) < 1e-5
+    assert len(calls) == 2 * 2 * 3
 
 
 def test_bfloat16_stays_near_float32(loras: Any) -> None:
