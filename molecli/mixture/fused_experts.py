@@ -55,7 +55,6 @@ class FusedModule:
         self.sites = list({id(site): site for _, site in matrices.values()}.values())
         self.updates = stacked_updates(module, matrices, self.sites, bank)
         self._own: dict[str, nn.Parameter | None] = {}
-        self._inside = 0  # how many calls of the module's forward are running
         self._known: tuple[Stamp, dict[str, Tensor]] | None = None
 
     def attach(self) -> list[RemovableHandle]:
@@ -69,7 +68,7 @@ class FusedModule:
         """Puts the very same parameters back, also if a forward was left without its end."""
         for name, parameter in self._own.items():
             self.module._parameters[name] = parameter
-        self._own, self._inside = {}, 0
+        self._own = {}
 
     def forget(self) -> None:
         """Drops the replacements: other experts are masked now."""
@@ -77,20 +76,17 @@ class FusedModule:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         check_same(module, self.module)
-        if self._inside == 0:
-            values = [value for site in self.sites if (value := self.values(site)) is not None]
-            if values:
-                device = next(iter(self.updates.values())).B.device
-                replaced = self._replaced(torch.stack([value.to(device) for value in values]))
-                self._own = {name: module._parameters[name] for name in replaced}
-                # As in torch.func.functional_call: the order of the parameters stays.
-                module._parameters.update(replaced)  # type: ignore[arg-type]
-        self._inside += 1
+        self.restore()
+        values = [value for site in self.sites if (value := self.values(site)) is not None]
+        if values:
+            device = next(iter(self.updates.values())).B.device
+            replaced = self._replaced(torch.stack([value.to(device) for value in values]))
+            self._own = {name: module._parameters[name] for name in replaced}
+            # As in torch.func.functional_call: the order of the parameters stays.
+            module._parameters.update(replaced)  # type: ignore[arg-type]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._inside = max(self._inside - 1, 0)
-        if self._inside == 0:
-            self.restore()
+        self.restore()
 
     def _replaced(self, values: Tensor) -> dict[str, Tensor]:
         """parameter -> its replacement for the sites' weights [sites, N]."""

@@ -337,6 +337,8 @@ class Mixture:
             raise RunError("generation", what, "Start with an empty cache.")
 
     def _forget(self) -> None:
+        for live in self._parameters:  # an interrupted pass may have left some inside a module
+            live.restore()
         for group in self._groups:
             if group.x is not None:
                 group.forget()

@@ -143,11 +143,15 @@ def test_an_error_inside_the_experts_leaves_the_base(loras: Any) -> None:
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with attach(model, loras=made, mode="linear"):
+    peft_b = peft_logits(model, made["b"])
+    with attach(model, loras=made, mode="linear") as mixture:
         handle = experts.act_fn.register_forward_hook(fail)
         with pytest.raises(KeyboardInterrupt):
             model(input_ids=IDS)
         handle.remove()
+        mixture.only("b")
+        with torch.no_grad():
+            assert relative(model(input_ids=IDS).logits, peft_b) < 1e-5
     assert_as_before(model, before)
     wanted = peft_logits(model, made["a"])
     with torch.no_grad(), attach(model, loras=made, mode="single", only="a"):
