@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from molecli.adapters.keys import Keys, factor_keys, is_bare
+from molecli.adapters.keys import Keys, factor_keys, is_bare, table_keys
 from molecli.adapters.metadata import Configured, configured
 from molecli.adapters.settings import LoraSettings
-from molecli.adapters.source import canonical_source, resolve_source, weights_files
+from molecli.adapters.source import canonical_source, lora_files, resolve_source
 from molecli.adapters.svdiff import Origin, described, is_svdiff
 from molecli.adapters.weights import (
     Shape,
@@ -23,7 +24,7 @@ from molecli.adapters.weights import (
     opened_lora,
     sha256_of,
 )
-from molecli.errors import UsageError
+from molecli.errors import MismatchError, UsageError
 from molecli.files.lora_spec import CONFIG_FILE, DIFFUSERS_FILE, LoraLike
 
 
@@ -55,13 +56,24 @@ class Adapted:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A weight of the base that a LoRA's file repeats: the parameter's name, and the copy's place and shape."""
+
+    parameter: str
+    path: Path
+    key: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """One LoRA without its tensors; `adapted` is by matrix name.
 
     `rank` and `alpha` are the configured ones, else the most frequent ones. Matrices have the names in the file (in
     kohya's layout with underscores; bare names lack their component) until `place` renames them to those of a base.
     `path` is the file, or the folder with one subfolder per component. `origin` is set for SVDiff adapters, which have
-    shifts instead of factors.
+    shifts instead of factors. `taken_for` says which names `place` read as others; `tables` are the base's own weights
+    that the file repeats.
     """
 
     name: str
@@ -73,6 +85,8 @@ class AdapterInfo:
     adapted: dict[str, Adapted]
     base_model: str | None
     origin: Origin | None = None
+    taken_for: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     @property
     def where(self) -> str:
@@ -102,14 +116,22 @@ def read_info(spec: LoraLike) -> AdapterInfo:
     Raises: UsageError (missing, a pickle, a kind that is not read), MismatchError (damaged or contradictory).
     """
     source = resolve_source(spec)
-    files = weights_files(source)
+    there = lora_files(source)
+    _warn_of_unread(spec.name, source, there.unread)
+    files = there.files
     adapted: dict[str, Adapted] = {}
     settings: list[LoraSettings] = []
     bases: list[str | None] = []
+    tables: list[Table] = []
     origin = None
     for component, path in files.items():
         found, said, origin = _read_file(f"{spec.name} ({path})", path)
-        adapted |= {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
+        tables += _tables(path)
+        part = {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
+        if twice := next((module for module in part if module in adapted), None):
+            what = f"two of its files adapt {twice!r}: {adapted[twice].keys.path} and {path}"
+            raise MismatchError(f"{spec.name} ({source})", what, "Leave one of them out.")
+        adapted |= part
         settings += said.by_component.values()
         bases.append(said.base_model)
     paths = list(files.values())
@@ -123,7 +145,20 @@ def read_info(spec: LoraLike) -> AdapterInfo:
         adapted=adapted,
         base_model=next(filter(None, bases), None),
         origin=origin,
+        tables=tuple(tables),
     )
+
+
+def _tables(path: Path) -> list[Table]:
+    with opened_lora(path) as file:
+        found = table_keys(file.keys())
+        return [Table(name, path, key, tuple(file.get_slice(key).get_shape())) for key, name in found.items()]
+
+
+def _warn_of_unread(name: str, source: Path, unread: Sequence[Path]) -> None:
+    if unread:
+        files = ", ".join(str(file.relative_to(source)) for file in unread[:3]) + (", ..." if len(unread) > 3 else "")
+        warnings.warn(f"{name}: {len(unread)} other weights file(s) in {source} are not read: {files}", stacklevel=3)
 
 
 def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, Origin | None]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from molecli.adapters.coverage import check_coverage
+from molecli.adapters.architecture import read_info_for
+from molecli.adapters.coverage import Coverage, check_coverage
 from molecli.adapters.fused import slice_of
-from molecli.adapters.info import Adapted, AdapterInfo, read_info
+from molecli.adapters.info import Adapted, AdapterInfo
 from molecli.adapters.keys import Keys
 from molecli.adapters.settings import unsupported
 from molecli.adapters.svdiff import Base
 from molecli.adapters.svdiff_expert import shifted_factors
+from molecli.adapters.tables import check_tables
 from molecli.adapters.weights import Shape, opened_lora
 from molecli.errors import MismatchError
 from molecli.experts import Expert, LowRank
 from molecli.files.lora_spec import LoraLike
+from molecli.protocols import Matrices
 
 # (file, key) -> tensor
 _Stored = Mapping[tuple[Path, str], Tensor]
@@ -30,12 +33,15 @@ def read_expert(
     """The expert that `spec` names, on the base whose matrices are `matrices`: name -> shape.
 
     Factors keep their stored type, on the CPU, in the order of the base's matrices; those of an SVDiff adapter are
-    computed from `base`, in float32.
-    Raises: UsageError, MismatchError as `read_info` and `check_coverage` do, and for weights that are not finite.
+    computed from `base`, in float32. Copies of the base's own weights in the files are compared with `base`.
+    Raises: UsageError, MismatchError as `read_info`, `check_coverage` and `check_tables` do, and for weights that are
+    not finite.
     """
-    found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
+    found = check_coverage(read_info_for(spec, matrices), matrices, allow_partial=allow_partial)
     info, matched = found.info, set(found.matched)
-    names = [name for name in matrices if name in matched]
+    known = Matrices.of(matrices)
+    check_tables(info, known, base)
+    names = [name for name in known.named if name in matched]
     stored = _stored(info, names)
     _check_finite(info, stored)
     if info.origin is not None:
@@ -51,7 +57,26 @@ def read_expert(
         rank=info.rank,
         alpha=info.alpha,
         left_out=found.unmatched,
+        notices=_notices(found, factors.values()),
     )
+
+
+def _notices(found: Coverage, factors: Iterable[LowRank]) -> tuple[str, ...]:
+    """What the user of this LoRA has to know: names read as others, what is left out, that it does nothing."""
+    info, said = found.info, []
+    if info.taken_for:
+        said.append(f"{info.name}: module names {', '.join(info.taken_for)}")
+    if found.unmatched:
+        lacks = f"the base lacks {len(found.unmatched)} of its matrices, such as {found.unmatched[0]}"
+        part = f"{found.left_out:.1%} of its weights (by squared Frobenius norm)"
+        said.append(f"{info.name}: {lacks}, with {part}; they are left out")
+    if not any(_moves(one.A) and _moves(one.B) for one in factors):
+        said.append(f"{info.name}: it changes nothing: one of its factors is zero everywhere, as before any training")
+    return tuple(said)
+
+
+def _moves(factor: Tensor) -> bool:
+    return bool((factor.float() if factor.element_size() == 1 else factor).any())
 
 
 def _stored(info: AdapterInfo, names: list[str]) -> _Stored:

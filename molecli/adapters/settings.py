@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from molecli.errors import MismatchError, UsageError
+from molecli.files.lora_spec import COMPONENTS
 
 # PEFT configuration key -> name of the kind of adapter that sets it. Each changes the forward pass.
 _REFUSED = {
@@ -28,7 +29,11 @@ _REFUSED = {
 }
 # These initialisations change the weights of the base, so that the adapter fits no published base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Settings that train weights of the base itself: they are named, because only merging keeps them.
+_OWN_WEIGHTS = ("modules_to_save", "trainable_token_indices")
 _EMPTY: Mapping[str, Any] = {}
+PLAIN = "Use a plain LoRA (or rsLoRA)."
+MERGE = "Use a plain LoRA, or merge it into its base (PEFT's merge_and_unload) and use that as the base."
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
         raise unsupported(where, f"the adapter type {kind}")
     for key, name in _REFUSED.items():
         if config.get(key):
-            raise unsupported(where, name)
+            own = key in _OWN_WEIGHTS
+            raise unsupported(where, name + (_named(config[key]) if own else ""), MERGE if own else PLAIN)
     if config.get("bias", "none") != "none":
         raise unsupported(where, f"LoRA with bias (bias: {config['bias']})")
     start = str(config.get("init_lora_weights", "")).lower()
@@ -116,9 +122,15 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def unsupported(where: str, name: str) -> UsageError:
+def unsupported(where: str, name: str, remedy: str = PLAIN) -> UsageError:
     """The error for an unsupported kind of adapter."""
-    return UsageError(where, f"{name} is not supported", "Use a plain LoRA (or rsLoRA).")
+    return UsageError(where, f"{name} is not supported", remedy)
+
+
+def _named(value: Any) -> str:
+    """The modules whose own weights an adapter trains, in brackets; "" for a list of tokens."""
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, (list, dict)) else []
+    return f" (weights of its own for {', '.join(names)})" if names else ""
 
 
 def _names(where: str, config: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -143,10 +155,12 @@ def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, An
 def _matched(pattern: Mapping[str, Any], matrix: str, default: float) -> Any:
     """PEFT's rule: the first key that matches the end of the name, from its start or after a dot.
 
-    CLIP's modules are under "text_model." in some releases of transformers only; both names are accepted.
-    Source: peft.utils.other.get_pattern_key.
+    CLIP's modules are under "text_model." in some releases of transformers only, and patterns of a pipeline may name
+    the component or not: all these names are accepted. Source: peft.utils.other.get_pattern_key.
     """
-    for name in dict.fromkeys((matrix, matrix.removeprefix("text_model."))):
+    component, _, path = matrix.partition(".")
+    inner = path if component in COMPONENTS else matrix
+    for name in dict.fromkeys((matrix, inner, inner.removeprefix("text_model."))):
         for expression, number in pattern.items():
             if re.match(rf"(.*\.)?({expression})$", name):
                 return number

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molecli.adapters.fused import EXPERT_LAYERS, matrix_name
 from molecli.bases.pipeline import PipelineModules
+from molecli.functional.layers import linear_shape
 from molecli.protocols import Shape
 
 _LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D)
@@ -96,7 +97,8 @@ def is_layer(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models."):
         # Some routers are linear layers that return a choice of experts.
         return kind.forward is nn.Linear.forward or kind.__name__ in _PLAIN
-    return isinstance(module, _LAYERS) or kind.__module__.startswith("torch.")
+    plain = isinstance(module, _LAYERS) or kind.__module__.startswith("torch.")
+    return plain or linear_shape(module) is not None
 
 
 def fused_matrices(model: nn.Module) -> dict[str, Shape]:

@@ -19,6 +19,7 @@ from molecli.config import GateConfig, MethodConfig
 from molecli.config.method import share_of
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, Merged
+from molecli.functional.wrapped import device_of
 from molecli.mixture.branching import Branching
 from molecli.mixture.fused_experts import fused_in
 from molecli.mixture.gated_experts import gated_kind, with_entries
@@ -149,7 +150,7 @@ def _merged(asked: Asked) -> Mixture:
     own = asked.own
     if factors is not None:
         own = own * torch.tensor(factors(asked.config, asked.bank.names))
-    device, base = next(asked.model.parameters()).device, BaseWeights(asked.model)
+    device, base = device_of(asked.model), BaseWeights(asked.model)
 
     @cache
     def there() -> ExpertBank:
@@ -203,6 +204,8 @@ def _within(experts: Sequence[Expert], layout: Layout, share: str) -> list[Exper
     """
     (low, high), blocks = share_of(share), blocks_of(layout)
     inside = {m for i, block in enumerate(blocks) if low <= (i + 0.5) / len(blocks) < high for m in block}
+    if high >= 1:  # the output head comes after all blocks
+        inside |= {m for one in experts for m in one.factors} - {m for block in blocks for m in block}
     kept = [replace(one, factors={m: f for m, f in one.factors.items() if m in inside}) for one in experts]
     if not any(one.factors for one in kept):
         part = f"from {100 * low:g} to {100 * high:g}% of the depth"

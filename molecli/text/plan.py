@@ -32,9 +32,9 @@ TOKENS_PER_EXAMPLE = 256
 
 def to_train(recipe: TrainLoraRecipe, shapes: Mapping[str, Shape], *, fetch: bool) -> PlannedWork:
     """The matrices that would be adapted, and the number of examples. Raises: UserError like the run."""
-    from molecli.training.adapter import target_matrices  # imports PEFT, which other plans do not need
+    from molecli.training.adapter import offered, target_matrices  # imports PEFT, which other plans do not need
 
-    targets = target_matrices(recipe.adapter.targets, shapes)
+    targets = target_matrices(recipe.adapter.targets, offered(recipe.adapter, shapes))
     return PlannedWork(count_examples(recipe.data, fetch=fetch), {"train": find_sources(recipe.data)}, targets=targets)
 
 

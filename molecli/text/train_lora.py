@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
+from molecli.bases import prompt_record
 from molecli.bases.loading import load_backbone
 from molecli.files.atomic import write_bytes, write_text
 from molecli.protocols import Backbone, Example, Note, Progress
@@ -47,6 +48,7 @@ def train_lora(
     folder = Path(recipe.output)
     tasks, held_out = split_tasks(recipe.data)
     backbone = load_backbone(recipe.base, accelerator.device)
+    prompt_record.tell(backbone, note, base=recipe.base)
     said = left_out(backbone.model, recipe.adapter.targets)
     if said is not None and accelerator.is_main_process:
         note(said)
@@ -65,7 +67,8 @@ def train_lora(
             # B starts at zero, so A has no gradient yet; and a sparse model may route no token to some matrices.
             gradient_check="any",
         )
-        learned = {
+        learned: dict[str, Any] = {
+            **prompt_record.stored(backbone),
             "examples": {task: len(examples) for task, examples in tasks.items()},
             "tokens": int(sum(record["count"] for record in history)),
         }

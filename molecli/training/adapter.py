@@ -20,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from molecli import __version__
 from molecli.adapters import Origin, write_svdiff
 from molecli.bases.fused import fused_places, taken_for_experts
+from molecli.bases.peft_layers import explained
 from molecli.bases.weights import BaseWeights
 from molecli.errors import UsageError, suggestion
-from molecli.protocols import Backbone, Progress
+from molecli.protocols import Backbone, Matrices, Progress, Shape
 from molecli.training.checkpoints import recipe_digest
 from molecli.training.shifted import Shifted
 
@@ -51,7 +52,7 @@ def adapted(
     Raises: UsageError for targets that match no matrix.
     """
     if targets is None:
-        targets = target_matrices(adapter.targets, backbone.matrices())
+        targets = target_matrices(adapter.targets, offered(adapter, backbone.matrices()))
     if adapter.method == "svdiff":
         with Shifted(BaseWeights(backbone.model), targets, progress=progress) as shifted:
             yield shifted
@@ -80,7 +81,7 @@ def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequen
     )
     # PEFT draws A from the global generator.
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), explained("adapter.targets", "Leave it out, or use an unquantised base."):
         # PEFT uses an old name of transformers 5; the user can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model = get_peft_model(backbone.model, config, autocast_adapter_dtype=True)
@@ -90,14 +91,22 @@ def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequen
         model.unload()
 
 
+def offered(adapter: AdapterConfig, matrices: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """Those of the base's matrices that the adapter may train: SVDiff moves weights, and a tied head's are shared."""
+    return dict(matrices) if adapter.method == "svdiff" else matrices
+
+
 def target_matrices(targets: str | Sequence[str], matrices: Collection[str]) -> list[str]:
     """The full names of the matrices that `targets` selects: all-linear, a regex, or a list of names or name endings.
 
-    Resolved here and not by PEFT, because PEFT would also adapt the output head or an embedding that matches, and would
-    ignore a listed name that matches nothing.
+    Resolved here and not by PEFT, because PEFT would also adapt an embedding that matches, and would ignore a listed
+    name that matches nothing. The output head is selected only where its name is written.
     """
     if targets == ALL_LINEAR:
         return list(matrices)
+    text = targets if isinstance(targets, str) else " ".join(targets)
+    head = Matrices.of(matrices).head if isinstance(matrices, Mapping) else {}
+    matrices = [*matrices, *(name for name in head if name.rpartition(".")[2] in text)]
     if isinstance(targets, str) and not re.fullmatch(r"[\w.,\s]+", targets):
         return _matching(targets, matrices)
     names = [part.strip() for part in targets.split(",")] if isinstance(targets, str) else targets
