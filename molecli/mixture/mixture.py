@@ -437,6 +437,8 @@ class Mixture:
         return by_row(hosted.value, rows, size[0] * size[1], hosted.site.name)
 
     def _forget(self) -> None:
+        for live in self._parameters:  # an interrupted pass may have left some inside a module
+            live.restore()
         for group in self._groups:
             if group.x is not None:
                 group.forget()
