@@ -92,9 +92,9 @@ class Call:
         return int(self.model.config.decoder_start_token_id if found is None else found)
 
     def generate(self, **inputs: Any) -> Any:
-        """`model.generate`, greedily, always NEW tokens."""
+        """`model.generate`, greedily, always NEW tokens, none of which is padding or another special one."""
         settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-        settings |= {"return_dict_in_generate": True, "output_logits": True}
+        settings |= {"suppress_tokens": [0, 1, 2], "return_dict_in_generate": True, "output_logits": True}
         with torch.no_grad():
             return self.model.generate(**{**settings, **inputs})
 

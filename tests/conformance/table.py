@@ -14,7 +14,7 @@ import transformers
 from tests.conformance.architectures import ARCHITECTURES
 from tests.conformance.cells import EXACT, Cell
 from tests.conformance.models import Kind
-from tests.conformance.subject import FIXED, GATED
+from tests.conformance.subject import FIXED, GATED, MODES
 from tests.conformance.ways import WAYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -49,9 +49,10 @@ _ABOUT = {
 }
 
 
-def columns() -> dict[str, str]:
-    """way -> the head of its column; first that of exactness."""
-    return {EXACT: "as PEFT", **{name: way.head for name, way in WAYS.items()}}
+def columns(modes: Sequence[str] = tuple(MODES)) -> dict[str, str]:
+    """way -> the head of its column, of the ways that are tried in any of these modes; first that of exactness."""
+    tried = {name: way.head for name, way in WAYS.items() if set(way.modes) & set(modes)}
+    return {EXACT: "as PEFT", **tried}
 
 
 def shared_words(words: str) -> str:
@@ -92,15 +93,15 @@ def _note(number: int, words: str, modes: str) -> str:
 
 
 def _table(results: Results, rows: Sequence[str], modes: Sequence[str], notes: dict[tuple[str, str], int]) -> str:
-    lines = [["architecture", *columns().values()], ["---", *[":-:"] * len(columns())]]
+    heads = columns(modes)
+    lines = [["architecture", *heads.values()], ["---", *[":-:"] * len(heads)]]
     for name in rows:
         marks = []
-        for way in columns():
-            cells = results.get((name, way), {})
+        for way in heads:
+            cells = results[name, way]
             refused = [notes.setdefault(note, len(notes) + 1) for note in marks_of(cells, modes)]
             done = any(mode in cells for mode in modes)
-            mark = f"{_REFUSED}{','.join(map(str, refused))}" if refused else _SUPPORTED if done else _BASE
-            marks.append(mark)
+            marks.append(_REFUSED + ",".join(map(str, refused)) if refused else _SUPPORTED if done else _BASE)
         lines.append([f"`{name}`", *marks])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -58,8 +58,8 @@ def check(name: str, way: str, modes: tuple[str, ...], subject: Subject, promise
     for mode, cell in cells_of(subject, way, modes).items():
         assert cell.state != "wrong", f"{mode}: {cell.words}"
         for group, members in GROUPS.items():
-            mark = promised[group, name, way]
-            if mode in members or cell.state == "base":
+            if mode in members or (cell.state == "base" and way in columns(members)):
+                mark = promised[group, name, way]
                 assert (mark == "–") == (cell.state == "base"), f"{mode}: {cell.words}"
                 assert mark != "✓" or cell.state == "exact", f"{mode}: {cell.words}"
         if cell.state == "refused":
@@ -83,7 +83,7 @@ def test_every_cell_is_what_the_page_says(
 
 
 def test_the_page_has_every_architecture_and_way(promised: dict) -> None:
-    every = {(group, name, way) for group in GROUPS for name in ARCHITECTURES for way in columns()}
+    every = {(group, name, way) for group in GROUPS for name in ARCHITECTURES for way in columns(GROUPS[group])}
     assert set(promised) == every
     assert len(ARCHITECTURES) >= 50
 

@@ -195,12 +195,20 @@ def beams(call: Call) -> Pairs:
         yield out.sequences_scores[i], chosen.sum() / NEW
 
 
+def _several(call: Call) -> Pairs:
+    """What proposals rest on, also where the base accepts none: that it reads several tokens on its cache."""
+    if call.mode is None:
+        yield from _cached((1, 2, 1))(call)
+
+
 def lookup(call: Call) -> Pairs:
+    yield from _several(call)
     out = call.generate(**call.batch([REPEATED]), prompt_lookup_num_tokens=2)
     yield from call.answered(out, [REPEATED])
 
 
 def assisted(call: Call) -> Pairs:
+    yield from _several(call)
     out = call.generate(**call.batch([PROMPTS[1]]), assistant_model=call.subject.assistant)
     yield from call.answered(out, [PROMPTS[1]])
 
