@@ -1,84 +1,63 @@
-"""A new LoRA on quantised layers: its gradient is that on the true weights, or the layer is refused by name."""
+"""A new LoRA on a mixture-of-experts base: exactly the layers asked for, in a folder that PEFT loads."""
 
 from __future__ import annotations
 
-import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packed import KINDS, pack, unpacked
-from torch import Tensor, nn
+from moe import IDS, moe, peft_logits, relative
 
+from molecli.adapters import LoraSpec, read_expert
 from molecli.bases.causal import Causal
-from molecli.config import AdapterConfig
-from molecli.errors import UsageError
-from molecli.protocols import Example
-from molecli.training.adapter import adapted, trained_parameters
+from molecli.config import AdapterConfig, BaseConfig
+from molecli.mixture.attach import attach
+from molecli.mixture.layout import adaptable_matrices
+from molecli.text.train_lora import write_adapter
+from molecli.training.adapter import adapted, left_out, trained_parameters
 
-EXAMPLES = [Example("letters", f"say {letter}", letter.upper() * 2) for letter in "abcd"]
 
-
-def gradients(backbone: Any) -> dict[str, Tensor]:
-    """The gradients of a fresh LoRA whose B is not zero."""
-    with adapted(backbone, AdapterConfig(rank=2), seed=0) as model:
-        parameters = trained_parameters(model)
-        assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
-        generator = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("kind", ["deepseek_v3", "llama4_text", "gpt_oss"])
+def test_all_linear_is_all_linear_layers_and_peft_loads_it(kind: str, tmp_path: Path, tiny_llama: Any) -> None:
+    model = moe(kind)
+    backbone = Causal(model, tiny_llama.tokenizer)
+    base = model(input_ids=IDS).logits
+    with adapted(backbone, AdapterConfig(rank=2), seed=0) as trained:
+        for parameter in trained_parameters(trained).values():
+            parameter.data.normal_(0, 0.3)
         with torch.no_grad():
-            for parameter in parameters.values():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        total, _ = backbone.token_loss(backbone.collate(EXAMPLES))
-        total.backward()
-        found = {name: parameter.grad for name, parameter in parameters.items()}
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in found.values())
-    return found  # type: ignore[return-value]
+            wanted = trained(input_ids=IDS).logits
+        write_adapter(trained, tmp_path, BaseConfig(id="x"))
+    assert torch.equal(model(input_ids=IDS).logits, base)
+    expert = read_expert(LoraSpec("x", str(tmp_path)), adaptable_matrices(model))
+    assert set(expert.factors) == set(backbone.matrices())
+    assert relative(wanted, base) > 0.1
+    assert relative(peft_logits(model, tmp_path), wanted) < 1e-5
+    with torch.no_grad(), attach(model, loras={"x": str(tmp_path)}):
+        assert relative(model(input_ids=IDS).logits, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["Columns", "Blocks8"])
-def test_it_learns_through_quantised_layers(tiny_llama: Any, kind: str) -> None:
-    model, twin = copy.deepcopy(tiny_llama.model), copy.deepcopy(tiny_llama.model)
-    pack(model, kind, head=model.lm_head)
-    for name, layer in model.named_modules():
-        if type(layer).__name__ in KINDS:
-            twin.get_submodule(name).weight = nn.Parameter(unpacked(layer), requires_grad=False)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    found, expected = (gradients(Causal(host, tiny_llama.tokenizer, "tiny")) for host in (model, twin))
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
-    after = dict(model.named_parameters())
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items() if value.dtype is torch.uint8)
-
-
-def test_a_layer_that_peft_cannot_adapt_is_named(tiny_llama: Any) -> None:
-    pack(tiny_llama.model, "Buffers", head=tiny_llama.model.lm_head)
-    backbone = Causal(tiny_llama.model, tiny_llama.tokenizer, "tiny")
-    with pytest.raises(UsageError) as caught, adapted(backbone, AdapterConfig(rank=2), seed=0):
+def test_dropout_on_a_layer_that_peft_takes_for_an_experts_is_refused(tiny_llama: Any, explained: Any) -> None:
+    backbone = Causal(moe("deepseek_v3"), tiny_llama.tokenizer)
+    config = AdapterConfig(rank=2, dropout=0.1)
+    explained(
+        lambda: adapted(backbone, config, seed=0).__enter__(),
+        2,
+        "adapter.dropout: PEFT takes model.layers.0.mlp.gate_proj for a layer of routed experts, unless it is adapted "
+        "without dropout. Write 0, or leave that layer out of --targets.",
+    )
+    with adapted(backbone, config, seed=0, targets=["model.layers.0.self_attn.q_b_proj"]):
         pass
-    assert str(caught.value) == (
-        "adapter.targets: PEFT has no LoRA layer for a Buffers. Leave it out, or use an unquantised base."
+
+
+def test_what_all_linear_leaves_out_is_said(tiny_llama: Any) -> None:
+    model = moe("gpt_oss")
+    count = 2 * 4 * (32 * 48 + 24 * 32)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert left_out(model, "all-linear") == (
+        "all-linear leaves out the weights of the routed experts, which have no linear layers (such as "
+        f"model.layers.0.mlp.experts.down_proj): {count:,} of the base's {total:,} parameters"
     )
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_keeps_the_gradient_after_a_pass_without(tiny_folder: Any, bits: int) -> None:
-    """On processors with AVX512-BF16 a pass without gradients would put the 4-bit layers in a form that has none."""
-    pytest.importorskip("bitsandbytes")
-    import transformers
-
-    from molecli.bases.quantised import settled
-
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32
-    )
-    folder = tiny_folder("llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    backbone = Causal(settled(model, torch.float32), tokenizer, "tiny")
-    first = gradients(backbone)
-    with torch.no_grad():
-        backbone.token_loss(backbone.collate(EXAMPLES))
-    for name, gradient in gradients(backbone).items():
-        torch.testing.assert_close(gradient, first[name])
+    assert left_out(model, "q_proj") is None
+    assert left_out(tiny_llama.model, "all-linear") is None
