@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -21,10 +21,46 @@ Stream = Literal["encoder", "decoder", "memory", "spatial", "text", "time"]
 ElementKind = Literal["object", "character", "clothing", "style", "background"]
 # (d_out, d_in) of a linear layer, (c_out, c_in, k_h, k_w) of a convolution.
 Shape = tuple[int, ...]
+# The name in a base of a module that a file names otherwise, by the base's own rules; the same name if it has none.
+Renaming = Callable[[str], str]
 # Called by long work: label, number of steps done, total number.
 Progress = Callable[[str, int, int], None]
 # Called with a line for the user to read.
 Note = Callable[[str], object]
+
+
+class Matrices(dict[str, Shape]):
+    """The adaptable matrices of a base, those of `all-linear`: name -> shape, and what else a LoRA's file may name.
+
+    head: the output head, which is adapted only where it is named; tables: the input embeddings and the output head,
+    whose weights a file may repeat; renamed: the base's own rules for names of other releases.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, Shape],
+        *,
+        head: Mapping[str, Shape] | None = None,
+        tables: Mapping[str, Shape] | None = None,
+        renamed: Renaming = str,
+    ) -> None:
+        super().__init__(matrices)
+        self.head, self.tables, self.renamed = dict(head or {}), dict(tables or {}), renamed
+
+    @property
+    def named(self) -> dict[str, Shape]:
+        """All matrices that a LoRA may name: the head is the last one."""
+        return {**self, **self.head}
+
+    def without(self, names: Collection[str]) -> Matrices:
+        """The same base with fewer adaptable matrices."""
+        kept = {name: shape for name, shape in self.items() if name not in names}
+        return Matrices(kept, head=self.head, tables=self.tables, renamed=self.renamed)
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, Shape]) -> Matrices:
+        """`matrices` itself, or with no head and no rules if it is a plain mapping."""
+        return matrices if isinstance(matrices, cls) else cls(matrices)
 
 
 @dataclass(frozen=True)
@@ -39,6 +75,23 @@ class Example:
     @property
     def answers(self) -> tuple[str, ...]:
         return self.references or (self.target,)
+
+
+class Completion(str):
+    """The text that a language model wrote; `answer` is what is scored of it.
+
+    A reasoning model's answer is without its thoughts; None if they did not end, so that there is no answer.
+    """
+
+    answer: str | None
+
+    def __new__(cls, text: str, answer: str | None) -> Completion:
+        made = super().__new__(cls, text)
+        made.answer = answer
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str | None]:  # type: ignore[override]
+        return str(self), self.answer
 
 
 @dataclass(frozen=True)
@@ -78,13 +131,14 @@ class Scene:
 class Moment:
     """One denoising step: `index` of `total`, from 0; `timestep` is the input of the UNet.
 
-    guided: the batch has two halves, unconditional and conditional (classifier-free guidance).
+    guided: the batch has two halves, unconditional and conditional (classifier-free guidance); None if it is not known
+    what its rows are.
     """
 
     index: int
     total: int
     timestep: float
-    guided: bool
+    guided: bool | None
 
 
 class Backbone(Protocol):
@@ -223,7 +277,8 @@ class Reading:
     x: [B, T, d_in], the input of the entry; u: [B, T, R], this input projected by the A of every expert;
     valid, prompt: [B, T], which tokens are not padding, and which belong to the prompt; None without padding;
     memory: [B, S, d], the encoder's output for sites in a seq2seq decoder, with memory_valid [B, S];
-    state: the state of `running` pooling after an earlier chunk of the same sequences;
+    state: the state of `running` pooling after an earlier chunk of the same sequences; it is replaced by the states
+    after the last `kept` tokens, or after the last one without `kept`;
     shared: exists during one pass, for values that all its gates share.
     """
 
@@ -234,6 +289,7 @@ class Reading:
     memory: Tensor | None = None
     memory_valid: Tensor | None = None
     state: tuple[Tensor, Tensor] | None = None
+    kept: int | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -242,12 +298,15 @@ class Gate(Protocol):
 
     Returns [N] (the same for every input), [B, N] (one per sequence) or [B, T, N] (one per token). `keep` [N] is 0 for
     masked experts. `per_sequence` gates are fixed after the prompt; gates that `remember` depend on earlier tokens;
-    `constant` gates need no reading.
+    `constant` gates need no reading. Of the others, `reads_entry` says
+    whether a gate reads the tokens at its site, or only the memory.
     """
 
     per_sequence: bool
     remembers: bool
     constant: bool
+
+    def reads_entry(self, *, memory: bool) -> bool: ...
 
     def __call__(self, reading: Reading | None, keep: Tensor | None = None) -> Tensor: ...
 

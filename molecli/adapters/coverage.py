@@ -5,27 +5,35 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from molecli.adapters.families import family_in
 from molecli.adapters.info import AdapterInfo
 from molecli.adapters.keys import component_of
+from molecli.adapters.module_names import same_layer
 from molecli.adapters.place import components_in, place
+from molecli.adapters.share import share
+from molecli.adapters.tables import base_tables, grown
 from molecli.adapters.weights import Shape
 from molecli.errors import MismatchError
+from molecli.protocols import Matrices
+
+# A LoRA is never used without more than this share of its weights.
+MAIN_PART = 0.5
 
 
 @dataclass(frozen=True)
 class Coverage:
     """Names of the matrices that fit the base, that the base lacks, or whose shape differs (LoRA's, base's).
 
-    `info` is the LoRA with the base's names, as in `matched`.
+    `info` is the LoRA with the base's names, as in `matched`; `left_out` the share of its weights in the unmatched.
     """
 
     info: AdapterInfo
     matched: tuple[str, ...]
     unmatched: tuple[str, ...]
     wrong_shape: dict[str, tuple[Shape, Shape]]
+    left_out: float = 0.0
 
     @property
     def components(self) -> dict[str, tuple[int, int]]:
@@ -40,38 +48,49 @@ def coverage(info: AdapterInfo, matrices: Mapping[str, Shape]) -> Coverage:
 
     Raises: MismatchError as `place` does.
     """
-    info = place(info, matrices)
-    known = {name: shape for name, shape in info.matrices.items() if name in matrices}
+    base = Matrices.of(matrices)
+    info, here = place(info, base), base.named
+    known = {name: shape for name, shape in info.matrices.items() if name in here}
     return Coverage(
         info=info,
-        matched=tuple(name for name, shape in known.items() if shape == tuple(matrices[name])),
-        unmatched=tuple(name for name in info.matrices if name not in matrices),
-        wrong_shape={n: (shape, tuple(matrices[n])) for n, shape in known.items() if shape != tuple(matrices[n])},
+        matched=tuple(name for name, shape in known.items() if shape == tuple(here[name])),
+        unmatched=tuple(name for name in info.matrices if name not in here),
+        wrong_shape={n: (shape, tuple(here[n])) for n, shape in known.items() if shape != tuple(here[n])},
     )
 
 
 def check_coverage(info: AdapterInfo, matrices: Mapping[str, Shape], *, allow_partial: bool = False) -> Coverage:
-    """The coverage of a LoRA that fits the base. Raises: MismatchError if it does not.
+    """The coverage of a LoRA that fits the base.
 
-    With `allow_partial` some matrices may be missing in the base, but not all, and shapes must agree.
+    With `allow_partial` some matrices may be missing in the base, but not most of the LoRA's weights, and shapes must
+    agree. Raises: MismatchError if it does not fit; UsageError if its vocabulary is not the base's.
     """
-    found = coverage(info, matrices)
-    check_base(found, matrices)
-    if found.unmatched and not allow_partial:
-        total = len(info.adapted)
-        what = f"{len(found.unmatched)} of its {total} matrices are not in this base, such as {found.unmatched[0]!r}"
-        raise MismatchError(info.where, what, "Pass --allow-partial to leave them out.")
+    base = Matrices.of(matrices)
+    found = coverage(info, base)
+    check_base(found, base)
+    if not found.unmatched:
+        return found
+    total = len(info.adapted)
+    found = replace(found, left_out=share(found.info, found.unmatched))
+    what = f"{len(found.unmatched)} of its {total} matrices are not in this base, such as {found.unmatched[0]!r}"
+    what += f": {found.left_out:.1%} of its weights"
+    if found.left_out > MAIN_PART:
+        raise MismatchError(info.where, what, other_base(info.base_model))
+    if not allow_partial:
+        raise MismatchError(info.where, what, _renaming(found, base) or "Pass --allow-partial to leave them out.")
     return found
 
 
 def check_base(found: Coverage, matrices: Mapping[str, Shape]) -> None:
     """Checks that a LoRA was made for a base like the one it covers. Raises: MismatchError that says for which."""
-    info = found.info
-    foreign = foreign_architecture(info.matrices, matrices)
+    info, base = found.info, Matrices.of(matrices)
+    foreign = foreign_architecture(info.matrices, base)
     if foreign is not None:
         raise MismatchError(info.where, foreign, other_base(info.base_model))
-    if found.wrong_shape:
-        name, (there, here) = next(iter(found.wrong_shape.items()))
+    base_tables(info, base)
+    for name, (there, here) in found.wrong_shape.items():
+        if name in base.head and there[1:] == here[1:]:
+            raise grown(info, name, there[0], here[0])
         what = f"it was made for another base: {name!r} is {_times(there)} in the LoRA and {_times(here)} in this base"
         raise MismatchError(info.where, what, other_base(info.base_model))
     if not found.matched:
@@ -82,6 +101,13 @@ def check_base(found: Coverage, matrices: Mapping[str, Shape]) -> None:
 
 def _times(shape: Shape) -> str:
     return "x".join(map(str, shape))
+
+
+def _renaming(found: Coverage, base: Matrices) -> str:
+    """What to do where a language model's LoRA has matrices that the base has under another prefix; "" if none."""
+    names = () if components_in(base) else found.unmatched
+    alike = next(((name, twin) for name in names if (twin := same_layer(name, base))), None)
+    return f"Rename its modules to those of the base, such as {alike[0]!r} to {alike[1]!r}." if alike else ""
 
 
 def other_base(named: str | None) -> str:

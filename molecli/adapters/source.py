@@ -11,6 +11,7 @@ from typing import Any
 from molecli.adapters.folder import EITHER, PICKLES, LoraFiles, files_in, is_pickled, lora_names, pickle
 from molecli.catalog.builtin import builtin_loras
 from molecli.errors import RunError, UsageError, near
+from molecli.files.chat_template import TEMPLATE_FILES
 from molecli.files.lora_spec import COMPONENTS, CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, LoraLike, builtin_meant
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
@@ -79,7 +80,7 @@ def _download(repository: str) -> Path:
     def fetched(patterns: list[str]) -> Path:
         return _from_hub(repository, lambda: Path(snapshot_download(repository, allow_patterns=patterns)))
 
-    names = (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE)
+    names = (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, *TEMPLATE_FILES)
     folder = fetched([*names, *(f"{component}/{name}" for component in COMPONENTS for name in names)])
     if lora_names(file.name for file in folder.iterdir()):
         return folder

@@ -112,7 +112,9 @@ class ComposeRecipe(Section):
     evaluate: EvalConfig | None = Field(
         default_factory=EvalConfig, description="language models: scoring on the test split of `data`; null: none"
     )
-    allow_partial: bool = Field(default=False, description="accept LoRAs with keys that match nothing in the base")
+    allow_partial: bool = Field(
+        default=False, description="leave out matrices that the base lacks, if they are a minor part of a LoRA"
+    )
     only: Names = Field(default=(), description=f"mode {ALONE}: name of the LoRA")
     output: str = Field(default="runs/compose", min_length=1, description="folder to write")
     seed: int = Field(default=0, ge=0, description=_SEED)

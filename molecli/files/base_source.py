@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from molecli.catalog.builtin import BUILTIN_PREFIX, PIPELINE_FILE, builtin_base
 from molecli.errors import MismatchError, RunError, UsageError, UserError
@@ -21,6 +22,17 @@ _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 UNET_IN_FILE = "model.diffusion_model."
 ENCODERS_IN_FILE = ("cond_stage_model.", "conditioner.embedders.")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+# The keys of a base that say how prompts are written, and their flags. Only language models read them.
+PROMPT_FLAGS = {
+    "chat_template": "--no-chat-template",
+    "template_file": "--template-file",
+    "system_prompt": "--system-prompt",
+    "template_args": "--template-arg",
+    "source_language": "--source-language",
+    "target_language": "--target-language",
+}
 
 
 class BaseSettings(Protocol):
@@ -36,6 +48,16 @@ class BaseSettings(Protocol):
     def chat_template(self) -> bool: ...
     @property
     def revision(self) -> str | None: ...
+    @property
+    def template_file(self) -> str | None: ...
+    @property
+    def system_prompt(self) -> str | None: ...
+    @property
+    def template_args(self) -> Mapping[str, Any]: ...
+    @property
+    def source_language(self) -> str | None: ...
+    @property
+    def target_language(self) -> str | None: ...
 
 
 @dataclass(frozen=True)

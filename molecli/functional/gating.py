@@ -20,18 +20,22 @@ def mean_pool(x: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 
 
 def running_mean(
-    x: Tensor, weight: Tensor, state: tuple[Tensor, Tensor] | None = None
+    x: Tensor, weight: Tensor, state: tuple[Tensor, Tensor] | None = None, *, kept: int | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Mean over positions <= t: x [B, T, d] -> float32 [B, T, d], and the state (sum, count) for the next chunk.
 
-    `state` is that of the earlier chunk of the same sequences (with a key-value cache).
+    `state` is that of the earlier chunk of the same sequences (with a key-value cache). With `kept` the states after
+    each of the last so many positions are returned, [B, kept, d] and [B, kept].
     """
     w = weight.float()
     sums = (x.float() * w.unsqueeze(-1)).cumsum(1)
     counts = w.cumsum(1)
     if state is not None:
         sums, counts = sums + state[0].unsqueeze(1), counts + state[1].unsqueeze(1)
-    return sums / counts.clamp_min(1.0).unsqueeze(-1), (sums[:, -1].detach(), counts[:, -1].detach())
+    # Copies, which do not keep the sums of all positions in memory.
+    last = -1 if kept is None else slice(-kept, None)
+    left = sums[:, last].detach().clone(), counts[:, last].detach().clone()
+    return sums / counts.clamp_min(1.0).unsqueeze(-1), left
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -98,6 +98,10 @@ class InputGate(nn.Module):
     def remembers(self) -> bool:
         return self.pool != "token"
 
+    def reads_entry(self, *, memory: bool) -> bool:
+        """Whether it reads the tokens at its site; a decoder's gate that reads the prompt reads only the memory."""
+        return not (memory and self.pool == "prompt" and self.reads == "x")
+
     def forward(self, reading: Reading, keep: Tensor | None = None) -> Tensor:
         """[B, N] for pools over a sequence, [B, T, N] for `running` and `token`."""
         features = self.features(reading)
@@ -132,6 +136,8 @@ class InputGate(nn.Module):
         """The pooled reading in float32: [B, width] or [B, T, width]."""
         if self.pool == "prompt" and self.reads == "x" and reading.memory is not None:
             assert reading.memory_valid is not None
+            if reading.memory.requires_grad:  # a layer may be computed again (checkpointing), also what it shares
+                return _mean(reading, reading.memory, reading.memory_valid)
             key = "memory", id(reading.memory)  # the same for every site of the decoder
             if key not in reading.shared:
                 reading.shared[key] = _mean(reading, reading.memory, reading.memory_valid)
@@ -139,7 +145,7 @@ class InputGate(nn.Module):
         source = reading.x if self.reads == "x" else reading.u
         if self.pool == "running":
             assert reading.valid is not None
-            pooled, reading.state = running_mean(source, reading.valid, reading.state)
+            pooled, reading.state = running_mean(source, reading.valid, reading.state, kept=reading.kept)
             return pooled
         if self.pool == "token":
             return source.float()
