@@ -22,6 +22,7 @@ from molecli.functional.tensor_version import Stamp, stamp
 from molecli.functional.wrapped import device_of, layers_of
 from molecli.mixture.continuation import check_continues, check_whole, rolled_back
 from molecli.mixture.output_head import output_head
+from molecli.mixture.peft_host import called_whole
 from molecli.mixture.recompute import check_learns
 from molecli.mixture.served import Served
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, move_reading
@@ -93,7 +94,7 @@ class Mixture:
 
     def _attach(self) -> None:
         self._state = object()
-        self._handles.append(run_eagerly())
+        self._handles += [run_eagerly(), *called_whole(self.model)]
         self._handles += self._streams.attach(self._begin)
         self._handles += self._head.attach() if self._head is not None else []
         if isinstance(self.model, PipelineModules):
