@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -52,6 +52,11 @@ class Matrices(dict[str, Shape]):
         """All matrices that a LoRA may name: the head is the last one."""
         return {**self, **self.head}
 
+    def without(self, names: Collection[str]) -> Matrices:
+        """The same base with fewer adaptable matrices."""
+        kept = {name: shape for name, shape in self.items() if name not in names}
+        return Matrices(kept, head=self.head, tables=self.tables, renamed=self.renamed)
+
     @classmethod
     def of(cls, matrices: Mapping[str, Shape]) -> Matrices:
         """`matrices` itself, or with no head and no rules if it is a plain mapping."""
@@ -70,6 +75,23 @@ class Example:
     @property
     def answers(self) -> tuple[str, ...]:
         return self.references or (self.target,)
+
+
+class Completion(str):
+    """The text that a language model wrote; `answer` is what is scored of it.
+
+    A reasoning model's answer is without its thoughts; None if they did not end, so that there is no answer.
+    """
+
+    answer: str | None
+
+    def __new__(cls, text: str, answer: str | None) -> Completion:
+        made = super().__new__(cls, text)
+        made.answer = answer
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str | None]:  # type: ignore[override]
+        return str(self), self.answer
 
 
 @dataclass(frozen=True)

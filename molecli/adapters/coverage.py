@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from molecli.adapters.families import family_in
 from molecli.adapters.info import AdapterInfo
 from molecli.adapters.keys import component_of
 from molecli.adapters.module_names import same_layer
@@ -69,23 +70,23 @@ def check_coverage(info: AdapterInfo, matrices: Mapping[str, Shape], *, allow_pa
     total = len(info.adapted)
     foreign = foreign_architecture(found.info.matrices, matrices)
     if foreign is not None:
-        raise MismatchError(info.where, foreign, _remedy(info))
+        raise MismatchError(info.where, foreign, other_base(info.base_model))
     base_tables(info, base)
     for name, (there, here) in found.wrong_shape.items():
         if name in base.head and there[1:] == here[1:]:
             raise grown(info, name, there[0], here[0])
         what = f"it was made for another base: {name!r} is {_times(there)} in the LoRA and {_times(here)} in this base"
-        raise MismatchError(info.where, what, _remedy(info))
+        raise MismatchError(info.where, what, other_base(info.base_model))
     if not found.matched:
         what = f"it was made for another base: this one lacks all its {total} matrices, such as {found.unmatched[0]!r}"
-        raise MismatchError(info.where, what, _remedy(info))
+        raise MismatchError(info.where, what, other_base(info.base_model))
     if not found.unmatched:
         return found
     found = replace(found, left_out=share(found.info, found.unmatched))
     what = f"{len(found.unmatched)} of its {total} matrices are not in this base, such as {found.unmatched[0]!r}"
     what += f": {found.left_out:.1%} of its weights"
     if found.left_out > MAIN_PART:
-        raise MismatchError(info.where, what, _remedy(info))
+        raise MismatchError(info.where, what, other_base(info.base_model))
     if not allow_partial:
         raise MismatchError(info.where, what, _renaming(found, base) or "Pass --allow-partial to leave them out.")
     return found
@@ -102,15 +103,14 @@ def _renaming(found: Coverage, base: Matrices) -> str:
     return f"Rename its modules to those of the base, such as {alike[0]!r} to {alike[1]!r}." if alike else ""
 
 
-def _remedy(info: AdapterInfo) -> str:
-    named = f" (it names {info.base_model})" if info.base_model else ""
+def other_base(named: str | None) -> str:
+    """What to do about a LoRA of another base; `named` is the one that its file names."""
+    named = f" (it names {named})" if named else ""
     return f"Name the base it was trained on with --base{named}."
 
 
 # Width of the text embeddings that the UNet's cross-attention reads -> published family.
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
-# Part of a module name -> the only family of models that has it. None of them has a UNet.
-_TRANSFORMERS = {"double_blocks": "FLUX", "single_transformer_blocks": "FLUX", "joint_blocks": "Stable Diffusion 3"}
 _CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
 _CLIP_INPUT = re.compile(r"(self_attn[._][qkv]_proj|mlp[._]fc1)$")
 
@@ -122,12 +122,10 @@ def foreign_architecture(lora: Mapping[str, Shape], base: Mapping[str, Shape]) -
     """
     here = components_in(base)
     if not here:
-        return (
-            "it was made for a diffusion pipeline, and this base is a language model" if components_in(lora) else None
-        )
-    for part, family in _TRANSFORMERS.items():
-        if any(part in name for name in lora):
-            return f"it was made for {family}, and this base is {_family(base)}"
+        drawn = components_in(lora) or any(name.startswith(("diffusion_model.", "lora_transformer_")) for name in lora)
+        return "it was made for a diffusion pipeline, and this base is a language model" if drawn else None
+    if family := family_in(name for name in lora if name not in base):
+        return f"it was made for {family}, and this base is {_family(base)}"
     if "text_encoder_2" in components_in(lora) and "text_encoder_2" not in here:
         return f"it was made for SDXL (it adapts a second text encoder), and this base is {_family(base)}"
     there, width = _width(lora, _CROSS_ATTENTION, "unet"), _width(base, _CROSS_ATTENTION, "unet")
@@ -151,7 +149,8 @@ def _family(matrices: Mapping[str, Shape]) -> str:
 
 def _width(matrices: Mapping[str, Shape], pattern: re.Pattern[str], component: str) -> int | None:
     """d_in of the component's first matrix that matches `pattern`."""
-    return next((shape[1] for name, shape in _of(matrices.items(), component) if pattern.search(name)), None)
+    found = (shape for name, shape in _of(matrices.items(), component) if pattern.search(name))
+    return next((shape[1] for shape in found if len(shape) > 1), None)
 
 
 def _of(items: Iterable[tuple[str, Shape]], component: str) -> Iterable[tuple[str, Shape]]:

@@ -3,15 +3,17 @@
 PEFT       base_model.model.<path>.lora_A.weight
 diffusers  <component>.<path>.lora_A.weight, and its older forms with lora.down, to_q_lora.down, lora_linear_layer.down
 kohya      lora_unet_<path with underscores>.lora_down.weight, with .alpha; lora_te_, lora_te1_, lora_te2_
+others     the same factors under the prefixes of `prefixes`
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from molecli.adapters.prefixes import KOHYA, without_prefix
 from molecli.adapters.settings import MERGE, PLAIN, unsupported
 from molecli.errors import MismatchError
 from molecli.files.lora_spec import COMPONENTS
@@ -20,7 +22,6 @@ PEFT_PREFIX = "base_model.model."
 # In files, the modules of CLIP's text model have this prefix; in transformers 5 a bare encoder lacks it.
 CLIP_PREFIX = "text_model."
 AGAIN = "Download or export it again."
-KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 
 _PEFT_PAIR = ("lora_A", "lora_B")
 _PAIRS = (
@@ -62,6 +63,7 @@ class Keys:
     """The file and the keys of one module's factors; `alpha` is the key of its alpha, if that is stored.
 
     `implied`: without a stored alpha the layout means scaling 1 (alpha = rank), as in kohya's and diffusers' layouts.
+    `expert`: (index, E) if the factors are those of E routed experts, stacked, and the module is one of them.
     """
 
     path: Path
@@ -70,6 +72,21 @@ class Keys:
     alpha: str | None = None
     pair: tuple[str, str] = _PEFT_PAIR
     implied: bool = False
+    expert: tuple[int, int] | None = None
+
+
+def outlined(keys: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """module -> shape of its matrix, as far as a file's keys and shapes tell; () where they do not. Nothing is checked.
+
+    A key that is no factor counts as a module.
+    """
+    found: dict[str, dict[str, Sequence[int]]] = {}
+    for key, shape in keys.items():
+        match = _FACTOR.fullmatch(key)
+        halves = found.setdefault(_module(match["module"] if match else key), {})
+        if match is not None and match["rest"].endswith("weight") and len(shape) >= 2:
+            halves[_FACTORS[match["mark"]][0]] = shape
+    return {module: (ab["B"][0], *ab["A"][1:]) if len(ab) == 2 else () for module, ab in found.items()}
 
 
 def factor_keys(where: str, path: Path, names: Iterable[str]) -> dict[str, Keys]:
@@ -159,8 +176,8 @@ def _split(where: str, key: str) -> tuple[str, str, tuple[str, str] | None]:
 
 
 def _module(name: str) -> str:
-    """`name` without the additions of wrappers: PEFT's prefix, the attention processor."""
-    name = name.replace(".processor.", ".").removeprefix(PEFT_PREFIX)
+    """`name` without the additions of wrappers (PEFT's prefix, the attention processor), its part as a component."""
+    name = without_prefix(name.replace(".processor.", ".").removeprefix(PEFT_PREFIX))
     component, dot, path = name.partition(".")
     return f"{component}.{path.removeprefix(PEFT_PREFIX)}" if dot and component in COMPONENTS else name
 

@@ -28,7 +28,10 @@ _PEFT = "base_model.model."
 # Parts between a model and its language model, in the bases of transformers.
 _INNER = {"model", "language_model", "text_model", "base_model", "transformer", "thinker", "llm", "lm", "vlm"}
 # The other parts of a multimodal model: a module below one of them is not one of the language model.
-_TOWER = re.compile(r"vis|image|img|audio|speech|talker|clip|encoder|mtp|draft|generat|projector|adapter")
+_TOWER = re.compile(
+    r"vis|\bvit|siglip|clip|image|img|qformer|resampler|perceiver|projector|adapter|audio|speech|talker|encoder|generat"
+    r"|mtp|draft|critic|reward"
+)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from molecli.adapters.blocks import original_names
+from molecli.adapters.fused import unfused
 from molecli.adapters.info import AdapterInfo
-from molecli.adapters.keys import CLIP_PREFIX, KOHYA, component_of, is_bare, underscored
+from molecli.adapters.keys import CLIP_PREFIX, component_of, is_bare, underscored
 from molecli.adapters.module_names import plain, resolved, taken_for
+from molecli.adapters.prefixes import KOHYA
 from molecli.adapters.weights import Shape
 from molecli.errors import MismatchError
 from molecli.files.lora_spec import COMPONENTS
@@ -25,6 +27,7 @@ def place(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
     """
     base = Matrices.of(matrices)
     pipeline, matrices = bool(components_in(base)), base.named
+    info = unfused(info, matrices)
     names = _in_pipeline(info, matrices) if pipeline else resolved(info.where, info.matrices, base)
     adapted = {}
     sources: dict[str, str] = {}
@@ -74,6 +77,8 @@ def _spellings(matrices: Iterable[str]) -> Iterator[tuple[str, str]]:
         component, _, path = name.partition(".")
         path = path.removeprefix(CLIP_PREFIX)
         yield f"{component}.{path}", name
+        if component == "unet" and path in originals:
+            yield f"unet.{originals[path]}", name
         for start in (start for start, owner in KOHYA.items() if owner == component):
             yield start + underscored(path), name
             if component == "unet" and path in originals:

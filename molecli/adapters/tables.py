@@ -23,7 +23,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 class Parameters(Protocol):
     """The weights of a base, by name."""
 
-    def parameter(self, name: str) -> Tensor: ...
+    def parameter(self, name: str) -> Tensor | None: ...
 
 
 def base_tables(info: AdapterInfo, base: Matrices) -> list[tuple[str, Table]]:
@@ -55,9 +55,13 @@ def check_tables(info: AdapterInfo, base: Matrices, weights: Parameters | None) 
     for name, table in base_tables(info, base):
         if weights is None:
             raise unsupported(info.where, f"a LoRA that also has {table.key!r}")
+        own = weights.parameter(name)
+        if own is None:
+            what = f"it repeats the base's {name} ({table.key!r}), which is quantised here and cannot be compared"
+            raise UsageError(info.where, what, "Load the unquantised base.")
         with opened_lora(table.path) as file:
             copy = file.get_tensor(table.key)
-        if not _equal(copy, weights.parameter(name)):
+        if not _equal(copy, own):
             what = f"it brings its own {name} ({table.key!r}), trained or of a resized vocabulary"
             raise UsageError(info.where, f"{what}: it is not the weight of this base", MERGE)
 
@@ -65,7 +69,7 @@ def check_tables(info: AdapterInfo, base: Matrices, weights: Parameters | None) 
 def _equal(copy: Tensor, own: Tensor) -> bool:
     """Whether the two are the same numbers, but for rounding to a type in which one of them was loaded."""
     own = own.to(copy.device)
-    if copy.shape != own.shape or not own.is_floating_point():
+    if copy.shape != own.shape:
         return False
     if torch.equal(copy.to(own.dtype), own) or torch.equal(own.to(copy.dtype), copy):
         return True

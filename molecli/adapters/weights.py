@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from molecli.adapters.keys import AGAIN, Keys
+from molecli.adapters.metadata import Configured
 from molecli.errors import MismatchError
 from molecli.files.tensor_file import opened
 
@@ -55,6 +56,12 @@ def factor_shape(where: str, module: str, keys: Keys, a: list[int], b: list[int]
         down, up = keys.pair
         raise MismatchError(where, f"{down} {a} and {up} {b} of {module!r} cannot be multiplied", AGAIN)
     return a[0], (b[0], *a[1:])
+
+
+def check_rank(where: str, module: str, rank: int, wanted: int, said: Configured) -> None:
+    """Raises: MismatchError if the factors of `module` have another rank than the configuration says."""
+    if rank != wanted:
+        raise MismatchError(where, f"{module!r} has rank {rank}, but {said.origin} says {wanted}", said.remedy)
 
 
 def alpha_in(where: str, module: str, tensor: Tensor) -> float:

@@ -20,10 +20,11 @@ from torch import nn
 from molecli.bases.causal import Causal
 from molecli.bases.language import freeze
 from molecli.bases.library_logs import first_line, quiet
+from molecli.bases.prompt_record import prompt_settings, refuse_settings
 from molecli.bases.quantised import loading_options, method_of, not_here, say_changes, settled
 from molecli.bases.seq2seq import Seq2Seq
 from molecli.errors import MismatchError, UsageError
-from molecli.files.base_source import BaseSettings, BaseSource, explain_hub, find_base
+from molecli.files.base_source import PROMPT_FLAGS, BaseSettings, BaseSource, explain_hub, find_base
 from molecli.protocols import Backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +38,7 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
     """
     source, place = find_base(base), pick_device(device)
     if source.pipeline:
+        refuse_settings(base)
         from molecli.bases.pipeline_loading import load_pipeline
 
         return load_pipeline(base, place, pick_dtype(base.dtype, place))
@@ -44,6 +46,7 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
         config = _config(source)
         auto, method = _auto_class(source, config), method_of(config)
         tokenizer = _tokenizer(source)
+        prompts = prompt_settings(base, tokenizer, source.name)
         dtype = pick_dtype(base.dtype, place)
         options = {"dtype": dtype} | loading_options(source, config, place, dtype)
         model = _weights(source, config, auto, options)
@@ -56,18 +59,21 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
         say_changes(source, method, model, asked=base.dtype)
     else:
         model = model.to(place)
-    if config.is_encoder_decoder:
-        return Seq2Seq(model, tokenizer, source.name)
-    return Causal(model, tokenizer, source.name, chat_template=base.chat_template)
+    made = Seq2Seq if config.is_encoder_decoder else Causal
+    return made(model, tokenizer, source.name, **prompts)
 
 
 def load_skeleton(base: BaseSettings) -> nn.Module:
     """The base's model on the meta device: names, shapes and dtype without weights, for plans and dry runs."""
     source = find_base(base)
     if source.pipeline:
+        refuse_settings(base)
         from molecli.bases.pipeline_loading import load_pipeline_skeleton
 
         return load_pipeline_skeleton(base)
+    if any(getattr(base, key) not in (None, {}, True) for key in PROMPT_FLAGS):
+        with quiet(source):
+            prompt_settings(base, _tokenizer(source), source.name)  # refused as by the run
     with quiet(source), torch.device("meta"):
         config = _config(source)
         model = _auto_class(source, config).from_config(config, dtype=DTYPES.get(base.dtype, torch.float32))

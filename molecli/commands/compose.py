@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 from molecli import __version__
+from molecli.bases import prompt_record
 from molecli.bases.language import seeded
 from molecli.bases.loading import load_backbone
 from molecli.bases.weights import BaseWeights
@@ -125,6 +126,7 @@ def run_compose(
     experts = read_experts(backbone.model, task.recipe.loras, allow_partial=task.recipe.allow_partial, note=note)
     # Run.
     mixture = _mixture(task, backbone, experts, progress)
+    prompt_record.tell(backbone, note, base=task.recipe.base, loras=task.recipe.loras)
     history: list[Record] = []
     if task.rows:
         with mixture:
@@ -179,7 +181,7 @@ def _composition(task: Task, backbone: Backbone, experts: Sequence[Expert], mixt
         base_fingerprint=backbone.fingerprint(),
         experts=tuple(record_of(expert) for expert in experts),
         gate=recipe.gate.model_dump(mode="json") if row.family == "gates" else None,
-        settings=_settings(task),
+        settings=_settings(task) | prompt_record.stored(backbone),
         recipe=dump_recipe(recipe),
         tensors=mixture.state_dict(),
         version=__version__,

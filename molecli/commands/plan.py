@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from molecli.adapters import AdapterInfo, Coverage, check_coverage, read_info
+from molecli.adapters import AdapterInfo, Coverage, check_coverage, read_info_for
+from molecli.bases.fused import fused_places
 from molecli.bases.loading import load_skeleton, pick_device, pick_dtype
 from molecli.commands import compose, evaluate
 from molecli.commands.domain import Domain, domain_of
@@ -105,9 +106,9 @@ def make_plan(recipe: Recipe, *, domain: Domain | None = None, fetch: bool = Fal
 def _plan_compose(recipe: ComposeRecipe, domain: Domain) -> Plan:
     task: compose.Task = domain.command("compose").prepare(recipe)
     recipe, row = task.recipe, task.row
-    infos = [read_info(lora) for lora in recipe.loras]
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
+    infos = [read_info_for(lora, shapes) for lora in recipe.loras]
     covered = [check_coverage(info, shapes, allow_partial=recipe.allow_partial) for info in infos]
     experts = [_outline(found) for found in covered]
     mixture = build_mixture(
@@ -151,7 +152,9 @@ def _plan_compose(recipe: ComposeRecipe, domain: Domain) -> Plan:
 def _plan_train_lora(recipe: TrainLoraRecipe, domain: Domain, *, fetch: bool) -> Plan:
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
-    work: PlannedWork = domain.command("plan").to_train(recipe, shapes, fetch=fetch)
+    fused = fused_places(skeleton)
+    layers = Matrices.of(shapes).without(fused)
+    work: PlannedWork = domain.command("plan").to_train(recipe, layers, fetch=fetch)
     held, trained = _adapter_numbers(recipe.adapter, [Matrices.of(shapes).named[name] for name in work.targets])
     micro = recipe.train.micro_batch_size or recipe.train.batch_size
     return Plan(
@@ -173,7 +176,7 @@ def _plan_evaluate(recipe: EvaluateRecipe, domain: Domain | None, *, fetch: bool
     skeleton = load_skeleton(base)
     shapes = adaptable_matrices(skeleton)
     work: PlannedWork = domain.command("plan").to_evaluate(recipe, compositions, fetch=fetch)
-    infos = [read_info(lora) for lora in work.loras]
+    infos = [read_info_for(lora, shapes) for lora in work.loras]
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     covered = [check_coverage(info, shapes, allow_partial=not recipe.loras) for info in infos]
     made = zip(recipe.compositions, compositions.values(), strict=True)
@@ -204,7 +207,7 @@ def _plan_export(recipe: ExportRecipe, domain: Domain | None, *, fetch: bool) ->
     skeleton = load_skeleton(base)
     shapes = adaptable_matrices(skeleton)
     check_base(composition, fingerprint(skeleton), same_base)
-    infos = [read_info(lora) for lora in recipe.loras or specs_of(composition)]
+    infos = [read_info_for(lora, shapes) for lora in recipe.loras or specs_of(composition)]
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     covered = [check_coverage(info, shapes, allow_partial=True) for info in infos]
     return Plan(

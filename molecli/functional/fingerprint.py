@@ -100,7 +100,7 @@ def rounding(model: nn.Module) -> torch.dtype | None:
 
 def quantisation(model: nn.Module) -> str:
     """The kind of a model's quantised layers, such as "bitsandbytes 4 bit"; "" if it has none."""
-    packed = {type(module).__name__ for module in model.modules() if is_packed(module)}
+    packed = {_kind(module) for module in model.modules() if is_packed(module)}
     if not packed:
         return ""
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -113,6 +113,11 @@ def quantisation(model: nn.Module) -> str:
             return f"bitsandbytes {bits} bit"
     width = stated.get("bits")
     return f"{getattr(method, 'value', method)}" + (f" {width} bit" if isinstance(width, int) else "")
+
+
+def _kind(layer: nn.Module) -> str:
+    weight = getattr(layer, "weight", None)
+    return type(weight if isinstance(weight, Tensor) and dequantizable(weight) else layer).__name__
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class Branching(Mixture):
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         pipe = self.pipeline.pipe
-        moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, guided(pipe, len(sample)))
+        moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, guided(pipe, len(sample)), pipe)
         weights = self.method.branches(moment, self._kept)
         at_once = min(self.branches_at_once or len(weights), len(weights))
         if at_once > 1 and self._row_modules.divider() is not None:
@@ -279,25 +279,51 @@ def _with_sample(output: Any, sample: Tensor) -> Any:
 
 
 class Clock:
-    """Finds the denoising step of a UNet call from the scheduler, without knowing the pipeline's loop."""
+    """Finds the denoising step of a UNet call from the scheduler, without knowing the pipeline's loop.
+
+    A step is a turn of that loop, counted from the first that is run: img2img runs only the last of the scheduler's
+    times. Schedulers of second order have two turns, and so two UNet calls, for most of their times.
+    """
 
     def __init__(self) -> None:
         self._times: weakref.ref[Tensor] | None = None
         self._values: list[float] = []
         self._index = -1
+        self._first = 0
+        self._total = 0
 
-    def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool | None) -> Moment:
+    def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool | None, pipe: Any = None) -> Moment:
         """The step at `timestep`: the next one if it has that time (a scheduler can repeat a time), otherwise the first
-        one with it."""
+        one with it. `pipe`: the pipeline whose loop it is, which knows how many turns it has."""
         time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         times = getattr(scheduler, "timesteps", None)
         if not isinstance(times, Tensor) or times.numel() == 0:
             return Moment(0, 1, time, guided)
         if self._times is None or self._times() is not times:  # the scheduler sets new times for every picture
-            self._times, self._values, self._index = weakref.ref(times), [float(t) for t in times.tolist()], -1
+            self._times, self._values = weakref.ref(times), [float(t) for t in times.tolist()]
+            self._first, self._total = _turns(self._values, time, scheduler, pipe)
+            self._index = self._first - 1
         following = self._index + 1
         if following >= len(self._values) or self._values[following] != time:
             gaps = [abs(value - time) for value in self._values]
             following = gaps.index(min(gaps))
         self._index = following
-        return Moment(following, len(self._values), time, guided)
+        return Moment(max(0, following - self._first), self._total, time, guided)
+
+
+def _turns(values: Sequence[float], time: float, scheduler: Any, pipe: Any) -> tuple[int, int]:
+    """(place of the first turn among the scheduler's times, number of turns) of a loop that begins at `time`.
+
+    All of them unless the pipeline says otherwise: its number of turns (img2img: the last ones), or its end.
+    """
+    turns = getattr(pipe, "_num_timesteps", None)
+    if not isinstance(turns, int) or not 0 < turns < len(values):
+        return 0, len(values)
+    last = len(values) - turns
+    if values[last] == time:
+        return last, turns
+    end = getattr(pipe, "denoising_end", None)
+    if isinstance(end, float) and 0 < end < 1:
+        begin = getattr(scheduler, "begin_index", None) or 0
+        return (begin if values[begin] == time else values.index(time) if time in values else 0), turns
+    return 0, len(values)

@@ -192,11 +192,8 @@ class CalledTokens:
     def _diagonal(self, mask: Tensor) -> Tensor:
         """Which tokens see themselves in a mask [B, heads, T, L] or [B, T, L]: padding is seen by nobody."""
         _, tokens = self._known_shape()
-        if mask.dtype == torch.bool:
-            visible = mask
-        elif mask.dtype.is_floating_point:
-            visible = mask > torch.finfo(mask.dtype).min / 2
-        else:
+        visible = _visible(mask)
+        if visible is None:
             what = f"an attention_mask of shape {tuple(mask.shape)} must be bool or floating point, not {mask.dtype}"
             raise RunError("generation", what, "Give attention_mask as [batch, tokens].")
         visible = visible.any(1) if visible.dim() == 4 else visible
@@ -224,6 +221,14 @@ def _widest(masks: Mapping[str, Any]) -> Any:
     return next((mask for mask in masks.values() if mask is not None), None)
 
 
+def _visible(mask: Tensor) -> Tensor | None:
+    """Where a prepared mask, of truths or of numbers that are added to the scores, lets tokens be seen."""
+    if mask.dtype == torch.bool:
+        return mask
+    # What hides a token is at least -1e4, as in half precision; biases such as ALiBi's are smaller.
+    return mask > -5e3 if mask.dtype.is_floating_point else None
+
+
 def visible_memory(memory: Tensor, mask: Any) -> Tensor:
     """[B, S], 1 for the encoder's tokens [B, S, d] that the decoder may read. Raises: RunError for other masks."""
     if mask is None:
@@ -231,10 +236,10 @@ def visible_memory(memory: Tensor, mask: Any) -> Tensor:
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == memory.shape[:2]:
         return mask
     if isinstance(mask, Tensor) and mask.dim() in (3, 4) and mask.shape[-1] == memory.shape[1]:
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        visible = visible.flatten(1, -2)
-        if bool((visible == visible[:, :1]).all()):
-            return visible[:, 0].expand(memory.shape[:2]).long()
+        visible = _visible(mask)
+        rows = None if visible is None else visible.flatten(1, -2)
+        if rows is not None and bool((rows == rows[:, :1]).all()):
+            return rows[:, 0].expand(memory.shape[:2]).long()
     shape = tuple(getattr(mask, "shape", ()))
     what = f"an encoder_attention_mask of shape {shape} does not say which of the encoder's tokens are padding"
     raise RunError("generation", what, "Give it as [batch, tokens].")

@@ -86,7 +86,7 @@ def check_continues(now: Pass, origin: Trace | None, *, fixed: bool) -> None:
     trace = now.trace
     if origin.cache is None or trace.cache is None or origin.cache() is not trace.cache():
         what, remedy = "the cache is not that of the last prompt, for which the gates were computed", _FRESH
-        if now.generation is not None and now.generation.start == 0:
+        if now.generation is not None and (now.generation.start == 0 or now.generation.inner):
             what = (
                 "the model reads two texts in turn, as with guidance_scale or drafts of its own, and gates follow one"
             )

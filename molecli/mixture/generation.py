@@ -17,18 +17,22 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin
 
+from molecli.errors import RunError
+
 
 @dataclass
 class Generation:
     """One call of `generate`.
 
     prompt: the number of tokens of its prompt, with padding, None if it is not known; start: the number of tokens in
-    the cache before its first pass; passes: how many passes of the decoder it has made.
+    the cache before its first pass; passes: how many passes of the decoder it has made; inner: whether another call
+    made it.
     """
 
     prompt: int | None
     start: int | None = 0
     passes: int = 0
+    inner: bool = False
 
 
 class Generations:
@@ -41,37 +45,47 @@ class Generations:
     def current(self) -> Generation | None:
         return self.running[-1] if self.running else None
 
-    def watch(self, model: nn.Module) -> _Removable | None:
-        """Notes calls of the model's `generate` until the handle is removed; None if it has no such method."""
+    def watch(self, model: nn.Module, *, pools: bool) -> list[_Removable]:
+        """Notes calls of the model's `generate`, if it has one, until the handles are removed.
+
+        pools: whether gates average over tokens. Then `generate_batch` is refused, whose threads would only log it.
+        """
         inner = getattr(model, "generate", None)
         if inner is None:
-            return None
+            return []
         usual = getattr(type(model), "generate", None) is GenerationMixin.generate
 
         @functools.wraps(inner)
         def generate(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # A model with its own `generate` may change the prompt before its first pass.
-            self.running.append(Generation(_prompt_length(args, kwargs) if usual else None))
+            prompt = _prompt_length(args, kwargs) if usual else None
+            self.running.append(Generation(prompt, inner=bool(self.running)))
             try:
                 return inner(*args, **kwargs)
             finally:
                 self.running.pop()
 
-        before = vars(model).get("generate")
-        model.generate = types.MethodType(generate, model)  # type: ignore[assignment]
-        return _Removable(model, before)
+        def refuse(*_: Any, **__: Any) -> None:
+            what = "generate_batch packs several sequences into one row, and gates weigh LoRAs for each sequence"
+            raise RunError("generation", what, "Call model.generate, or use gates with --pool token.")
+
+        watched = [_Removable(model, "generate", types.MethodType(generate, model))]
+        if pools and hasattr(model, "generate_batch"):
+            watched.append(_Removable(model, "generate_batch", refuse))
+        return watched
 
 
 class _Removable:
-    """Gives the model its own `generate` back."""
+    """A method of one object, until it gets its own back."""
 
-    def __init__(self, model: nn.Module, before: Any) -> None:
-        self._model, self._before = model, before
+    def __init__(self, model: nn.Module, name: str, method: Any) -> None:
+        self._model, self._name, self._before = model, name, vars(model).get(name)
+        setattr(model, name, method)
 
     def remove(self) -> None:
-        vars(self._model).pop("generate", None)
+        vars(self._model).pop(self._name, None)
         if self._before is not None:
-            self._model.generate = self._before
+            setattr(self._model, self._name, self._before)
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin
 
 from molecli.bases import language
+from molecli.bases.fused import fused_matrices
 from molecli.catalog.methods import Kind
 from molecli.errors import RunError
 from molecli.mixture.called_tokens import CalledTokens, by_name, key_ranges, positional
@@ -41,8 +42,10 @@ class TextLayout:
         self.memory_width: int | None = int(width)
 
     def matrices(self) -> Matrices:
-        """Every linear layer, the output head apart: name -> shape."""
-        return language.adaptable_matrices(self.model)
+        """Every linear layer, the output head apart, and what no layer holds: name -> shape."""
+        layers = language.adaptable_matrices(self.model)
+        every = {**layers, **fused_matrices(self.model)}
+        return Matrices(every, head=layers.head, tables=layers.tables, renamed=layers.renamed)
 
     def in_order(self, matrices: Iterable[str]) -> list[str]:
         """The matrices in the order of the model's modules, which is that of its forward pass."""
@@ -74,6 +77,7 @@ class TextStreams:
         self._begun: dict[str, Generation | None] = {}
         self._last = Trace()  # of the last pass of the decoder that has ended
         self._learning = Learning()
+        self._called_whole = False  # whether the model itself runs, and not its encoder or decoder alone
 
     def parts(self) -> Sequence[nn.Module]:
         """Encoder and decoder, then the model, which has the output head."""
@@ -160,9 +164,9 @@ class TextStreams:
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def attach(self, on_pass: Callable[[], Any]) -> list[Any]:
+    def attach(self, on_pass: Callable[[], Any], *, pools: bool = False) -> list[Any]:
         """Hooks that update the passes; `on_pass` is called at the start of each pass, and returns whether the order of
-        an input's axes is still to be found out."""
+        an input's axes is still to be found out; pools: whether gates average over tokens."""
         self.encoder, self.decoder, self._last, self._learning = Pass(), Pass(), Trace(), Learning()
         self._encoded = None
         if not self.seq2seq:
@@ -171,8 +175,8 @@ class TextStreams:
             encoder, decoder = self.model.get_encoder(), self.model.get_decoder()  # type: ignore[operator]
             handles = self._watch(encoder, "encoder", self._read_encoder, on_pass)
             handles += self._watch(decoder, "decoder", self._read_decoder, on_pass)
-        generate = self.generations.watch(self.model)
-        return handles if generate is None else [*handles, generate]
+            handles += self._watch_head()
+        return handles + self.generations.watch(self.model, pools=pools)
 
     def _watch(
         self, module: nn.Module, axis: str, read: Callable[[Mapping[str, Any]], Pass], on_pass: Callable[[], Any]
@@ -196,7 +200,7 @@ class TextStreams:
 
         def end(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             current: Pass = getattr(self, axis)
-            current.over = True
+            current.over = axis == "encoder" or not self._called_whole or self.probing
             if self.probing:
                 return
             if axis == "encoder":
@@ -210,6 +214,20 @@ class TextStreams:
         return [
             module.register_forward_pre_hook(begin, with_kwargs=True),
             module.register_forward_hook(end),
+        ]
+
+    def _watch_head(self) -> list[Any]:
+        """Hooks by which the decoder's pass lasts until the model ends, after its output head."""
+
+        def begin(*_: Any) -> None:
+            self._called_whole = True
+
+        def end(*_: Any) -> None:
+            self._called_whole, self.decoder.over = False, True
+
+        return [
+            self.model.register_forward_pre_hook(begin),
+            self.model.register_forward_hook(end, always_call=True),
         ]
 
     def _even(self, current: Pass) -> bool:

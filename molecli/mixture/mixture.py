@@ -21,6 +21,8 @@ from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
 from molecli.functional.wrapped import device_of, layers_of
 from molecli.mixture.continuation import check_continues, check_whole, rolled_back
+from molecli.mixture.fused_experts import fused_in
+from molecli.mixture.gated_experts import HostedParameters, by_row, host_parameters
 from molecli.mixture.output_head import output_head
 from molecli.mixture.peft_host import called_whole
 from molecli.mixture.recompute import check_learns
@@ -28,7 +30,7 @@ from molecli.mixture.served import Served
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, move_reading
 from molecli.mixture.streams import Pass, Streams
 from molecli.mixture.uncompiled import run_eagerly
-from molecli.protocols import Site
+from molecli.protocols import Group, Site
 
 # The input x of a matrix and its output y -> y with the experts' update, or None for y as it is.
 Update = Callable[[Tensor, Tensor], Tensor | None]
@@ -54,8 +56,9 @@ class Mixture:
         self._hosted_bank = bank  # the LoRAs that are attached; a merged mixture replaces them
         self.sites = tuple(sites)
         modules = dict(layers_of(model))
+        self._fused = fused_in(model, bank.matrices)
         for matrix in bank.matrices:
-            if matrix not in modules:
+            if matrix not in modules and matrix not in self._fused:
                 raise MismatchError(matrix, "the LoRAs adapt this matrix, but the base has no matrix of that name")
         self._modules = modules
         fixed = all(getattr(gates[site.name], "constant", False) for site in sites)
@@ -63,9 +66,10 @@ class Mixture:
         self._streams = streams
         self._renormalize_absent = renormalize_absent
         for site in sites:
-            gates[site.name].to(device_of(modules[site.matrices[0]]))
+            gates[site.name].to(device_of(self._module(site.matrices[0])))
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
+        self._parameters: list[HostedParameters] = []
         self._handles: list[Any] = []  # with `remove`
         self._keep: Tensor | None = None  # on the CPU; [N], 0 for masked experts
         self._keeps: dict[torch.device, Tensor] = {}  # copies of it on other devices
@@ -95,25 +99,48 @@ class Mixture:
     def _attach(self) -> None:
         self._state = object()
         self._handles += [run_eagerly(), *called_whole(self.model)]
-        self._handles += self._streams.attach(self._begin)
+        pools = any(not hosted.gate.constant and hosted.gate.remembers for hosted in self._hosted.values())
+        self._handles += self._streams.attach(self._begin, pools=pools)
         self._handles += self._head.attach() if self._head is not None else []
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
         self._served = self._watched()
         for hosted in self._hosted.values():
             hosted.open()
-            for group in hosted.site.groups:
+            for group in self._in_layers(hosted.site):
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
                 live.heads = self._head is not None and self._modules[group.matrices[0]] is self._head.module
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
                     self._hook_at(matrix, self._hook(live, index))
+        self._attach_fused()
 
     def detach(self) -> None:
         """Removes all hooks; the model is the base again, bit for bit."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._groups = [], []
+        for live in self._parameters:
+            live.restore()
+        self._handles, self._groups, self._parameters = [], [], []
+
+    def _module(self, matrix: str) -> nn.Module:
+        """The module that has `matrix`."""
+        return self._modules[self._fused[matrix].module if matrix in self._fused else matrix]
+
+    def _in_layers(self, site: Site) -> list[Group]:
+        """The site's groups of layers; the others are parameters that their modules read themselves."""
+        return [group for group in site.groups if group.matrices[0] not in self._fused]
+
+    def _attach_fused(self) -> None:
+        """Hosts the adapted parameters that no layer holds."""
+        sites, bank = self._hosted.values(), self._hosted_bank
+        kept = self._renormalize_absent
+        self._parameters = host_parameters(
+            self._modules, sites, self._fused, bank, self._fixed, self._for_rows, renormalize=kept
+        )
+        self._handles += [handle for live in self._parameters for handle in live.attach()]
+        for name in {place.module for place in self._fused.values()}:
+            self._handles.append(self._modules[name].register_forward_pre_hook(self._served.setting(name)))
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
@@ -133,6 +160,8 @@ class Mixture:
         self._state = object()
         for hosted in self._hosted.values():
             hosted.step, hosted.value, hosted.origin = -1, None, None
+        for live in self._parameters:
+            live.forget()
 
     def only(self, *names: str) -> None:
         """Switches off all experts except the named ones."""
@@ -219,7 +248,9 @@ class Mixture:
 
     def _watched(self) -> Served:
         """The marks of the matrices of all sites, with hooks that check every pass."""
-        matrices = [matrix for site in self.sites for matrix in site.matrices]
+        every = (matrix for site in self.sites for matrix in site.matrices)
+        # A parameter that no layer holds is served with its module.
+        matrices = list(dict.fromkeys(self._fused[m].module if m in self._fused else m for m in every))
         served = Served(self.model, matrices, self._streams.parts(), self._streams.optional(matrices))
         self._handles += served.watch()
         return served
@@ -374,6 +405,26 @@ class Mixture:
         """Drops what an earlier pass left; whether the axes of an input are still to be found out."""
         self._forget()
         return any(group.first is None and not group.site.gate.constant for group in self._groups)
+
+    def _fixed(self, hosted: HostedSite) -> Tensor | None:
+        """[N], the weights of a site whose gate does not read the input, in this pass; None if all experts are off."""
+        if self._off:
+            return None
+        step = self._streams.of(hosted.site).step
+        if hosted.value is None or hosted.step != step:
+            device = hosted.tensors[0].device if hosted.tensors else torch.device("cpu")
+            hosted.step, hosted.value = step, hosted.gate(None, self._keep_on(device))
+        return hosted.value
+
+    def _for_rows(self, hosted: HostedSite, rows: int) -> Tensor | None:
+        """[rows, N], the weights of the site's gate in this pass for a module's input; None if all experts are off."""
+        if self._off or self._streams.probing:
+            return None
+        current, size = self._streams.of(hosted.site), self._streams.axes(hosted.site.stream)
+        if hosted.value is None or hosted.step != current.step or size is None:
+            what = "its gate is computed at a layer that has not run yet in this pass"
+            raise RunError(hosted.site.name, what, "Use a mode with fixed weights.")
+        return by_row(hosted.value, rows, size[0] * size[1], hosted.site.name)
 
     def _forget(self) -> None:
         for group in self._groups:

@@ -151,7 +151,7 @@ class PipelineStreams:
         self.passes = {name: PartPass() for name, _ in model.named_children()}
         self._text_scale = 1.0  # of the prompt that the pipeline encodes now
 
-    def attach(self, on_pass: Callable[[], Any]) -> list[RemovableHandle]:
+    def attach(self, on_pass: Callable[[], Any], *, pools: bool = False) -> list[RemovableHandle]:
         """Hooks that count the passes of every part; `on_pass` is called at the start of each."""
         self.passes = {name: PartPass() for name in self.passes}
         handles = []

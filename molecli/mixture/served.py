@@ -8,7 +8,7 @@ Contents: Served, Mark.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -98,6 +98,10 @@ class Served:
         """The mark that the hook of `matrix` sets."""
         return self._marks.setdefault(matrix, Mark())
 
+    def setting(self, matrix: str) -> Callable[..., None]:
+        """A hook that sets the mark of `matrix`, and does nothing else."""
+        return _setting(self.mark(matrix))
+
     def watch(self) -> list[RemovableHandle]:
         """Hooks that check every pass of every part. A pass with a bypassed matrix raises RunError."""
         handles = []
@@ -116,9 +120,9 @@ class Served:
             part.around[matrix] = self._witnesses.setdefault(around, Mark())
 
 
-def _setting(mark: Mark) -> Any:
+def _setting(mark: Mark) -> Callable[..., None]:
     def hook(*_: Any) -> None:
-        mark.seen = True
+        mark.seen = mark.ever = True
 
     return hook
 

@@ -97,5 +97,12 @@ def layer_of(matrix: str) -> str:
 
 
 def as_registered(model: nn.Module, matrices: Iterable[str]) -> list[str]:
+    """The matrices in the order of the model's modules; those without a layer of their own after their module's."""
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(matrices, key=lambda matrix: order.get(matrix, len(order)))
+
+    def place(matrix: str) -> int:
+        while matrix and matrix not in order:
+            matrix = matrix.rpartition(".")[0]
+        return order[matrix] if matrix else len(order)
+
+    return sorted(matrices, key=place)

@@ -88,9 +88,9 @@ class Streams(Protocol):
 
     probing: bool
 
-    def attach(self, on_pass: Callable[[], Any]) -> list[Any]:
+    def attach(self, on_pass: Callable[[], Any], *, pools: bool = False) -> list[Any]:
         """Hooks that update the passes; `on_pass` is called at the start of each pass, and returns whether the order of
-        an input's axes is still to be found out. Each has `remove`."""
+        an input's axes is still to be found out; pools: whether gates average over tokens. Each has `remove`."""
         ...
 
     def parts(self) -> Sequence[nn.Module]:

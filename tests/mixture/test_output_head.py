@@ -113,6 +113,31 @@ def test_a_gate_at_the_head_is_the_same_in_generation_training_and_alone(
             torch.testing.assert_close(torch.stack(alone.logits, 1)[0], generated[row], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", ["prompt", "token"])
+@pytest.mark.parametrize(("kind", "target"), [("t5", "q"), ("bart", "fc1")])
+def test_a_gate_at_the_head_of_a_decoder(
+    kind: str, target: str, pool: Any, make_tiny: Any, make_peft_adapter: Any, tmp_path: Path
+) -> None:
+    """The head reads the decoder's tokens after the decoder has ended; T5 scales them first."""
+    model = build(kind, tied=True, make_tiny=make_tiny)
+    loras = {n: make_peft_adapter(model, tmp_path / n, targets=[target, "lm_head"], seed=i) for i, n in enumerate("ab")}
+    torch.manual_seed(0)
+    gate = GateConfig(granularity="layer", pool=pool, init_std=3.0)
+    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad(), attach(model, loras=loras, mode="gated", gate=gate) as mixture:
+        assert "lm_head" in mixture.gate_modules()
+        made = model.generate(input_ids=IDS, attention_mask=MASK, do_sample=False, **how)
+        forced = model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=made.sequences[:, :-1]).logits
+        torch.testing.assert_close(torch.stack(made.logits, 1), forced, rtol=1e-4, atol=1e-4)
+        for row in range(2):
+            one = {"input_ids": IDS[row : row + 1], "attention_mask": MASK[row : row + 1]}
+            alone = model(**one, decoder_input_ids=made.sequences[row : row + 1, :-1]).logits
+            torch.testing.assert_close(alone[0], forced[row], rtol=1e-4, atol=1e-4)
+        memory = model.get_encoder()(input_ids=IDS, attention_mask=MASK)
+        kept = model(encoder_outputs=memory, attention_mask=MASK, decoder_input_ids=made.sequences[:, :-1]).logits
+        torch.testing.assert_close(kept, forced, rtol=1e-5, atol=1e-5)
+
+
 def test_a_gate_at_the_head_of_a_multimodal_model(make_peft_adapter: Any, tmp_path: Path) -> None:
     model = wrapper("gemma3")
     targets = r".*language_model.*\.q_proj|lm_head"
@@ -184,6 +209,13 @@ def test_embeddings_that_differ_are_refused_by_name(headed: Any) -> None:
     attach(model, loras={"a": folder})
     edited(folder, lambda weight: weight + 1, "model.embed_tokens.weight")
     with pytest.raises(UsageError, match=r"it brings its own model.embed_tokens.weight .*merge_and_unload"):
+        attach(model, loras={"a": folder})
+
+
+def test_a_copy_of_a_quantised_head_cannot_be_compared(headed: Any) -> None:
+    model, folder = headed
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UsageError, match=r"repeats the base's lm_head\.weight .*quantised here and cannot be compared"):
         attach(model, loras={"a": folder})
 
 
