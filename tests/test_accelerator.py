@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from gates import close, randomise
+from pipeline_shapes import SHAPES
 from reference import read_naively
 from safetensors.torch import load_file
+from tiny_pipelines import make_expert
 
+from molecli.bases.diffusion import Diffusion
+from molecli.bases.pipeline import PipelineModules, pipeline_matrices
 from molecli.config import GateConfig
 from molecli.mixture.build import build_mixture
+from molecli.mixture.mixture import Mixture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +92,79 @@ def test_two_gpus_learn_the_gates_of_one(tmp_path: Path) -> None:
     assert max(float(tensor.abs().max()) for key, tensor in one.items() if key.endswith("head.weight")) > 1e-2
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=2e-4, rtol=1e-3)
+
+
+# -- pipelines whose weights are elsewhere between calls -------------------------------------------------------------
+
+
+def on_model(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cuda")
+
+
+def by_layer(pipe: Any) -> None:
+    pipe.enable_sequential_cpu_offload(device="cuda")
+
+
+def by_group(pipe: Any) -> None:
+    pipe.to("cuda")
+    pipe.unet.enable_group_offload(
+        onload_device=torch.device("cuda"),
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        use_stream=True,
+    )
+
+
+def moved(pipe: Any) -> None:
+    pipe.to("cuda")
+
+
+def composed(pipe: Any, mode: str) -> Mixture:
+    matrices = pipeline_matrices(PipelineModules(pipe))
+    experts = [make_expert(name, matrices, seed=i, scale=0.1) for i, name in enumerate("ab")]
+    mixture = build_mixture(PipelineModules(pipe), experts, mode=mode)
+    if mixture.named_parameters():
+        randomise(mixture, sharpness=1.0)
+    return mixture
+
+
+@pytest.mark.parametrize("mode", ["linear", "gated", "ties", "composite"])
+@pytest.mark.parametrize("change", [on_model, by_layer, by_group, moved])
+@pytest.mark.parametrize("shape", ["sd", "sdxl"])
+def test_an_offloaded_pipeline_draws_as_on_the_cpu(shape: str, change: Callable[[Any], None], mode: str) -> None:
+    pipe, call = SHAPES[shape]()
+    with composed(pipe, mode):
+        expected = call(pipe)
+    for inside in (False, True):
+        pipe, call = SHAPES[shape]()
+        if not inside:
+            change(pipe)
+        with composed(pipe, mode) as mixture:
+            if inside:
+                change(pipe)
+            assert close(call(pipe).cpu(), expected, 1e-3)
+            mixture.mask("a")
+            assert not close(call(pipe).cpu(), expected, 1e-3)
+
+
+def test_a_unet_stored_in_eight_bits_draws_near_the_unrounded_one() -> None:
+    pipe, call = SHAPES["sd"]()
+    pipe.to("cuda", torch.bfloat16)
+    with composed(pipe, "linear"):
+        expected = call(pipe)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    with composed(pipe, "linear"):
+        assert close(call(pipe).float(), expected.float(), 0.3)
+
+
+def test_steps_of_an_offloaded_unet_are_not_recorded() -> None:
+    pipe, call = SHAPES["sd"]()
+    with composed(pipe, "linear"):
+        expected = call(pipe, prompt=["a cat"], num_inference_steps=4, height=16, width=16)
+    pipe, _ = SHAPES["sd"]()
+    pipe.enable_model_cpu_offload(device="cuda")
+    base = Diffusion(pipe)
+    with composed(pipe, "linear"):
+        drawn = base.generate(["a cat"], seeds=[0], steps=4, guidance=3.0, height=16, width=16, latent=True)
+    assert base.device.type == "cuda"
+    assert close(drawn[0].cpu(), expected[0], 1e-3)

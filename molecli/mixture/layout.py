@@ -12,6 +12,7 @@ from torch import nn
 from molecli.bases.pipeline import PipelineModules
 from molecli.errors import UsageError
 from molecli.mixture.language_layout import TextLayout
+from molecli.mixture.peft_host import inside_peft
 from molecli.mixture.pipeline_layout import PipelineLayout
 from molecli.mixture.streams import Layout
 from molecli.protocols import Shape
@@ -48,14 +49,17 @@ def host_of(model: Any) -> nn.Module:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+    """The model inside torch.compile, DataParallel, DistributedDataParallel and a PeftModel."""
     while True:
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             what = f"DataParallel copies the model to {len(model.device_ids)} devices, and LoRAs are attached to one"
             raise UsageError("attach", what, "Give the model itself, or use DistributedDataParallel.")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (
+            isinstance(inner := getattr(model, "_orig_mod", None), nn.Module)
+            or (inner := inside_peft(model)) is not None
+        ):
             model = inner
         else:
             return model

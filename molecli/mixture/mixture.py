@@ -24,6 +24,7 @@ from molecli.mixture.continuation import check_continues, check_whole, rolled_ba
 from molecli.mixture.fused_experts import fused_in
 from molecli.mixture.gated_experts import HostedParameters, by_row, host_parameters
 from molecli.mixture.output_head import output_head
+from molecli.mixture.peft_host import called_whole
 from molecli.mixture.recompute import check_learns
 from molecli.mixture.served import Served
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, move_reading
@@ -97,7 +98,7 @@ class Mixture:
 
     def _attach(self) -> None:
         self._state = object()
-        self._handles.append(run_eagerly())
+        self._handles += [run_eagerly(), *called_whole(self.model)]
         pools = any(not hosted.gate.constant and hosted.gate.remembers for hosted in self._hosted.values())
         self._handles += self._streams.attach(self._begin, pools=pools)
         self._handles += self._head.attach() if self._head is not None else []
