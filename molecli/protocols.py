@@ -131,13 +131,14 @@ class Scene:
 class Moment:
     """One denoising step: `index` of `total`, from 0; `timestep` is the input of the UNet.
 
-    guided: the batch has two halves, unconditional and conditional (classifier-free guidance).
+    guided: the batch has two halves, unconditional and conditional (classifier-free guidance); None if it is not known
+    what its rows are.
     """
 
     index: int
     total: int
     timestep: float
-    guided: bool
+    guided: bool | None
 
 
 class Backbone(Protocol):

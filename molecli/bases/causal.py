@@ -16,6 +16,7 @@ from molecli.bases import language, languages
 from molecli.bases.prompt_format import PromptFormat, choose_format
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
+from molecli.functional.wrapped import device_of
 from molecli.protocols import Completion, Example, Family, Matrices
 
 
@@ -59,7 +60,7 @@ class Causal:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""

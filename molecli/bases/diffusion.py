@@ -29,6 +29,7 @@ from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE, 
 from molecli.errors import UsageError
 from molecli.files.pictures import read_picture
 from molecli.functional import fingerprint
+from molecli.functional.wrapped import is_managed
 from molecli.protocols import Family, Moment, Picture, Shape
 
 OnStep = Callable[[Moment], object]
@@ -63,7 +64,7 @@ class Diffusion:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return torch.device(self.pipe._execution_device)
 
     @property
     def resolution(self) -> int:
@@ -116,7 +117,7 @@ class Diffusion:
         """
         vae = self.pipe.vae
         with self._exact_vae():
-            mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+            mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
         shift, scale = self._latent_range(mean)
         return ((mean - shift) * scale).to(self._dtype)
 
@@ -125,7 +126,7 @@ class Diffusion:
         vae = self.pipe.vae
         with self._exact_vae():
             shift, scale = self._latent_range(latents)
-            pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
+            pixels = vae.decode((latents / scale + shift).to(self.device, vae.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -276,7 +277,8 @@ class Diffusion:
             pipe.scheduler, self._parts.pipe = own, seen
 
     def _replaying(self, pipe: Any, wanted: bool) -> AbstractContextManager[None]:
-        if not wanted or self.device.type != "cuda":
+        # A record has the addresses of the weights, which offloading changes.
+        if not wanted or self.device.type != "cuda" or is_managed(pipe.unet):
             return nullcontext()
         self._stand_in = self._stand_in or Replayed(self._parts)
         return replaying(pipe, self._stand_in)
@@ -309,7 +311,7 @@ class Diffusion:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.pipe.unet.parameters()).dtype
+        return self.pipe.unet.dtype  # in which it computes, also if its weights are stored in another type
 
     @property
     def _tokenizers(self) -> list[Any]:

@@ -16,6 +16,7 @@ from molecli.bases.fused import is_layer
 from molecli.bases.own_names import own_names
 from molecli.errors import UsageError
 from molecli.functional.layers import linear_shape
+from molecli.functional.wrapped import device_of, layers_of, own_layer
 from molecli.protocols import Matrices, Shape
 
 UNSCORED = -100
@@ -31,11 +32,12 @@ def adaptable_matrices(model: nn.Module) -> Matrices:
     found: dict[str, Shape] = {}
     last: dict[str, Shape] = {}
     tables: dict[str, Shape] = {}
-    for name, module in model.named_modules():
+    for name, wrapped in layers_of(model):
+        module = own_layer(wrapped)
         if module is embeddings and isinstance(module, nn.Embedding):
             tables[name] = (module.num_embeddings, module.embedding_dim)
         elif (shape := linear_shape(module)) is not None and is_layer(module):
-            (last if module is head else found)[name] = shape
+            (last if head in (module, wrapped) else found)[name] = shape
     return Matrices(found, head=last, tables={**tables, **last}, renamed=own_names(model, [*found, *last, *tables]))
 
 
@@ -168,7 +170,7 @@ class Decoding:
         start, forced: the decoder's start token and the first token of the completion, if they are not the
         checkpoint's.
         """
-        device = next(model.parameters()).device
+        device = device_of(model)
         settings = self._settings(stop, pad_id, use_cache=self.use_cache and model not in _UNCACHED)
         settings.decoder_start_token_id, settings.forced_bos_token_id = start, forced
         settings.suppress_tokens = [pad_id] if pad_id not in stop and _bans(model, pad_id) else None

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from molecli.functional.layers import kernel_shape, linear_shape
+from molecli.functional.wrapped import layers_of, own_layer
 from molecli.protocols import Shape
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -85,9 +86,10 @@ def pipeline_matrices(model: PipelineModules) -> dict[str, Shape]:
     """Matrix name -> shape, in the order of calls, also on the meta device: every linear layer and convolution of the
     UNet, and the linear layers in the text encoders' CLIP layers; quantised or not."""
     found: dict[str, Shape] = {}
-    for name, module in model.named_modules():
+    for name, module in layers_of(model):
         if name.rpartition(".")[2] not in _FUSED and (name.startswith("unet.") or _in_clip_layer(name)):
-            shape = linear_shape(module) or kernel_shape(module)
+            layer = own_layer(module)
+            shape = linear_shape(layer) or kernel_shape(layer)
             if shape is not None:
                 found[name] = shape
     return {name: found[name] for name in in_call_order(found)}
@@ -142,7 +144,7 @@ def _place(matrix: str) -> tuple[int, int, int, int]:
     stages = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
     stage = stages.index(names[0]) if names[0] in stages else -1
     blocks, names = (int(names[1]), names[2:]) if names[0] in ("down_blocks", "up_blocks") else (0, names[1:])
-    # Residual block 0, attention 0, residual block 1, ...; then the layers that change the resolution.
-    order = {"resnets": 0, "attentions": 1}
-    within = 2 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
+    # Residual block 0, attention 0, motion 0, residual block 1, ...; then the layers that change the resolution.
+    order = {"resnets": 0, "attentions": 1, "motion_modules": 2}
+    within = 3 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
     return (len(TEXT_ENCODERS), stage, blocks, within)

@@ -17,12 +17,14 @@ import huggingface_hub
 import torch
 import transformers
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import nn
 
 from molecli.bases.diffusion import Diffusion
 from molecli.bases.language import freeze
 from molecli.bases.library_logs import first_line, quiet
 from molecli.bases.pipeline import TEXT_ENCODERS, PipelineModules
+from molecli.bases.quantised import not_here
 from molecli.bases.single_file import describe, inpainting_unet, read_checkpoint, settings_folder
 from molecli.bases.weight_files import variant_of
 from molecli.catalog.builtin import PIPELINE_FILE
@@ -173,6 +175,9 @@ def _part(source: BaseSource, index: dict[str, Any], name: str, dtype: torch.dty
     except UserError:
         raise
     except Exception as error:  # a damaged file fails in many ways
+        method = _method_of(kind, source, arguments)
+        if method and not isinstance(error, OSError | SafetensorError):
+            raise not_here(f"{source.where}/{name}", method, error) from error
         raise _unread(source, name, error) from error
     for verb, keys in (("lack", report["missing_keys"]), ("have another shape for", report["mismatched_keys"])):
         if keys:
@@ -193,6 +198,17 @@ def _read_weights(source: BaseSource, name: str, kind: Any, options: dict[str, A
         if variant is None:
             raise
         return kind.from_pretrained(source.path, variant=variant, output_loading_info=True, **options)
+
+
+def _method_of(kind: Any, source: BaseSource, arguments: dict[str, Any]) -> str:
+    """The name of the method by which a part is quantised; "" if it is not, or cannot be read at all."""
+    try:
+        read = kind.config_class.get_config_dict if hasattr(kind, "config_class") else kind.load_config
+        found = read(source.path, **arguments)
+        stated = (found[0] if isinstance(found, tuple) else found).get("quantization_config") or {}
+    except Exception:  # the damage is reported by the reader of the whole part
+        return ""
+    return str(stated.get("quant_method", "unknown")) if stated else ""
 
 
 def _scheduler(source: BaseSource, index: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from molecli.bases import language, languages
 from molecli.bases.prompt_format import choose_format
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
+from molecli.functional.wrapped import device_of
 from molecli.protocols import Example, Family, Matrices
 
 
@@ -53,7 +54,7 @@ class Seq2Seq:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""

@@ -18,6 +18,7 @@ from molecli.errors import UsageError
 from molecli.functional.fingerprint import fingerprint
 from molecli.functional.layers import compute_dtype, dense_weight, dequantizable, is_packed, kernel_shape, linear_shape
 from molecli.functional.spectral import Spectrum, decompose
+from molecli.functional.wrapped import held, own_layer, there
 from molecli.protocols import Shape
 
 
@@ -47,7 +48,7 @@ class BaseWeights:
 
     def dtype(self, matrix: str) -> str:
         """The number type in which the matrix computes."""
-        return str(compute_dtype(self.model.get_submodule(matrix))).removeprefix("torch.")
+        return str(compute_dtype(self._layer(matrix))).removeprefix("torch.")
 
     def shape(self, matrix: str) -> Shape:
         """(d_out, d_in), or the shape of a convolution's kernel, however the layer stores it."""
@@ -60,7 +61,9 @@ class BaseWeights:
 
     def parameter(self, name: str) -> Tensor | None:
         """The parameter `name` as it is stored; None if it is quantised."""
-        module, found = self.model.get_submodule(name.rpartition(".")[0]), self.model.get_parameter(name)
+        owner, _, leaf = name.rpartition(".")
+        module = self._layer(owner)
+        found = held(module, leaf)
         return None if is_packed(module) or dequantizable(found) else found.detach()
 
     @torch.no_grad()
@@ -69,9 +72,9 @@ class BaseWeights:
 
         Raises: UsageError for quantised weights that cannot be read.
         """
-        dense = self._fused[matrix].weight(self.model) if matrix in self._fused else dense_weight(self._layer(matrix))
+        layer = there(self._layer(matrix))
+        dense = self._fused[matrix].weight(self.model) if matrix in self._fused else dense_weight(layer)
         if dense is None or not dense.is_floating_point():
-            layer = self._layer(matrix)
             weight = dense if dense is not None else getattr(layer, "weight", None)
             kind = f"{weight.dtype}".removeprefix("torch.") if isinstance(weight, Tensor) else type(layer).__name__
             what = f"its weights are quantised ({kind}), and singular values can be computed only of unquantised ones"
@@ -105,11 +108,11 @@ class BaseWeights:
 
     def _layer(self, matrix: str) -> nn.Module:
         """The module that has the matrix."""
-        return self.model.get_submodule(self._fused[matrix].module if matrix in self._fused else matrix)
+        return own_layer(self.model.get_submodule(self._fused[matrix].module if matrix in self._fused else matrix))
 
     def _stored(self, matrix: str) -> Tensor:
         if matrix in self._fused:
             return self._fused[matrix].weight(self.model)
-        weight = self._layer(matrix).weight
+        weight = there(self._layer(matrix)).weight
         assert isinstance(weight, Tensor)
         return weight.detach()

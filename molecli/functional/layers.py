@@ -68,6 +68,12 @@ def is_packed(module: nn.Module) -> bool:
     return not isinstance(weight, Tensor) or not _computes(weight.dtype) or dequantizable(weight)
 
 
+def is_rounded(module: nn.Module) -> bool:
+    """Whether its weight is packed in an 8-bit floating type without scales, as diffusers' layerwise casting does."""
+    scaled = any(getattr(module, name, None) is not None for name in ("weight_scale_inv", "weight_scale"))
+    return not scaled and not dequantizable(module.weight) and _plain_forward(module)  # type: ignore[arg-type]
+
+
 def dequantizable(tensor: Tensor) -> bool:
     """Whether it is of a class that packs numbers and returns them by `dequantize`, as torchao's and quanto's."""
     return type(tensor).dequantize is not Tensor.dequantize

@@ -19,6 +19,7 @@ from molecli.config import GateConfig, MethodConfig
 from molecli.config.method import share_of
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, Merged
+from molecli.functional.wrapped import device_of
 from molecli.mixture.branching import Branching
 from molecli.mixture.fused_experts import fused_in
 from molecli.mixture.gated_experts import gated_kind, with_entries
@@ -149,7 +150,7 @@ def _merged(asked: Asked) -> Mixture:
     own = asked.own
     if factors is not None:
         own = own * torch.tensor(factors(asked.config, asked.bank.names))
-    device, base = next(asked.model.parameters()).device, BaseWeights(asked.model)
+    device, base = device_of(asked.model), BaseWeights(asked.model)
 
     @cache
     def there() -> ExpertBank:

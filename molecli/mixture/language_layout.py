@@ -153,6 +153,10 @@ class TextStreams:
             shared=current.shared,
         )
 
+    def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
+        """`value`: a hosted group places it by the axes of x itself."""
+        return value
+
     def _kept(self, current: Pass, tokens: int) -> int:
         """After how many of the last tokens the state is kept, because a later pass may take some of them back."""
         prompt = current.trace.prompt if current.past == 0 else 0

@@ -37,10 +37,10 @@ from molecli.bases.peft_layers import explained
 from molecli.errors import MismatchError, RunError, UsageError
 from molecli.experts import Expert, ExpertBank, LowRank
 from molecli.files.lora_spec import WEIGHTS_FILE
+from molecli.functional.wrapped import device_of
 from molecli.mixture.called_tokens import CalledTokens, by_name, positional
 from molecli.mixture.mixture import Mixture
 from molecli.mixture.output_head import output_head
-from molecli.mixture.site_state import reference
 from molecli.mixture.streams import CACHE_ARGUMENTS, Streams
 from molecli.mixture.uncompiled import run_eagerly
 from molecli.protocols import Granularity, Site
@@ -100,7 +100,7 @@ class PeftMixture(Mixture, ABC):
                 stack.enter_context(as_it_was(self.model, self.bank.matrices))
                 # Layers are created with random factors, which the experts' factors replace.
                 refused = explained("mixture", "Use another mode, or an unquantised base.")
-                with seeded(0, reference(self.model).device), warnings.catch_warnings(), refused:
+                with seeded(0, device_of(self.model)), warnings.catch_warnings(), refused:
                     warnings.simplefilter("ignore")
                     self._host(stack)
             self._inside = stack.pop_all()
@@ -187,7 +187,7 @@ class XLoraMixture(PeftMixture):
     ) -> None:
         super().__init__(model, bank, sites, streams=streams)
         self.config = config
-        device = reference(model).device
+        device = device_of(model)
         self.classifier = XLoraClassifier(model, config, len(bank), len(bank.matrices), device).float().eval()
         first, last = self.classifier.layers[0], self.classifier.layers[-1]
         first.register_forward_pre_hook(lambda _, args: (args[0].float(),))
@@ -249,7 +249,7 @@ class XLoraMixture(PeftMixture):
         """The logits [..., N] or [..., matrices * N], with −∞ for masked experts."""
         if self._keep is None:
             return None
-        off = (self._keep == 0).repeat(logits.shape[-1] // len(self.bank))
+        off = (self._keep.to(logits.device) == 0).repeat(logits.shape[-1] // len(self.bank))
         return logits.masked_fill(off, float("-inf"))
 
     def _drop(self) -> None:

@@ -50,7 +50,7 @@ class Pass:
     generation: the running call of `generate`; memory: the encoder's output that it reads; over: it has ended, and
     calls now recompute it for the backward pass; shared: values that one gate computed and other gates of this pass
     need too; learning: whether a backward pass may follow, which needs values and expanded: by site, the gate's value
-    and where it was computed, and that value by rank.
+    and where it was computed, and that value by rank; scale: a factor on all updates that a pipeline's caller gives.
     """
 
     step: int = 0
@@ -64,7 +64,8 @@ class Pass:
     shared: dict[Any, Any] = field(default_factory=dict)
     learning: bool = False
     values: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
-    expanded: dict[str, Any] = field(default_factory=dict)
+    expanded: dict[Any, Any] = field(default_factory=dict)
+    scale: float = 1.0
 
     @property
     def valid(self) -> Tensor | None:
@@ -102,6 +103,13 @@ class Streams(Protocol):
 
     def of(self, site: Site) -> Pass:
         """The pass that `site` belongs to."""
+        ...
+
+    def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
+        """A gate's `value` ([N], [B, N] or [B, T, N]) for the rows of x, the input of `matrix`.
+
+        Raises: RunError if x has other rows than those that the value belongs to.
+        """
         ...
 
     def axes(self, stream: Stream) -> tuple[int, int] | None:

@@ -144,6 +144,8 @@ class TextExport:
         with warnings.catch_warnings():
             # PEFT uses an old name of transformers 5; the user can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            # PEFT looks for patterns of parameters among modules alone, and then applies them all the same.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             adapted = PeftModel.from_pretrained(backbone.model, str(folder), torch_device=str(backbone.device))
         try:
             yield

@@ -153,7 +153,10 @@ def classes() -> list[str]:
     return sorted({SCHEDULERS[name].kind for name in HERE} | {"DDIMParallelScheduler", "DDPMParallelScheduler"})
 
 
-@pytest.mark.parametrize("strength", [None, 0.5])
+LONG = pytest.mark.slow
+
+
+@pytest.mark.parametrize("strength", [pytest.param(None, marks=LONG), 0.5])
 @pytest.mark.parametrize("kind", classes())
 def test_the_clock_is_the_pipelines_own_index(kind: str, strength: float | None, sd: Diffusion) -> None:
     pipe = sd.pipe if strength is None else diffusers.StableDiffusionImg2ImgPipeline(
@@ -175,7 +178,7 @@ def test_the_clock_is_the_pipelines_own_index(kind: str, strength: float | None,
     hook = sd.pipe.unet.register_forward_pre_hook(before, with_kwargs=True)
     try:
         pipe.scheduler = getattr(diffusers, kind).from_config(own.config, clip_sample=False)
-        for steps in (4, 7):  # two pictures
+        for steps in (4, 6):  # two pictures
             moments.clear(), turns.clear()
             pipe("a cat", num_inference_steps=steps, output_type="latent", callback_on_step_end=after, **picture)
             assert [(moment.index, moment.total) for moment in moments] == turns

@@ -128,10 +128,11 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 READABLE = ("Columns", "Blocks8", "Hqq")
 
 
-def pack(model: nn.Module, kind: str, *, within: str = "", head: Any = None) -> nn.Module:
-    """The same model with its linear layers below `within`, but not `head`, replaced by quantised ones."""
+def pack(model: nn.Module, kind: str, *, head: Any = None, multiple: int = 1) -> nn.Module:
+    """The same model with its linear layers, but not `head`, quantised if their sizes are multiples of `multiple`."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head and name.startswith(within):
+        linear = type(module) is nn.Linear and module is not head
+        if linear and module.in_features % multiple == module.out_features % multiple == 0:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, KINDS[kind](module))
     return model

@@ -13,7 +13,7 @@ from one_by_one import OneByOne
 from PIL import Image
 from refusals import refused
 from three_loras import PROMPTS, TRIGGERS, trio
-from tiny_pipelines import PIPELINES, close
+from tiny_pipelines import close
 from torch import Tensor
 
 from molecli.adapters import write_diffusers
@@ -67,8 +67,14 @@ def theirs(pipe: Any, start: list[Start], **settings: Any) -> Tensor:
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", PIPELINES)
+LONG = pytest.mark.slow
+EITHER = pytest.mark.parametrize("masked", [pytest.param(False, marks=LONG), True])
+
+
+@pytest.mark.parametrize(
+    ("kind", "masked"),
+    [("sd", False), ("sdxl", True), *(pytest.param(*case, marks=LONG) for case in (("sd", True), ("sdxl", False)))],
+)
 def test_a_sum_from_a_picture_is_what_diffusers_draws_with_its_loras(
     kind: str, masked: bool, make_pipeline: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -89,8 +95,8 @@ def test_a_sum_from_a_picture_is_what_diffusers_draws_with_its_loras(
     assert close(drawn(backbone, starts(masked)), bare, 1e-6)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("scheduler", [None, "heun", "euler_a", "lcm"])
+@EITHER
+@pytest.mark.parametrize("scheduler", [None, "heun", pytest.param("euler_a", marks=LONG), "lcm"])
 def test_switch_takes_its_first_turn_at_the_first_step_that_is_run(
     scheduler: str | None, masked: bool, sd: Diffusion
 ) -> None:
@@ -102,7 +108,7 @@ def test_switch_takes_its_first_turn_at_the_first_step_that_is_run(
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 7.5])
-@pytest.mark.parametrize("masked", [None, False, True])
+@pytest.mark.parametrize("masked", [None, pytest.param(False, marks=LONG), True])
 def test_composite_is_the_mean_with_and_without_guidance(masked: bool | None, guidance: float, sd: Diffusion) -> None:
     experts = trio(sd, in_unet)
     start = None if masked is None else starts(masked)
@@ -116,8 +122,8 @@ def test_composite_is_the_mean_with_and_without_guidance(masked: bool | None, gu
         assert close(drawn(sd, start, guidance=guidance, negative_prompt="a bad picture"), expected, 1e-4)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 7.5])
-@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("guidance", [0.0, pytest.param(1.0, marks=LONG), 7.5])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sd2", marks=LONG), "sdxl"])
 def test_a_sum_under_any_guidance_is_diffusers_own(
     kind: str, guidance: float, make_pipeline: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -133,8 +139,10 @@ def test_a_sum_under_any_guidance_is_diffusers_own(
     assert close(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@EITHER
+@pytest.mark.parametrize(
+    "mode", [mode if mode in ("gated", "ties", "loratorio") else pytest.param(mode, marks=LONG) for mode in MODES]
+)
 def test_in_every_mode_a_picture_depends_on_its_own_start_alone(mode: str, masked: bool, sd: Diffusion) -> None:
     mixture = build_mixture(sd.model, trio(sd), mode=mode, triggers=TRIGGERS)
     if getattr(mixture, "reads_prompt", False):
