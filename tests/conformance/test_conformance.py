@@ -46,29 +46,31 @@ def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subj
 
 @pytest.fixture(scope="session")
 def promised() -> dict[tuple[str, str], dict[str, Cell]]:
-    return parse(PAGE.read_text(encoding="utf-8"))
+    return parse(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
 
 
-def check(found: dict[str, Cell], promised: dict[str, Cell]) -> None:
+def check(found: dict[str, Cell], promised: dict[str, Cell] | None) -> None:
+    """Nothing is wrong, and all is as the page promises; that it promises every cell is another test's."""
     assert found
     for mode, cell in found.items():
         assert cell.state != "wrong", f"{mode}: {cell.words}"
-        words = shared_words(cell.words) if cell.state == "refused" else ""
-        assert (cell.state, words) == (promised[mode].state, promised[mode].words), f"{mode}: {cell.words}"
+        if promised is not None:
+            words = shared_words(cell.words) if cell.state == "refused" else ""
+            assert (cell.state, words) == (promised[mode].state, promised[mode].words), f"{mode}: {cell.words}"
 
 
 @pytest.mark.parametrize(("name", "way", "mode"), spread())
 def test_a_spread_of_the_cells_is_what_the_page_says(
     name: str, way: str, mode: str, subject_of: Callable, promised: dict
 ) -> None:
-    check(cells_of(subject_of(name), way, (mode,)), promised[name, way])
+    check(cells_of(subject_of(name), way, (mode,)), promised.get((name, way)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_cell_of_an_architecture_is_what_the_page_says(name: str, subject_of: Callable, promised: dict) -> None:
     for way in columns():
-        check(cells_of(subject_of(name), way), promised[name, way])
+        check(cells_of(subject_of(name), way), promised.get((name, way)))
 
 
 def test_the_page_has_every_architecture_and_way(promised: dict) -> None:
