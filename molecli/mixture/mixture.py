@@ -213,7 +213,7 @@ class Mixture:
                 return None
             x = args[0]
             if self._streams.probing:
-                group.learn(tuple(x.shape[:-1]), self._streams.axes(group.stream))
+                group.learn(x, self._streams.axes(group.stream))
                 return None
             if group.x is not x:
                 self._mix(group, x)
@@ -226,8 +226,8 @@ class Mixture:
         exact = torch.is_grad_enabled()
         if group.kept is not None and not exact and self._recalled(group.kept, group, x):
             return
-        size = self._streams.axes(group.stream)
-        group.learn(tuple(x.shape[:-1]), size)
+        size = None if group.site.gate.constant else self._streams.axes(group.stream)
+        group.learn(x, size)
         u = group.project(x)
         value = self._value(group, x, u)
         # Without gradients the weights are multiplied in place, which needs no cast.
