@@ -101,7 +101,7 @@ class TextStreams:
         if stream != "memory":
             return current.tokens.size()
         if current.memory is None:
-            raise RunError("generation", "the decoder was called without the encoder's output", "Give it.")
+            raise _no_memory()
         return current.memory.shape[0], current.memory.shape[1]
 
     def check_shared(self) -> None:
@@ -121,6 +121,8 @@ class TextStreams:
         """x and u [B, T, .] with the masks of the site's tokens, and the memory if the site is in a decoder."""
         current, size = self.of(site), self.axes(site.stream)
         memory = current.memory if site.stream == "decoder" else None
+        if self.seq2seq and site.stream == "decoder" and memory is None and not gate.reads_entry(memory=True):
+            raise _no_memory()
         memory_valid = valid = prompt = None
         if gate.remembers or getattr(gate, "observed", None) is not None:
             mine = site.stream != "memory"
@@ -268,6 +270,11 @@ class TextStreams:
             trace.cache = weakref.ref(held)
         moved = bool(past) and rows > 1 and not (self._last.witness and self._last.witness.unchanged(held))
         return Pass(self.decoder.step + 1, tokens, past, trace, moved, generation)
+
+
+def _no_memory() -> RunError:
+    what = "the decoder was called without the encoder's output, by which gates weigh LoRAs"
+    return RunError("generation", what, "Give it as encoder_hidden_states.")
 
 
 def _count(told: Mapping[str, Any]) -> int:

@@ -37,7 +37,8 @@ def stream_of(matrix: str, *, seq2seq: bool) -> Stream:
     parts = matrix.split(".")
     if any(part in _CROSS for part in parts) and parts[-1] in _KEYS_VALUES:
         return "memory"
-    return "encoder" if "encoder" in parts else "decoder"
+    # The outermost name counts: BERT as a decoder calls its own layers an encoder.
+    return "encoder" if next((part for part in parts if part in ("encoder", "decoder")), "") == "encoder" else "decoder"
 
 
 def make_sites(matrices: Sequence[str], granularity: Granularity, *, seq2seq: bool, per_token: bool) -> list[Site]:
