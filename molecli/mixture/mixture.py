@@ -272,7 +272,7 @@ class Mixture:
             if self._off:
                 return None
             if self._streams.probing:
-                group.learn(tuple(x.shape[:-1]), self._streams.axes(group.stream))
+                group.learn(x, self._streams.axes(group.stream))
                 return None
             if group.x is not x or group.device != y.device:
                 self._mix(group, x, y)
@@ -294,8 +294,8 @@ class Mixture:
         head = self._head if group.heads and not group.site.gate.constant else None
         whole = given if head is None else head.whole(given)
         whole = x if whole is given else whole.to(y.device)
-        size = self._streams.axes(group.stream)
-        group.learn(tuple(whole.shape[:-1]), size)
+        size = None if group.site.gate.constant else self._streams.axes(group.stream)
+        group.learn(whole, size)
         u = group.project(x)
         value = self._value(group, whole, u if whole is x else group.project(whole))
         value = self._streams.fitted(group.name, value, x)

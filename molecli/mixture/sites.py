@@ -36,7 +36,9 @@ def stream_of(matrix: str, *, seq2seq: bool) -> Stream:
         return "decoder"
     if is_cross_key_or_value(matrix):
         return "memory"
-    return "encoder" if "encoder" in matrix.split(".") else "decoder"
+    # The outermost name counts: BERT as a decoder calls its own layers an encoder.
+    outermost = next((name for name in matrix.split(".") if name in ("encoder", "decoder")), "")
+    return "encoder" if outermost == "encoder" else "decoder"
 
 
 def is_cross_key_or_value(matrix: str) -> bool:
