@@ -25,6 +25,7 @@ EXACT = "exact"  # the first column: a mode as it is
 _FALSE = re.compile(r"made for another base|other LoRAs|outside the model")
 State = Literal["exact", "refused", "base", "wrong"]
 FIXED_TOLERANCE = 1e-5  # relative to the largest logit, against PEFT
+BASE_TOLERANCE = 1e-5  # the base's own: less would be a fault of the base that LoRAs only enlarge
 TOLERANCE = 1e-4  # between two ways of computing the same, through a cache or padding
 
 
@@ -66,7 +67,7 @@ def cells_of(subject: Subject, way: str, modes: Sequence[str] = tuple(MODES)) ->
         warnings.simplefilter("ignore")
         if way == EXACT:
             return {mode: _cleaned(subject, _exactness(subject, mode)) for mode in modes}
-        state, words = _tried(WAYS[way].run(Call(subject, None)), TOLERANCE)
+        state, words = _tried(WAYS[way].run(Call(subject, None)), BASE_TOLERANCE)
         if state != "exact":
             return {"base": Cell("base", words)}
         return {mode: _cleaned(subject, _in_mode(subject, way, mode)) for mode in modes if mode in WAYS[way].modes}

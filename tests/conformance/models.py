@@ -42,7 +42,8 @@ def build(row: Architecture) -> Any:
     model = model.float().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "conv" not in name:  # so that logits are far from uniform
+        # So that logits are far from uniform, and what a layer should not read is seen.
+        if parameter.dim() == 2 or (parameter.dim() > 2 and "conv" not in name):
             parameter.normal_(0, 0.2, generator=generator)
     if (generation := getattr(model, "generation_config", None)) is not None:
         for setting in ("forced_eos_token_id", "forced_bos_token_id", "max_length", "num_beams"):

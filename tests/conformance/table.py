@@ -77,7 +77,7 @@ def _refusals(cells: Mapping[str, Cell], modes: Sequence[str]) -> list[tuple[str
 
 
 def render(results: Results) -> str:
-    """The page. Raises: ValueError for a wrong cell, for which it has no sign."""
+    """The page, of the rows and columns in `results`. Raises: ValueError for a wrong cell, for which it has no sign."""
     wrong = [key for key, cells in results.items() if any(cell.state == "wrong" for cell in cells.values())]
     if wrong:
         raise ValueError(f"{len(wrong)} cells are wrong, such as {wrong[0]}")
@@ -88,7 +88,7 @@ def render(results: Results) -> str:
     for group, modes in GROUPS.items():
         parts.append(f"## {group}\n\n{_ABOUT[group].format(pools=', '.join(f'`{mode}`' for mode in GATED))}\n")
         for kind, title in _KINDS.items():
-            rows = [name for name, row in ARCHITECTURES.items() if row.kind == kind]
+            rows = [name for name, row in ARCHITECTURES.items() if row.kind == kind and (name, EXACT) in results]
             parts.append(f"### {group}: {title[0].lower()}{title[1:]}\n\n{_table(results, rows, modes, notes)}\n")
     parts.append("## Refusals\n\n" + "\n".join(_note(number, *note) for note, number in notes.items()))
     return "\n".join(parts).rstrip() + "\n"
@@ -102,7 +102,7 @@ _NOTE = re.compile(r"^(\d+)\. In ([^:]+): (.*)$", re.M)
 
 
 def _table(results: Results, rows: Sequence[str], modes: Sequence[str], notes: dict[tuple[str, str], int]) -> str:
-    heads = columns(modes)
+    heads = {way: head for way, head in columns(modes).items() if (rows[0], way) in results}
     lines = [["architecture", *heads.values()], ["---", *[":-:"] * len(heads)]]
     for name in rows:
         marks = []
