@@ -43,7 +43,7 @@ class Expert:
     """A named, frozen LoRA: its factors by matrix name, and its source.
 
     absent: its files are missing; its factors have rank 0 and only give its matrices and their shapes. left_out:
-    matrices that it adapts but the base lacks.
+    matrices that it adapts but the base lacks. notices: what its reader has to tell the user about it.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Expert:
     alpha: float = 0.0
     absent: bool = False
     left_out: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def matrices(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -21,10 +21,46 @@ Stream = Literal["encoder", "decoder", "memory", "spatial", "text", "time"]
 ElementKind = Literal["object", "character", "clothing", "style", "background"]
 # (d_out, d_in) of a linear layer, (c_out, c_in, k_h, k_w) of a convolution.
 Shape = tuple[int, ...]
+# The name in a base of a module that a file names otherwise, by the base's own rules; the same name if it has none.
+Renaming = Callable[[str], str]
 # Called by long work: label, number of steps done, total number.
 Progress = Callable[[str, int, int], None]
 # Called with a line for the user to read.
 Note = Callable[[str], object]
+
+
+class Matrices(dict[str, Shape]):
+    """The adaptable matrices of a base, those of `all-linear`: name -> shape, and what else a LoRA's file may name.
+
+    head: the output head, which is adapted only where it is named; tables: the input embeddings and the output head,
+    whose weights a file may repeat; renamed: the base's own rules for names of other releases.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, Shape],
+        *,
+        head: Mapping[str, Shape] | None = None,
+        tables: Mapping[str, Shape] | None = None,
+        renamed: Renaming = str,
+    ) -> None:
+        super().__init__(matrices)
+        self.head, self.tables, self.renamed = dict(head or {}), dict(tables or {}), renamed
+
+    @property
+    def named(self) -> dict[str, Shape]:
+        """All matrices that a LoRA may name: the head is the last one."""
+        return {**self, **self.head}
+
+    def without(self, names: Collection[str]) -> Matrices:
+        """The same base with fewer adaptable matrices."""
+        kept = {name: shape for name, shape in self.items() if name not in names}
+        return Matrices(kept, head=self.head, tables=self.tables, renamed=self.renamed)
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, Shape]) -> Matrices:
+        """`matrices` itself, or with no head and no rules if it is a plain mapping."""
+        return matrices if isinstance(matrices, cls) else cls(matrices)
 
 
 @dataclass(frozen=True)
@@ -39,6 +75,23 @@ class Example:
     @property
     def answers(self) -> tuple[str, ...]:
         return self.references or (self.target,)
+
+
+class Completion(str):
+    """The text that a language model wrote; `answer` is what is scored of it.
+
+    A reasoning model's answer is without its thoughts; None if they did not end, so that there is no answer.
+    """
+
+    answer: str | None
+
+    def __new__(cls, text: str, answer: str | None) -> Completion:
+        made = super().__new__(cls, text)
+        made.answer = answer
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str | None]:  # type: ignore[override]
+        return str(self), self.answer
 
 
 @dataclass(frozen=True)
@@ -78,13 +131,14 @@ class Scene:
 class Moment:
     """One denoising step: `index` of `total`, from 0; `timestep` is the input of the UNet.
 
-    guided: the batch has two halves, unconditional and conditional (classifier-free guidance).
+    guided: the batch has two halves, unconditional and conditional (classifier-free guidance); None if it is not known
+    what its rows are.
     """
 
     index: int
     total: int
     timestep: float
-    guided: bool
+    guided: bool | None
 
 
 class Backbone(Protocol):

@@ -1,13 +1,16 @@
 """LoRA files: reads the layouts of PEFT, diffusers and kohya into experts, and writes them; also SVDiff's shifts.
 
-`source` finds the files. `keys` knows the tensor names of the layouts, `settings` and `metadata` the scaling; `info`
-describes a LoRA without reading its factors. `place` renames its matrices to those of a base (`blocks`: the names in
-the original Stable Diffusion code), and `coverage` compares it with the base. `read` and the three `write` modules read
-and write the factors; `svdiff` and `svdiff_expert` do the same for shifts of the base's singular values.
+`source` finds the files, in a folder with `folder`. `keys` knows the tensor names of the layouts (`prefixes`: of their
+parts), `settings` and `metadata` the scaling; `info` describes a LoRA without reading its factors. `place` renames its
+matrices to those of a base (`blocks`: the names in the original Stable Diffusion code), and `coverage` compares it with
+the base. `architecture` tells a LoRA of another kind of base before all this (`families`: by its names). `read` and the
+three `write` modules read and write the factors; `svdiff` and `svdiff_expert` do the same for shifts of the base's
+singular values.
 """
 
 from __future__ import annotations
 
+from molecli.adapters.architecture import read_info_for
 from molecli.adapters.coverage import Coverage, check_coverage, coverage
 from molecli.adapters.info import AdapterInfo, read_info
 from molecli.adapters.place import place
@@ -35,6 +38,7 @@ __all__ = [
     "place",
     "read_expert",
     "read_info",
+    "read_info_for",
     "resolve_source",
     "with_one_alpha",
     "write_diffusers",

@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from molecli.adapters.keys import Keys, factor_keys, is_bare
+from molecli.adapters.keys import Keys, factor_keys, is_bare, table_keys
 from molecli.adapters.metadata import Configured, configured
 from molecli.adapters.settings import LoraSettings
-from molecli.adapters.source import canonical_source, resolve_source, weights_files
+from molecli.adapters.source import canonical_source, lora_files, resolve_source
 from molecli.adapters.svdiff import Origin, described, is_svdiff
-from molecli.adapters.weights import Shape, alpha_in, factor_shape, metadata_of, opened_lora, sha256_of
+from molecli.adapters.weights import (
+    Shape,
+    alpha_in,
+    check_rank,
+    factor_shape,
+    metadata_of,
+    opened_lora,
+    sha256_of,
+)
 from molecli.errors import MismatchError, UsageError
 from molecli.files.lora_spec import CONFIG_FILE, DIFFUSERS_FILE, LoraLike
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """One adapted matrix: its shape (from the factors), its scaling, and the keys of its factors."""
+    """One adapted matrix: its shape (from the factors), its scaling, and the keys of its factors.
+
+    said: the configuration of its file. parts: (first row, matrix) if it is updated by several pairs of factors, each
+    of which updates some of its rows; see `fused`.
+    """
 
     shape: Shape
     rank: int
     alpha: float
     scaling: float
     keys: Keys
+    said: Configured = field(default_factory=Configured)
+    parts: tuple[tuple[int, Adapted], ...] = ()
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The parameters that its file adapts without a layer."""
+        return next((settings.parameters for settings in self.said.by_component.values() if settings.parameters), ())
+
+    @property
+    def stored(self) -> tuple[Keys, ...]:
+        """The keys of all its factors."""
+        return tuple(part.keys for _, part in self.parts) or (self.keys,)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A weight of the base that a LoRA's file repeats: the parameter's name, and the copy's place and shape."""
+
+    parameter: str
+    path: Path
+    key: str
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -37,7 +72,8 @@ class AdapterInfo:
     `rank` and `alpha` are the configured ones, else the most frequent ones. Matrices have the names in the file (in
     kohya's layout with underscores; bare names lack their component) until `place` renames them to those of a base.
     `path` is the file, or the folder with one subfolder per component. `origin` is set for SVDiff adapters, which have
-    shifts instead of factors.
+    shifts instead of factors. `taken_for` says which names `place` read as others; `tables` are the base's own weights
+    that the file repeats.
     """
 
     name: str
@@ -49,6 +85,8 @@ class AdapterInfo:
     adapted: dict[str, Adapted]
     base_model: str | None
     origin: Origin | None = None
+    taken_for: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     @property
     def where(self) -> str:
@@ -78,14 +116,22 @@ def read_info(spec: LoraLike) -> AdapterInfo:
     Raises: UsageError (missing, a pickle, a kind that is not read), MismatchError (damaged or contradictory).
     """
     source = resolve_source(spec)
-    files = weights_files(source)
+    there = lora_files(source)
+    _warn_of_unread(spec.name, source, there.unread)
+    files = there.files
     adapted: dict[str, Adapted] = {}
     settings: list[LoraSettings] = []
     bases: list[str | None] = []
+    tables: list[Table] = []
     origin = None
     for component, path in files.items():
         found, said, origin = _read_file(f"{spec.name} ({path})", path)
-        adapted |= {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
+        tables += _tables(path)
+        part = {f"{component}.{m}" if component and is_bare(m) else m: matrix for m, matrix in found.items()}
+        if twice := next((module for module in part if module in adapted), None):
+            what = f"two of its files adapt {twice!r}: {adapted[twice].keys.path} and {path}"
+            raise MismatchError(f"{spec.name} ({source})", what, "Leave one of them out.")
+        adapted |= part
         settings += said.by_component.values()
         bases.append(said.base_model)
     paths = list(files.values())
@@ -99,7 +145,20 @@ def read_info(spec: LoraLike) -> AdapterInfo:
         adapted=adapted,
         base_model=next(filter(None, bases), None),
         origin=origin,
+        tables=tuple(tables),
     )
+
+
+def _tables(path: Path) -> list[Table]:
+    with opened_lora(path) as file:
+        found = table_keys(file.keys())
+        return [Table(name, path, key, tuple(file.get_slice(key).get_shape())) for key, name in found.items()]
+
+
+def _warn_of_unread(name: str, source: Path, unread: Sequence[Path]) -> None:
+    if unread:
+        files = ", ".join(str(file.relative_to(source)) for file in unread[:3]) + (", ..." if len(unread) > 3 else "")
+        warnings.warn(f"{name}: {len(unread)} other weights file(s) in {source} are not read: {files}", stacklevel=3)
 
 
 def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, Origin | None]:
@@ -127,13 +186,12 @@ def _read_file(where: str, path: Path) -> tuple[dict[str, Adapted], Configured, 
     adapted = {}
     for module, (rank, shape) in sizes.items():
         settings, local = said.of(module)
-        if settings is not None and settings.rank_of(local) != rank:
-            what = f"{module!r} has rank {rank}, but {said.origin} says {settings.rank_of(local)}"
-            raise MismatchError(where, what, said.remedy)
+        if settings is not None and not settings.parameters:  # else the rank may be that of a stack: see `fused`
+            check_rank(where, module, rank, settings.rank_of(local), said)
         # An alpha stored with the factors is the one of the training.
         alpha = stored.get(module, settings.alpha_of(local) if settings else float(rank))
         scaling = settings.scaling(alpha, rank) if settings else alpha / rank
-        adapted[module] = Adapted(shape, rank, alpha, scaling, keys[module])
+        adapted[module] = Adapted(shape, rank, alpha, scaling, keys[module], said)
     return adapted, said, None
 
 

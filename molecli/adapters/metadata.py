@@ -29,9 +29,10 @@ class Configured:
     def of(self, module: str) -> tuple[LoraSettings | None, str]:
         """(the settings of `module`, its name in their patterns): each component has its own configuration."""
         component, _, path = module.partition(".")
-        if component not in COMPONENTS:
+        if component not in self.by_component or component not in COMPONENTS:
+            # Patterns of one configuration for everything may name the component, which `LoraSettings` knows.
             return self.by_component.get(""), module
-        return self.by_component.get(component, self.by_component.get("")), path
+        return self.by_component[component], path
 
 
 def configured(where: str, path: Path, metadata: Mapping[str, str], *, beside: bool) -> Configured:
@@ -39,7 +40,7 @@ def configured(where: str, path: Path, metadata: Mapping[str, str], *, beside: b
 
     Raises: UsageError, MismatchError as `parse_config` does.
     """
-    named = next((metadata[key] for key in BASE_KEYS if metadata.get(key)), None)
+    named = _named(metadata)
     file = path.parent / CONFIG_FILE
     if beside and file.exists():
         settings = parse_config(where, read_config(file))
@@ -54,6 +55,20 @@ def configured(where: str, path: Path, metadata: Mapping[str, str], *, beside: b
             base_model = next((s.base_model for s in found.values() if s.base_model), named)
             return Configured(found, "its metadata", "Export it again.", base_model)
     return Configured(base_model=named)
+
+
+def named_base(path: Path, metadata: Mapping[str, str]) -> str | None:
+    """The base that the file at `path` names, in its metadata or the configuration beside it; None if neither does."""
+    try:
+        beside = json.loads((path.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+        base = beside.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    return base if isinstance(base, str) and base else _named(metadata)
+
+
+def _named(metadata: Mapping[str, str]) -> str | None:
+    return next((metadata[key] for key in BASE_KEYS if metadata.get(key)), None)
 
 
 def _by_component(text: str) -> dict[str, dict[str, Any]]:

@@ -7,20 +7,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from molecli.adapters.blocks import original_names
+from molecli.adapters.fused import unfused
 from molecli.adapters.info import AdapterInfo
-from molecli.adapters.keys import CLIP_PREFIX, KOHYA, component_of, is_bare, underscored
+from molecli.adapters.keys import CLIP_PREFIX, component_of, is_bare, underscored
+from molecli.adapters.module_names import plain, resolved, taken_for
+from molecli.adapters.prefixes import KOHYA
 from molecli.adapters.weights import Shape
 from molecli.errors import MismatchError
 from molecli.files.lora_spec import COMPONENTS
+from molecli.protocols import Matrices
 
 
 def place(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
     """`info` with the names and shapes of a base's `matrices`; matrices that the base lacks stay unchanged.
 
-    A 1x1 convolution and a linear layer count as the same, and the base's shape is used.
+    A 1x1 convolution and a linear layer count as the same, and the base's shape is used. `taken_for` says which names
+    of a language model's modules were read as others.
     Raises: MismatchError if a name fits two matrices, or two names fit one.
     """
-    names = _resolved(info, matrices)
+    base = Matrices.of(matrices)
+    pipeline, matrices = bool(components_in(base)), base.named
+    info = unfused(info, matrices)
+    names = _in_pipeline(info, matrices) if pipeline else resolved(info.where, info.matrices, base)
     adapted = {}
     sources: dict[str, str] = {}
     for module, matrix in info.adapted.items():
@@ -30,7 +38,7 @@ def place(info: AdapterInfo, matrices: Mapping[str, Shape]) -> AdapterInfo:
             raise MismatchError(info.where, what, "Leave one of them out of the file.")
         sources[name] = module
         adapted[name] = replace(matrix, shape=_as_in_base(matrix.shape, matrices.get(name)))
-    return replace(info, adapted=adapted)
+    return replace(info, adapted=adapted, taken_for=() if pipeline else taken_for(names.items()))
 
 
 def components_in(names: Iterable[str]) -> tuple[str, ...]:
@@ -39,10 +47,10 @@ def components_in(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(component for component in COMPONENTS if component in found)
 
 
-def _resolved(info: AdapterInfo, matrices: Mapping[str, Shape]) -> dict[str, str]:
+def _in_pipeline(info: AdapterInfo, matrices: Mapping[str, Shape]) -> dict[str, str]:
     """module -> matrix, for the modules of `info` that have another name in the base."""
     wanted = {module: matrix.shape for module, matrix in info.adapted.items() if module not in matrices}
-    if not wanted or not components_in(matrices):
+    if not wanted:
         return {}
     known: dict[str, list[str]] = defaultdict(list)
     for alias, name in _spellings(matrices):
@@ -69,6 +77,8 @@ def _spellings(matrices: Iterable[str]) -> Iterator[tuple[str, str]]:
         component, _, path = name.partition(".")
         path = path.removeprefix(CLIP_PREFIX)
         yield f"{component}.{path}", name
+        if component == "unet" and path in originals:
+            yield f"unet.{originals[path]}", name
         for start in (start for start, owner in KOHYA.items() if owner == component):
             yield start + underscored(path), name
             if component == "unet" and path in originals:
@@ -77,6 +87,7 @@ def _spellings(matrices: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def _spelled(module: str) -> str:
     """`module` in the form of `_spellings`."""
+    module = plain(module)
     start = next((start for start in KOHYA if module.startswith(start)), "")
     if start:
         return start + module.removeprefix(start).removeprefix(underscored(CLIP_PREFIX))

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from molecli.adapters.coverage import check_coverage
-from molecli.adapters.info import Adapted, AdapterInfo, read_info
+from molecli.adapters.architecture import read_info_for
+from molecli.adapters.coverage import Coverage, check_coverage
+from molecli.adapters.fused import slice_of
+from molecli.adapters.info import Adapted, AdapterInfo
+from molecli.adapters.keys import Keys
 from molecli.adapters.settings import unsupported
 from molecli.adapters.svdiff import Base
 from molecli.adapters.svdiff_expert import shifted_factors
+from molecli.adapters.tables import check_tables
 from molecli.adapters.weights import Shape, opened_lora
 from molecli.errors import MismatchError
 from molecli.experts import Expert, LowRank
 from molecli.files.lora_spec import LoraLike
+from molecli.protocols import Matrices
+
+# (file, key) -> tensor
+_Stored = Mapping[tuple[Path, str], Tensor]
 
 
 def read_expert(
@@ -25,18 +33,22 @@ def read_expert(
     """The expert that `spec` names, on the base whose matrices are `matrices`: name -> shape.
 
     Factors keep their stored type, on the CPU, in the order of the base's matrices; those of an SVDiff adapter are
-    computed from `base`, in float32.
-    Raises: UsageError, MismatchError as `read_info` and `check_coverage` do, and for weights that are not finite.
+    computed from `base`, in float32. Copies of the base's own weights in the files are compared with `base`.
+    Raises: UsageError, MismatchError as `read_info`, `check_coverage` and `check_tables` do, and for weights that are
+    not finite.
     """
-    found = check_coverage(read_info(spec), matrices, allow_partial=allow_partial)
+    found = check_coverage(read_info_for(spec, matrices), matrices, allow_partial=allow_partial)
     info, matched = found.info, set(found.matched)
-    stored = _factors(info, [name for name in matrices if name in matched])
+    known = Matrices.of(matrices)
+    check_tables(info, known, base)
+    names = [name for name in known.named if name in matched]
+    stored = _stored(info, names)
     _check_finite(info, stored)
     if info.origin is not None:
-        shifts = {name: shift for name, (shift, _) in stored.items()}
+        shifts = {name: stored[_a(info.adapted[name].keys)] for name in names}
         factors = shifted_factors(info, info.origin, shifts, base)
     else:
-        factors = {name: _low_rank(info.adapted[name], *pair) for name, pair in stored.items()}
+        factors = {name: _low_rank(info.adapted[name], stored) for name in names}
     return Expert(
         info.name,
         factors,
@@ -45,32 +57,70 @@ def read_expert(
         rank=info.rank,
         alpha=info.alpha,
         left_out=found.unmatched,
+        notices=_notices(found, factors.values()),
     )
 
 
-def _factors(info: AdapterInfo, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (A, B) as stored (the shifts twice for SVDiff), in the order of `names`; each file is opened once."""
-    found = {}
-    for path in dict.fromkeys(info.adapted[name].keys.path for name in names):
+def _notices(found: Coverage, factors: Iterable[LowRank]) -> tuple[str, ...]:
+    """What the user of this LoRA has to know: names read as others, what is left out, that it does nothing."""
+    info, said = found.info, []
+    if info.taken_for:
+        said.append(f"{info.name}: module names {', '.join(info.taken_for)}")
+    if found.unmatched:
+        lacks = f"the base lacks {len(found.unmatched)} of its matrices, such as {found.unmatched[0]}"
+        part = f"{found.left_out:.1%} of its weights (by squared Frobenius norm)"
+        said.append(f"{info.name}: {lacks}, with {part}; they are left out")
+    if not any(_moves(one.A) and _moves(one.B) for one in factors):
+        said.append(f"{info.name}: it changes nothing: one of its factors is zero everywhere, as before any training")
+    return tuple(said)
+
+
+def _moves(factor: Tensor) -> bool:
+    return bool((factor.float() if factor.element_size() == 1 else factor).any())
+
+
+def _stored(info: AdapterInfo, names: list[str]) -> _Stored:
+    """The stored tensors of the matrices `names` (the shifts for SVDiff); each is read once."""
+    pairs = [keys for name in names for keys in info.adapted[name].stored]
+    wanted = dict.fromkeys(entry for keys in pairs for entry in (_a(keys), _b(keys)))
+    found: dict[tuple[Path, str], Tensor] = {}
+    for path in dict.fromkeys(path for path, _ in wanted):
         with opened_lora(path) as file:
-            for name in names:
-                keys = info.adapted[name].keys
-                if keys.path == path:
-                    found[name] = (file.get_tensor(keys.A), file.get_tensor(keys.B))
-    return {name: found[name] for name in names}
+            found |= {(path, key): file.get_tensor(key) for where, key in wanted if where == path}
+    return {entry: found[entry] for entry in wanted}
 
 
-def _low_rank(matrix: Adapted, a: Tensor, b: Tensor) -> LowRank:
+def _low_rank(matrix: Adapted, stored: _Stored) -> LowRank:
     """The factors in the shape for the matrix: A [r, d_in] or [r, c_in, k_h, k_w], B [d_out, r]."""
+    if matrix.parts:
+        return _side_by_side(matrix, [(row, _low_rank(part, stored)) for row, part in matrix.parts])
+    a, b = stored[_a(matrix.keys)], stored[_b(matrix.keys)]
+    if matrix.keys.expert is not None:
+        a, b = slice_of(a, b, *matrix.keys.expert)
     return LowRank(a.reshape(matrix.rank, *matrix.shape[1:]), b.reshape(-1, matrix.rank), matrix.scaling)
 
 
-def _check_finite(info: AdapterInfo, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _side_by_side(matrix: Adapted, parts: Sequence[tuple[int, LowRank]]) -> LowRank:
+    """The factors of a matrix whose rows from `row` on are updated by each part."""
+    A = torch.cat([part.A for _, part in parts])
+    B, first = A.new_zeros(matrix.shape[0], len(A)), 0
+    for row, part in parts:
+        scaled = part.B if part.scaling == matrix.scaling else part.B * (part.scaling / matrix.scaling)
+        B[row : row + len(part.B), first : first + part.rank] = scaled
+        first += part.rank
+    return LowRank(A, B, matrix.scaling)
+
+
+def _a(keys: Keys) -> tuple[Path, str]:
+    return keys.path, keys.A
+
+
+def _b(keys: Keys) -> tuple[Path, str]:
+    return keys.path, keys.B
+
+
+def _check_finite(info: AdapterInfo, tensors: _Stored) -> None:
     """Checks that all entries are finite floating-point numbers. Raises: UsageError, MismatchError."""
-    tensors: dict[tuple[Path, str], Tensor] = {}
-    for name, (a, b) in factors.items():
-        keys = info.adapted[name].keys
-        tensors |= {(keys.path, keys.A): a, (keys.path, keys.B): b}
     extremes = []
     for tensor in tensors.values():
         if not tensor.is_floating_point():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from molecli.errors import MismatchError, UsageError
+from molecli.files.lora_spec import COMPONENTS
 
 # PEFT configuration key -> name of the kind of adapter that sets it. Each changes the forward pass.
 _REFUSED = {
@@ -19,7 +20,6 @@ _REFUSED = {
     "modules_to_save": "LoRA with modules_to_save",
     "trainable_token_indices": "LoRA with trainable_token_indices",
     "layer_replication": "LoRA with layer_replication",
-    "target_parameters": "LoRA with target_parameters",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
@@ -29,12 +29,19 @@ _REFUSED = {
 }
 # These initialisations change the weights of the base, so that the adapter fits no published base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Settings that train weights of the base itself: they are named, because only merging keeps them.
+_OWN_WEIGHTS = ("modules_to_save", "trainable_token_indices")
 _EMPTY: Mapping[str, Any] = {}
+PLAIN = "Use a plain LoRA (or rsLoRA)."
+MERGE = "Use a plain LoRA, or merge it into its base (PEFT's merge_and_unload) and use that as the base."
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank and alpha of every matrix of one LoRA; patterns are PEFT's regular expressions."""
+    """Rank and alpha of every matrix of one LoRA; patterns are PEFT's regular expressions.
+
+    parameters: the ends of the names of the parameters that it adapts without a layer (PEFT's target_parameters).
+    """
 
     rank: int
     alpha: float
@@ -42,6 +49,7 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     base_model: str | None = None
+    parameters: tuple[str, ...] = ()
 
     def rank_of(self, matrix: str) -> int:
         """The configured rank of `matrix`."""
@@ -91,6 +99,7 @@ def parse_config(where: str, config: Mapping[str, Any]) -> LoraSettings:
         alpha_pattern=_pattern(where, config, "alpha_pattern"),
         rslora=bool(config.get("use_rslora")),
         base_model=config.get("base_model_name_or_path") or None,
+        parameters=_names(where, config, "target_parameters"),
     )
 
 
@@ -101,7 +110,8 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
         raise unsupported(where, f"the adapter type {kind}")
     for key, name in _REFUSED.items():
         if config.get(key):
-            raise unsupported(where, name)
+            own = key in _OWN_WEIGHTS
+            raise unsupported(where, name + (_named(config[key]) if own else ""), MERGE if own else PLAIN)
     if config.get("bias", "none") != "none":
         raise unsupported(where, f"LoRA with bias (bias: {config['bias']})")
     start = str(config.get("init_lora_weights", "")).lower()
@@ -112,9 +122,22 @@ def refuse_unsupported(where: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def unsupported(where: str, name: str) -> UsageError:
+def unsupported(where: str, name: str, remedy: str = PLAIN) -> UsageError:
     """The error for an unsupported kind of adapter."""
-    return UsageError(where, f"{name} is not supported", "Use a plain LoRA (or rsLoRA).")
+    return UsageError(where, f"{name} is not supported", remedy)
+
+
+def _named(value: Any) -> str:
+    """The modules whose own weights an adapter trains, in brackets; "" for a list of tokens."""
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, (list, dict)) else []
+    return f" (weights of its own for {', '.join(names)})" if names else ""
+
+
+def _names(where: str, config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = config.get(key) or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise MismatchError(where, f"{key} is {names!r}", "It lists names of parameters.")
+    return tuple(names)
 
 
 def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -132,10 +155,12 @@ def _pattern(where: str, config: Mapping[str, Any], key: str) -> Mapping[str, An
 def _matched(pattern: Mapping[str, Any], matrix: str, default: float) -> Any:
     """PEFT's rule: the first key that matches the end of the name, from its start or after a dot.
 
-    CLIP's modules are under "text_model." in some releases of transformers only; both names are accepted.
-    Source: peft.utils.other.get_pattern_key.
+    CLIP's modules are under "text_model." in some releases of transformers only, and patterns of a pipeline may name
+    the component or not: all these names are accepted. Source: peft.utils.other.get_pattern_key.
     """
-    for name in dict.fromkeys((matrix, matrix.removeprefix("text_model."))):
+    component, _, path = matrix.partition(".")
+    inner = path if component in COMPONENTS else matrix
+    for name in dict.fromkeys((matrix, inner, inner.removeprefix("text_model."))):
         for expression, number in pattern.items():
             if re.match(rf"(.*\.)?({expression})$", name):
                 return number

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from molecli.adapters.folder import EITHER, PICKLES, LoraFiles, files_in, is_pickled, lora_names, pickle
 from molecli.catalog.builtin import builtin_loras
 from molecli.errors import RunError, UsageError, near
+from molecli.files.chat_template import TEMPLATE_FILES
 from molecli.files.lora_spec import COMPONENTS, CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, LoraLike, builtin_meant
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# Files with these names are not LoRAs, but whole models or gates.
-_OTHERS = re.compile(r"(model|diffusion_pytorch_model|composition)\b.*")
-_EITHER = "Name a PEFT folder or a .safetensors file."
 
 
 def resolve_source(spec: LoraLike) -> Path:
@@ -31,7 +29,7 @@ def resolve_source(spec: LoraLike) -> Path:
     path = Path(spec.source).expanduser()
     if path.exists():
         return path
-    if _HUB_ID.fullmatch(spec.source) and path.suffix not in (".safetensors", *_PICKLES):
+    if _HUB_ID.fullmatch(spec.source) and path.suffix not in (".safetensors", *PICKLES):
         return _download(spec.source)
     nearest = near(spec.source, builtin_loras())
     remedy = f"Did you mean {nearest!r}?" if nearest else "Check the path."
@@ -57,74 +55,58 @@ def canonical_source(spec: LoraLike) -> str:
 
 
 def weights_files(path: Path) -> dict[str, Path]:
-    """component -> .safetensors file at `path`, a file or a folder; "" for a file with all components.
+    """component -> .safetensors file at `path`; see `lora_files`."""
+    return dict(lora_files(path).files)
 
-    A folder has PEFT's file, diffusers' file, PEFT's files in subfolders (unet, text_encoder, …) or one other file.
+
+def lora_files(path: Path) -> LoraFiles:
+    """The .safetensors files at `path`, a file or a folder; see `folder.files_in`.
+
     Raises: UsageError for a pickle, for no file and for several files.
     """
     if path.is_dir():
-        return _in_folder(path)
-    if path.suffix in _PICKLES:
-        raise _pickle(path)
+        return files_in(path)
+    if path.suffix in PICKLES:
+        raise pickle(path)
     if path.suffix != ".safetensors":
-        raise UsageError(str(path), "it is not a .safetensors file", _EITHER)
-    return {"": path}
-
-
-def _in_folder(folder: Path) -> dict[str, Path]:
-    found = _named_files(folder)
-    if found:
-        return found
-    stems = (Path(WEIGHTS_FILE).stem, Path(DIFFUSERS_FILE).stem)
-    places = [file for part in ("", *COMPONENTS) for file in sorted((folder / part).glob("*"))]
-    pickles = [file for file in places if file.suffix in _PICKLES and file.stem in stems]
-    if pickles:
-        raise _pickle(pickles[0])
-    others = _other_files(file.name for file in folder.iterdir())
-    if len(others) > 1:
-        what = f"it has {len(others)} .safetensors files: {', '.join(others)}"
-        raise UsageError(str(folder), what, f"Name one: {folder / others[0]}.")
-    if not others:
-        raise UsageError(str(folder), f"it has no {WEIGHTS_FILE}", _EITHER)
-    return {"": folder / others[0]}
-
-
-def _named_files(folder: Path) -> dict[str, Path]:
-    """component -> file, for the files in `folder` with the standard names."""
-    for name in (WEIGHTS_FILE, DIFFUSERS_FILE):
-        if (folder / name).is_file():
-            return {"": folder / name}
-    parts = {component: folder / component / WEIGHTS_FILE for component in COMPONENTS}
-    return {component: file for component, file in parts.items() if file.is_file()}
-
-
-def _other_files(names: Any) -> list[str]:
-    return sorted(name for name in names if name.endswith(".safetensors") and not _OTHERS.fullmatch(name))
-
-
-def _pickle(path: Path) -> UsageError:
-    remedy = "Save it again with safe_serialization=True."
-    return UsageError(str(path), "it is a pickle, which is refused because it can run code when it is loaded", remedy)
+        raise UsageError(str(path), "it is not a .safetensors file", EITHER)
+    return LoraFiles({"": path})
 
 
 def _download(repository: str) -> Path:
     # Imported here: huggingface_hub is only needed for hub ids.
     from huggingface_hub import HfApi, snapshot_download
 
-    names = (CONFIG_FILE, WEIGHTS_FILE)
-    patterns = [*names, DIFFUSERS_FILE, *(f"{component}/{name}" for component in COMPONENTS for name in names)]
-    folder = _from_hub(repository, lambda: Path(snapshot_download(repository, allow_patterns=patterns)))
-    if _named_files(folder) or _other_files(file.name for file in folder.iterdir()):
+    def fetched(patterns: list[str]) -> Path:
+        return _from_hub(repository, lambda: Path(snapshot_download(repository, allow_patterns=patterns)))
+
+    names = (CONFIG_FILE, WEIGHTS_FILE, DIFFUSERS_FILE, *TEMPLATE_FILES)
+    folder = fetched([*names, *(f"{component}/{name}" for component in COMPONENTS for name in names)])
+    if lora_names(file.name for file in folder.iterdir()):
         return folder
-    # Another file name, to be found in the list of the repository's files.
-    others = _other_files(_from_hub(repository, lambda: HfApi().list_repo_files(repository)))
-    others = [name for name in others if "/" not in name]
+    in_parts = [component for component in COMPONENTS if (folder / component).is_dir()]
+    try:
+        # Files of other names are found in the list of the repository's files.
+        listed = _from_hub(repository, lambda: HfApi().list_repo_files(repository))
+    except (UsageError, RunError):
+        if in_parts:  # what the cache has
+            return folder
+        raise
+    others = [name for name in listed if lora_names([name.rpartition("/")[2]])]
+    inside = [name for name in others if name.partition("/")[0] in COMPONENTS]
+    for name in listed:
+        part = name.partition("/")[0]
+        if is_pickled(Path(name)) and part in COMPONENTS and not any(n.startswith(f"{part}/") for n in inside):
+            raise pickle(Path(repository) / name)
+    if missing := [name for name in inside if not (folder / name).is_file()]:
+        return fetched(missing)
+    if inside:
+        return folder
+    others = sorted(name for name in others if "/" not in name)
     if len(others) > 1:
         what = f"it has {len(others)} .safetensors files: {', '.join(others)}"
         raise UsageError(repository, what, "Download one and name the file.")
-    if others:
-        return _from_hub(repository, lambda: Path(snapshot_download(repository, allow_patterns=others)))
-    return folder
+    return fetched(others) if others else folder
 
 
 def _from_hub(repository: str, call: Callable[[], Any]) -> Any:

@@ -43,13 +43,15 @@ class Origin:
 
 
 class Base(Protocol):
-    """The base, as needed to read shifts; see `bases.weights.BaseWeights`."""
+    """The base, as needed to read shifts and copies of its weights; see `bases.weights.BaseWeights`."""
 
     def fingerprint(self) -> str: ...
 
     def digest(self, matrix: str) -> str: ...
 
     def spectrum(self, matrix: str) -> Spectrum: ...
+
+    def parameter(self, name: str) -> Tensor | None: ...
 
 
 def is_svdiff(metadata: Mapping[str, str]) -> bool:

@@ -10,7 +10,7 @@ from molecli.adapters.info import AdapterInfo
 from molecli.adapters.svdiff import Base, Origin
 from molecli.errors import MismatchError, UsageError
 from molecli.experts import LowRank
-from molecli.functional.fingerprint import same_base
+from molecli.functional.fingerprint import difference, same_base
 from molecli.functional.spectral import factored_shift, moved, shared
 
 
@@ -25,7 +25,8 @@ def shifted_factors(
         what = "it shifts singular values of a base, and no base is loaded"
         raise UsageError(info.where, what, "Load the base first.")
     if not same_base(origin.fingerprint, base.fingerprint()):
-        what = f"it shifts the singular values of {origin.base}, whose weights differ from this base's"
+        how = difference(origin.fingerprint, base.fingerprint())
+        what = f"it shifts the singular values of {origin.base}, {how}"
         raise MismatchError(info.where, what, f"Name the base it was trained on with --base {origin.base}.")
     factors = {}
     for matrix, shift in shifts.items():

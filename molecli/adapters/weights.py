@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from molecli.adapters.keys import AGAIN, Keys
+from molecli.adapters.metadata import Configured
 from molecli.errors import MismatchError
 from molecli.files.tensor_file import opened
 
@@ -46,11 +47,21 @@ def factor_shape(where: str, module: str, keys: Keys, a: list[int], b: list[int]
     A is [r, d_in] or [r, c_in, k_h, k_w]; B is [d_out, r], for a convolution usually stored as [d_out, r, 1, 1].
     Raises: MismatchError if they do not fit each other.
     """
+    if 0 in (*a, *b):
+        mark, shape = (keys.pair[0], a) if 0 in a else (keys.pair[1], b)
+        what = f"{mark} of {module!r} is empty ({shape}): it was saved while its weights were spread over several GPUs"
+        raise MismatchError(where, what, "Save it again with the weights gathered (DeepSpeed ZeRO-3: zero_to_fp32.py).")
     fit = len(a) in (2, 4) and len(b) in (2, 4) and a[0] == b[1] and set(b[2:]) <= {1}
-    if not fit or 0 in (*a, *b):
+    if not fit:
         down, up = keys.pair
         raise MismatchError(where, f"{down} {a} and {up} {b} of {module!r} cannot be multiplied", AGAIN)
     return a[0], (b[0], *a[1:])
+
+
+def check_rank(where: str, module: str, rank: int, wanted: int, said: Configured) -> None:
+    """Raises: MismatchError if the factors of `module` have another rank than the configuration says."""
+    if rank != wanted:
+        raise MismatchError(where, f"{module!r} has rank {rank}, but {said.origin} says {wanted}", said.remedy)
 
 
 def alpha_in(where: str, module: str, tensor: Tensor) -> float:

@@ -1,21 +1,23 @@
-"""Causal backbones (Llama family, Qwen, GPT-2, ...), with Causal and PromptFormat: the target continues the prompt."""
+"""Causal backbones (Llama family, Qwen, GPT-2, ...): the target continues the prompt."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from molecli.bases import language
+from molecli.bases import language, languages
+from molecli.bases.prompt_format import PromptFormat, choose_format
 from molecli.errors import UsageError
 from molecli.functional import fingerprint
-from molecli.protocols import Example, Family, Shape
+from molecli.functional.wrapped import device_of
+from molecli.protocols import Completion, Example, Family, Matrices
 
 
 class Causal:
@@ -24,7 +26,16 @@ class Causal:
     family: Family = "causal"
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "", *, chat_template: bool = True
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "",
+        *,
+        chat_template: bool = True,
+        system_prompt: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
     ) -> None:
         self.model = language.freeze(model)
         self.tokenizer = tokenizer
@@ -33,18 +44,25 @@ class Causal:
             raise UsageError(name or "tokenizer", "it has no eos token, so completions would not end", "Add eos_token.")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        chat = chat_template and bool(tokenizer.chat_template)
-        plain = PromptFormat(tokenizer, chat, tuple(language.stop_tokens(model, tokenizer)))
+        languages.refuse_any(name or "the base", source_language, target_language)
+        found = choose_format(
+            tokenizer,
+            language.stop_tokens(model, tokenizer),
+            name,
+            chat_template=chat_template,
+            system_prompt=system_prompt,
+            template_args=template_args,
+        )
         # Gemma ends a turn with a token that its tokenizer does not call eos.
-        self.format = PromptFormat(tokenizer, chat, tuple(sorted({*plain.stop, plain.ending_ids[-1]})))
+        self.format: PromptFormat = replace(found, stop=tuple(sorted({*found.stop, found.ending_ids[-1]})))
         self._limit = language.position_limit(model)
         self._sliced = "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
-    def matrices(self) -> dict[str, Shape]:
+    def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return language.adaptable_matrices(self.model)
 
@@ -89,7 +107,7 @@ class Causal:
         out = self.model(**inputs, labels=labels, shift_labels=following, logits_to_keep=places)
         return out.logits, following
 
-    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> list[str]:
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> list[Completion]:
         """Completions of one batch of prompts, special tokens removed; for the options see `language.Decoding`."""
         decoding = language.Decoding(max_new_tokens, **options)
         if not prompts:
@@ -100,78 +118,16 @@ class Causal:
         ids, mask = language.pad(rows, pad_id, side="left")
         out = decoding.complete(self.model, ids, mask, stop=self.format.stop, pad_id=pad_id)
         new = out[:, ids.shape[1] :].tolist()
-        return [self.format.completion(prompt, row) for prompt, row in zip(prompts, new, strict=True)]
+        made = [self.format.completion(prompt, row) for prompt, row in zip(prompts, new, strict=True)]
+        if any(completion.answer is None for completion in made):
+            self._warn_of_thoughts()
+        return made
+
+    def _warn_of_thoughts(self) -> None:
+        off = f", or turn thinking off by {self.format.switch}" if self.format.switch else ""
+        what = "a completion ended within its thoughts and counts as no answer"
+        warnings.warn(f"{what}: raise --max-new-tokens{off}", stacklevel=3)
 
     def fingerprint(self) -> str:
         """A string that identifies this base; see `functional.fingerprint`."""
         return fingerprint.fingerprint(self.model)
-
-
-# Stands for an assistant's answer, to find what the template writes after an answer.
-_PROBE = "mole0probe"
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How prompts and targets become tokens. The prompt's tokens never depend on the target.
-
-    With a chat template: prompt = the user's turn and the opening of the assistant's, target = the answer and its end
-    of turn. Without one: the target follows the prompt after a space, unless the prompt ends in white space.
-    """
-
-    tokenizer: Any
-    chat: bool
-    stop: tuple[int, ...]
-
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The model's input for a prompt, the same in training and in generation."""
-        # The template writes the bos token itself; the tokenizer would add a second one.
-        ids = self._ids(self._prompt_text(prompt), special=not self.chat)
-        return ids or [self._start]
-
-    def target_ids(self, prompt: str, target: str) -> list[int]:
-        """The tokens that should follow `prompt`, up to and including the token that ends the answer."""
-        before, after = self._prompt_text(prompt), self._delimiter(prompt) + target
-        given = self._ids(before, special=not self.chat)
-        joined = self._ids(before + after, special=not self.chat)
-        # Tokenised together, like the text that the model was trained on, unless a token would span the border.
-        if joined[: len(given)] == given and (given or not after):
-            answer = joined[len(given) :]
-        else:
-            answer = self._ids(after, special=False)
-        return answer + list(self.ending_ids)
-
-    def completion(self, prompt: str, ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens and without the space between prompt and target."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(self._delimiter(prompt))
-
-    @cached_property
-    def ending_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the template's end of turn up to its stop token, or eos."""
-        ids = self._ids(self._turn_end, special=False) if self.chat else []
-        special = (i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
-        ends = {*self.stop, *special}
-        place = next((i for i, token in enumerate(ids) if token in ends), None)
-        return (*ids, self.tokenizer.eos_token_id) if place is None else tuple(ids[: place + 1])
-
-    @cached_property
-    def _turn_end(self) -> str:
-        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _PROBE}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_PROBE)[2]
-
-    @property
-    def _start(self) -> int:
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
-
-    def _prompt_text(self, prompt: str) -> str:
-        if not self.chat:
-            return prompt
-        turns = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    def _delimiter(self, prompt: str) -> str:
-        return "" if self.chat or not prompt or prompt[-1].isspace() else " "
-
-    def _ids(self, words: str, *, special: bool) -> list[int]:
-        return self.tokenizer(words, add_special_tokens=special)["input_ids"] if words or special else []

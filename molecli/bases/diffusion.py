@@ -1,11 +1,11 @@
 """Diffusion backbones (Stable Diffusion 1.x, 2.x, XL): a frozen diffusers pipeline that hosts experts.
 
-Contents: Conditioning, Diffusion, make_scheduler, noise_schedule. Only the pipeline's public parts are used.
+Contents: Conditioning, Diffusion. Only the pipeline's public parts are used.
 """
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,20 +13,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from molecli.bases.clip_skip import check_skip, skipping
 from molecli.bases.language import freeze, summed
 from molecli.bases.pipeline import PipelineModules, pipeline_matrices
 from molecli.bases.prompt_limits import warn_of_cuts
 from molecli.bases.replay import Replayed, replaying
+from molecli.bases.schedulers import check_eta, make_scheduler, noise_schedule, seed_noise
+from molecli.bases.starts import Start, start_inputs, start_pipeline
 from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, BUILTIN_IMAGE_GUIDANCE, DEFAULT_GUIDANCE
-from molecli.errors import RunError, UsageError
+from molecli.errors import UsageError
 from molecli.files.pictures import read_picture
 from molecli.functional import fingerprint
+from molecli.functional.wrapped import is_managed
 from molecli.protocols import Family, Moment, Picture, Shape
 
 OnStep = Callable[[Moment], object]
@@ -56,10 +59,12 @@ class Diffusion:
         pipe.set_progress_bar_config(disable=True)
         self.noising = noise_schedule(pipe.scheduler)
         self._stand_in: Replayed | None = None
+        # The last layers of the text encoder(s) that prompts skip, in training and in pictures, unless told otherwise.
+        self.clip_skip: int | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return torch.device(self.pipe._execution_device)
 
     @property
     def resolution(self) -> int:
@@ -88,9 +93,16 @@ class Diffusion:
         Warns if the end of a long prompt is cut.
         """
         warn_of_cuts(prompts, self._tokenizers)
-        out = self.pipe.encode_prompt(
-            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        encoders = self._parts.text_encoders.values()
+        check_skip(encoders, self.clip_skip)
+        with skipping(encoders, self.clip_skip):
+            out = self.pipe.encode_prompt(
+                prompt=list(prompts),
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                clip_skip=self.clip_skip,
+            )
         if len(out) == 2:
             return Conditioning(out[0])
         sides = size or (self.resolution, self.resolution)
@@ -105,7 +117,7 @@ class Diffusion:
         """
         vae = self.pipe.vae
         with self._exact_vae():
-            mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+            mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
         shift, scale = self._latent_range(mean)
         return ((mean - shift) * scale).to(self._dtype)
 
@@ -114,7 +126,7 @@ class Diffusion:
         vae = self.pipe.vae
         with self._exact_vae():
             shift, scale = self._latent_range(latents)
-            pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
+            pixels = vae.decode((latents / scale + shift).to(self.device, vae.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -191,7 +203,11 @@ class Diffusion:
         height: int | None = None,
         width: int | None = None,
         scheduler: str | None = None,
+        scheduler_options: Mapping[str, Any] | None = None,
         eta: float = 0.0,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        start: Sequence[Start] | None = None,
         replay: bool = True,
         on_step: OnStep | None = None,
         latent: bool = False,
@@ -199,50 +215,73 @@ class Diffusion:
         """A picture for each prompt, by the pipeline's own call; `on_step` is called after every denoising step.
 
         With `latent`, the tensors [C, h, w] that would be decoded. Each seed has its own CPU generator, so a picture
-        does not depend on its batch or on earlier pictures. With `replay`, steps on CUDA are recorded and replayed if
-        possible, which needs the memory of one more step; see `replay.py`.
-        Raises: UsageError for sides that are not multiples of 8, an unknown scheduler, or a missing or surplus seed.
+        does not depend on its batch or on earlier pictures. With `start`, one for each prompt and all of one size, the
+        last steps are run from them (img2img, or inpainting with masks), in their size. With `replay`, steps on CUDA
+        are recorded and replayed if possible, which needs the memory of one more step; see `replay.py`.
+        Raises: UsageError for sides that are not multiples of 8, an unknown scheduler, settings that do not fit it or
+        the pipeline, or a missing or surplus seed.
         """
-        if len(seeds) != len(prompts):
-            what = f"{len(seeds)} seeds for {len(prompts)} prompts"
-            raise UsageError("generate", what, "Give one seed for each picture.")
+        self._check_counts(prompts, seeds, start)
         if not prompts:
             return []
+        pipe = self.pipe if start is None else start_pipeline(self.pipe, start)
+        skip = self.clip_skip if clip_skip is None else clip_skip
+        encoders = self._parts.text_encoders.values()
+        check_skip(encoders, skip)
+        call = self._sides(height, width) if start is None else start_inputs(start, steps)
+        if guidance_rescale:
+            if "guidance_rescale" not in inspect.signature(pipe.__call__).parameters:
+                what = f"diffusers' {type(pipe).__name__} has no such setting"
+                raise UsageError("image.guidance_rescale", what, "Leave it out.")
+            call["guidance_rescale"] = guidance_rescale
+        warn_of_cuts([*prompts, negative_prompt], self._tokenizers)
+        with self._drawing(pipe, make_scheduler(scheduler, self.pipe.scheduler, scheduler_options)):
+            check_eta(pipe.scheduler, eta)
+            seed_noise(pipe.scheduler, seeds)
+            with self._replaying(pipe, replay), skipping(encoders, skip):
+                drawn = pipe(
+                    prompt=list(prompts),
+                    negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+                    num_inference_steps=steps,
+                    guidance_scale=self.guidance if guidance is None else guidance,
+                    eta=eta,
+                    clip_skip=skip,
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                    callback_on_step_end=_step_callback(on_step) if on_step else None,
+                    output_type="latent" if latent else "pil",
+                    **call,
+                ).images
+        return list(drawn)
+
+    def _check_counts(self, prompts: Sequence[str], seeds: Sequence[int], start: Sequence[Start] | None) -> None:
+        for what, given in (("seed", seeds), ("start", prompts if start is None else start)):
+            if len(given) != len(prompts):
+                said = f"{len(given)} {what}s for {len(prompts)} prompts"
+                raise UsageError("generate", said, f"Give one {what} for each picture.")
+
+    def _sides(self, height: int | None, width: int | None) -> dict[str, Any]:
         sides = {"height": height or self.resolution, "width": width or self.resolution}
         for side, pixels in sides.items():
             if pixels < 8 or pixels % 8:
                 raise UsageError(f"--{side} {pixels}", "it is not a multiple of 8", f"Write {max(8, pixels // 8 * 8)}.")
-        negatives = [negative_prompt] * len(prompts) if negative_prompt else None
-        warn_of_cuts([*prompts, negative_prompt], self._tokenizers)
-        with self._scheduled(scheduler), self._replaying(replay):
-            drawn = self.pipe(
-                prompt=list(prompts),
-                negative_prompt=negatives,
-                num_inference_steps=steps,
-                guidance_scale=self.guidance if guidance is None else guidance,
-                eta=eta,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                callback_on_step_end=_step_callback(on_step) if on_step else None,
-                output_type="latent" if latent else "pil",
-                **sides,
-            ).images
-        return list(drawn)
+        return sides
 
     @contextmanager
-    def _scheduled(self, name: str | None) -> Iterator[None]:
-        """A context in which the pipeline has a new scheduler; afterwards it has its own one again, unchanged."""
-        own = self.pipe.scheduler
-        self.pipe.scheduler = make_scheduler(name, own)
+    def _drawing(self, pipe: Any, scheduler: Any) -> Iterator[None]:
+        """A context in which `pipe` draws with a new scheduler, and what is attached sees it; then all is as before."""
+        own, seen = pipe.scheduler, self._parts.pipe
+        pipe.scheduler, self._parts.pipe = scheduler, pipe
         try:
             yield
         finally:
-            self.pipe.scheduler = own
+            pipe.scheduler, self._parts.pipe = own, seen
 
-    def _replaying(self, wanted: bool) -> AbstractContextManager[None]:
-        if not wanted or self.device.type != "cuda":
+    def _replaying(self, pipe: Any, wanted: bool) -> AbstractContextManager[None]:
+        # A record has the addresses of the weights, which offloading changes.
+        if not wanted or self.device.type != "cuda" or is_managed(pipe.unet):
             return nullcontext()
         self._stand_in = self._stand_in or Replayed(self._parts)
-        return replaying(self.pipe, self._stand_in)
+        return replaying(pipe, self._stand_in)
 
     @contextmanager
     def _exact_vae(self) -> Iterator[None]:
@@ -272,7 +311,7 @@ class Diffusion:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.pipe.unet.parameters()).dtype
+        return self.pipe.unet.dtype  # in which it computes, also if its weights are stored in another type
 
     @property
     def _tokenizers(self) -> list[Any]:
@@ -303,46 +342,3 @@ def _pixels(path: str, changed: int, side: int) -> Tensor:
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
-
-
-# name -> diffusers' class, and settings that override those of the base's own scheduler.
-# Latents can lie outside [-1, 1], so their prediction must not be clipped to it.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsolver++_karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-
-
-def make_scheduler(name: str | None, own: Any) -> Any:
-    """A new scheduler with the noise schedule of `own`; without a name it is also of the same class.
-
-    Raises: UsageError for an unknown name, with the nearest known one; RunError if a required package is missing.
-    """
-    if name is None:
-        return type(own).from_config(own.config)
-    if name not in SCHEDULERS:
-        near = difflib.get_close_matches(name, SCHEDULERS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(SCHEDULERS)}."
-        raise UsageError("--scheduler", f"there is no scheduler {name!r}", hint)
-    kind, settings = SCHEDULERS[name]
-    try:
-        return getattr(diffusers, kind).from_config(own.config, **settings)
-    except ImportError as error:
-        what = f"the scheduler {name} needs a package that is not installed"
-        raise RunError("--scheduler", what, "Run: pip install scipy.") from error
-
-
-def noise_schedule(own: Any) -> Any:
-    """The scheduler that adds noise in training: DDPM's forward process with the betas of the base's own scheduler."""
-    return diffusers.DDPMScheduler.from_config(own.config, clip_sample=False)

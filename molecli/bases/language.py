@@ -11,10 +11,13 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.pytorch_utils import Conv1D
 
+from molecli.bases.fused import is_layer
+from molecli.bases.own_names import own_names
 from molecli.errors import UsageError
-from molecli.protocols import Shape
+from molecli.functional.layers import linear_shape
+from molecli.functional.wrapped import device_of, layers_of, own_layer
+from molecli.protocols import Matrices, Shape
 
 UNSCORED = -100
 # Models whose LoRAs are attached in a way that does not work with a key-value cache.
@@ -22,22 +25,27 @@ _UNCACHED: WeakSet[nn.Module] = WeakSet()
 Side = Literal["left", "right"]
 
 
-def adaptable_matrices(model: nn.Module) -> dict[str, Shape]:
-    """Module name -> (d_out, d_in) of every linear layer except the output head; also works on the meta device.
-
-    GPT-2's Conv1D stores its weight as [d_in, d_out]; its shape here is (d_out, d_in) too.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+def adaptable_matrices(model: nn.Module) -> Matrices:
+    """Module name -> (d_out, d_in) of every linear layer, quantised or not, the output head apart; also works on the
+    meta device. See `layers.linear_shape`."""
+    head, embeddings = model.get_output_embeddings(), _embeddings(model)  # type: ignore[operator]
     found: dict[str, Shape] = {}
-    for name, module in model.named_modules():
-        if module is head:
-            continue
-        if isinstance(module, nn.Linear):
-            found[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            d_in, d_out = module.weight.shape
-            found[name] = (d_out, d_in)
-    return found
+    last: dict[str, Shape] = {}
+    tables: dict[str, Shape] = {}
+    for name, wrapped in layers_of(model):
+        module = own_layer(wrapped)
+        if module is embeddings and isinstance(module, nn.Embedding):
+            tables[name] = (module.num_embeddings, module.embedding_dim)
+        elif (shape := linear_shape(module)) is not None and is_layer(module):
+            (last if head in (module, wrapped) else found)[name] = shape
+    return Matrices(found, head=last, tables={**tables, **last}, renamed=own_names(model, [*found, *last, *tables]))
+
+
+def _embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # of models whose embeddings transformers does not know
+        return None
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -93,7 +101,9 @@ def outside_text(model: nn.Module, matrices: Iterable[str]) -> list[str]:
     if isinstance(model.config, kind) or model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return []
     parts = [name for name, module in model.named_modules() if isinstance(getattr(module, "config", None), kind)]
-    return [name for name in matrices if not any(name.startswith(f"{part}.") for part in parts)]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    inside = [name for name, module in model.named_modules() if module is head]
+    return [name for name in matrices if name not in inside and not any(name.startswith(f"{part}.") for part in parts)]
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -121,7 +131,8 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-# What decoding takes from a checkpoint's generation config; everything else in it has no effect.
+# What decoding takes from a checkpoint's generation config, with a ban on its padding token (`_bans`); everything else
+# in it has no effect. The table in docs/prompts.md has every field.
 OWN_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
@@ -143,10 +154,26 @@ class Decoding:
         if not 0 < self.top_p <= 1:
             raise UsageError("--top-p", f"{self.top_p} is not in (0, 1]", "Write 1 to keep every token.")
 
-    def complete(self, model: nn.Module, ids: Tensor, mask: Tensor, *, stop: Sequence[int], pad_id: int) -> Tensor:
-        """The output of `model.generate` for prompts ids, mask [B, T], each with up to max_new_tokens more tokens."""
-        device = next(model.parameters()).device
+    def complete(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        mask: Tensor,
+        *,
+        stop: Sequence[int],
+        pad_id: int,
+        start: int | None = None,
+        forced: int | None = None,
+    ) -> Tensor:
+        """The output of `model.generate` for prompts ids, mask [B, T], each with up to max_new_tokens more tokens.
+
+        start, forced: the decoder's start token and the first token of the completion, if they are not the
+        checkpoint's.
+        """
+        device = device_of(model)
         settings = self._settings(stop, pad_id, use_cache=self.use_cache and model not in _UNCACHED)
+        settings.decoder_start_token_id, settings.forced_bos_token_id = start, forced
+        settings.suppress_tokens = [pad_id] if pad_id not in stop and _bans(model, pad_id) else None
         with torch.no_grad(), seeded(self.seed, device), _plain(model):
             return model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
@@ -165,6 +192,19 @@ class Decoding:
             top_p=self.top_p if sampling else 1.0,
             top_k=0 if sampling else 50,  # transformers treats 50 as unset in greedy decoding
         )
+
+
+def decoder_start(model: nn.Module) -> int:
+    """The token with which generation starts an encoder-decoder model's completion."""
+    own: Any = model.generation_config
+    start = own.decoder_start_token_id
+    return int(own.bos_token_id if start is None else start)
+
+
+def _bans(model: nn.Module, token: int) -> bool:
+    """Whether the generation config rules a token out. Marian's padding needs this: nothing ever trained its logit."""
+    own: Any = model.generation_config
+    return [token] in (own.bad_words_ids or []) or token in (own.suppress_tokens or [])
 
 
 @contextmanager

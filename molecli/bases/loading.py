@@ -14,14 +14,17 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from molecli.bases.causal import Causal
 from molecli.bases.language import freeze
 from molecli.bases.library_logs import first_line, quiet
+from molecli.bases.prompt_record import prompt_settings, refuse_settings
+from molecli.bases.quantised import loading_options, method_of, not_here, say_changes, settled
 from molecli.bases.seq2seq import Seq2Seq
 from molecli.errors import MismatchError, UsageError
-from molecli.files.base_source import BaseSettings, BaseSource, explain_hub, find_base
+from molecli.files.base_source import PROMPT_FLAGS, BaseSettings, BaseSource, explain_hub, find_base
 from molecli.protocols import Backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,31 +38,42 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
     """
     source, place = find_base(base), pick_device(device)
     if source.pipeline:
+        refuse_settings(base)
         from molecli.bases.pipeline_loading import load_pipeline
 
         return load_pipeline(base, place, pick_dtype(base.dtype, place))
     with quiet(source):
         config = _config(source)
-        auto = _auto_class(source, config)
+        auto, method = _auto_class(source, config), method_of(config)
         tokenizer = _tokenizer(source)
-        model = _weights(source, config, auto, pick_dtype(base.dtype, place))
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        prompts = prompt_settings(base, tokenizer, source.name)
+        dtype = pick_dtype(base.dtype, place)
+        options = {"dtype": dtype} | loading_options(source, config, place, dtype)
+        model = _weights(source, config, auto, options)
+    rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         what = f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows}"
         raise MismatchError(f"base {source.name}", what, "Load model and tokenizer from the same place.")
-    model = model.to(place)
-    if config.is_encoder_decoder:
-        return Seq2Seq(model, tokenizer, source.name)
-    return Causal(model, tokenizer, source.name, chat_template=base.chat_template)
+    if method:
+        model = settled(model, options["dtype"])
+        say_changes(source, method, model, asked=base.dtype)
+    else:
+        model = model.to(place)
+    made = Seq2Seq if config.is_encoder_decoder else Causal
+    return made(model, tokenizer, source.name, **prompts)
 
 
 def load_skeleton(base: BaseSettings) -> nn.Module:
     """The base's model on the meta device: names, shapes and dtype without weights, for plans and dry runs."""
     source = find_base(base)
     if source.pipeline:
+        refuse_settings(base)
         from molecli.bases.pipeline_loading import load_pipeline_skeleton
 
         return load_pipeline_skeleton(base)
+    if any(getattr(base, key) not in (None, {}, True) for key in PROMPT_FLAGS):
+        with quiet(source):
+            prompt_settings(base, _tokenizer(source), source.name)  # refused as by the run
     with quiet(source), torch.device("meta"):
         config = _config(source)
         model = _auto_class(source, config).from_config(config, dtype=DTYPES.get(base.dtype, torch.float32))
@@ -109,10 +123,6 @@ def _config(source: BaseSource) -> Any:
         raise _unread(source, error) from error
     except Exception as error:  # ValueError for an unknown architecture; a damaged GGUF fails in many ways
         raise _unknown(source, error) from error
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
-        raise UsageError(f"base {source.name}", f"it is quantized ({method})", "Write the unquantized base, or a GGUF.")
     return config
 
 
@@ -134,8 +144,9 @@ def _tokenizer(source: BaseSource) -> Any:
         raise MismatchError(f"base {source.name}", what, "Put tokenizer.json beside config.json.") from error
 
 
-def _weights(source: BaseSource, config: Any, auto: Any, dtype: torch.dtype) -> nn.Module:
-    options: dict[str, Any] = dict(source.arguments)
+def _weights(source: BaseSource, config: Any, auto: Any, options: dict[str, Any]) -> Any:
+    """The model with complete weights, on the CPU unless `options` of `from_pretrained` say where."""
+    options = {**source.arguments, **options}
     if source.gguf_file and hasattr(transformers, "GgufConfig"):
         # Packed blocks are not linear layers, and gradients cannot pass through them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -143,13 +154,14 @@ def _weights(source: BaseSource, config: Any, auto: Any, dtype: torch.dtype) -> 
         model, report = auto.from_pretrained(
             source.path,
             config=config,
-            dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             **options,
         )
     except Exception as error:
+        if method_of(config) and not isinstance(error, OSError | SafetensorError):
+            raise not_here(f"base {source.name}", method_of(config), error) from error
         # SafetensorError, RuntimeError, UnpicklingError, struct.error ... all mean that the file is damaged.
         raise _unread(source, error) from error
     for kind, keys in (("lack", report["missing_keys"]), ("have another shape for", report["mismatched_keys"])):

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from molecli.functional.layers import kernel_shape, linear_shape
+from molecli.functional.wrapped import layers_of, own_layer
 from molecli.protocols import Shape
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 PARTS = ("unet", *TEXT_ENCODERS)
 # The linear layers of a CLIP layer. Its text_projection is left out: no LoRA format adapts it.
 _CLIP_LEAVES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+# A layer that diffusers fuses from others in an attention -> those, in the order of its output's features.
+_FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 
 
 class Guest(Protocol):
@@ -57,7 +62,7 @@ class PipelineModules(nn.Module):
         for name in PARTS:
             part = parts.get(name, getattr(pipe, name, None))
             if isinstance(part, nn.Module):
-                self.add_module(name, part)
+                self.add_module(name, uncompiled(part))
 
     def register_guest(self, guest: Guest) -> RemovableHandle:
         """A handle: the guest counts as attached until the handle is removed."""
@@ -71,14 +76,35 @@ class PipelineModules(nn.Module):
         return {name: part for name, part in self.named_children() if name in TEXT_ENCODERS}
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself, for one that `torch.compile` wrapped: both are one model, with the same hooks."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module
+
+
 def pipeline_matrices(model: PipelineModules) -> dict[str, Shape]:
     """Matrix name -> shape, in the order of calls, also on the meta device: every linear layer and convolution of the
-    UNet, and the linear layers in the text encoders' CLIP layers."""
+    UNet, and the linear layers in the text encoders' CLIP layers; quantised or not."""
     found: dict[str, Shape] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and (name.startswith("unet.") or _in_clip_layer(name)):
-            found[name] = tuple(module.weight.shape)
+    for name, module in layers_of(model):
+        if name.rpartition(".")[2] not in _FUSED and (name.startswith("unet.") or _in_clip_layer(name)):
+            layer = own_layer(module)
+            shape = linear_shape(layer) or kernel_shape(layer)
+            if shape is not None:
+                found[name] = shape
     return {name: found[name] for name in in_call_order(found)}
+
+
+def fused_with(matrix: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, slice]]:
+    """The layers of diffusers' `fuse_qkv_projections` that compute `matrix` together with its siblings, and the
+    features of their output that are its own. The separate layers stay in the model; only one of both is called."""
+    attention, _, leaf = matrix.rpartition(".")
+    for name, leaves in _FUSED.items():
+        fused = modules.get(f"{attention}.{name}")
+        if fused is not None and leaf in leaves:
+            widths = [int(modules[f"{attention}.{other}"].out_features) for other in leaves]  # type: ignore[arg-type]
+            start = sum(widths[: leaves.index(leaf)])
+            yield fused, slice(start, start + widths[leaves.index(leaf)])
 
 
 def idle_matrices(model: PipelineModules) -> frozenset[str]:
@@ -118,7 +144,7 @@ def _place(matrix: str) -> tuple[int, int, int, int]:
     stages = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
     stage = stages.index(names[0]) if names[0] in stages else -1
     blocks, names = (int(names[1]), names[2:]) if names[0] in ("down_blocks", "up_blocks") else (0, names[1:])
-    # Residual block 0, attention 0, residual block 1, ...; then the layers that change the resolution.
-    order = {"resnets": 0, "attentions": 1}
-    within = 2 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
+    # Residual block 0, attention 0, motion 0, residual block 1, ...; then the layers that change the resolution.
+    order = {"resnets": 0, "attentions": 1, "motion_modules": 2}
+    within = 3 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
     return (len(TEXT_ENCODERS), stage, blocks, within)

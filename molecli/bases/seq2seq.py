@@ -1,4 +1,4 @@
-"""Encoder-decoder backbones (T5, FLAN-T5, BART, ...): the prompt is encoded, the target decoded."""
+"""Encoder-decoder backbones (T5, FLAN-T5, BART, mBART, ...): the prompt is encoded, the target decoded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from molecli.bases import language
+from molecli.bases import language, languages
+from molecli.bases.prompt_format import choose_format
+from molecli.errors import UsageError
 from molecli.functional import fingerprint
-from molecli.protocols import Example, Family, Shape
+from molecli.functional.wrapped import device_of
+from molecli.protocols import Example, Family, Matrices
 
 
 class Seq2Seq:
@@ -19,20 +22,41 @@ class Seq2Seq:
 
     family: Family = "seq2seq"
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "",
+        *,
+        chat_template: bool = True,
+        system_prompt: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
+    ) -> None:
         self.model = language.freeze(model)
         self.tokenizer = tokenizer
         self.name = name
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._stop = language.stop_tokens(model, tokenizer)
+        self.format = choose_format(
+            tokenizer,
+            self._stop,
+            name,
+            chat_template=chat_template,
+            system_prompt=system_prompt,
+            template_args=template_args,
+        )
+        self.languages = languages.choose(model, tokenizer, name or "the base", source_language, target_language)
         self._limit = language.position_limit(model)
+        self._writes = not languages.two_vocabularies(tokenizer)
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
-    def matrices(self) -> dict[str, Shape]:
+    def matrices(self) -> Matrices:
         """Adaptable matrices: module name -> (d_out, d_in)."""
         return language.adaptable_matrices(self.model)
 
@@ -67,7 +91,8 @@ class Seq2Seq:
         labels = batch["labels"]
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         # `labels` are not passed: the model would compute a second, averaged loss from them.
-        shifted = self.model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+        shifted = labels.roll(1, 1).masked_fill(labels.roll(1, 1) == language.UNSCORED, self.tokenizer.pad_token_id)
+        shifted[:, 0] = self._start
         # Gates also need to know which of the decoder's tokens are padding.
         inputs["decoder_attention_mask"] = (labels != language.UNSCORED).long()
         logits = self.model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
@@ -84,17 +109,35 @@ class Seq2Seq:
         language.check_lengths([1], self._limit, room=max_new_tokens, names=["the completion"])
         pad_id = self.tokenizer.pad_token_id
         ids, mask = language.pad(rows, pad_id)
-        out = decoding.complete(self.model, ids, mask, stop=self._stop, pad_id=pad_id)
-        return self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        first = {"start": self.languages.start, "forced": self.languages.forced}
+        out = decoding.complete(self.model, ids, mask, stop=self._stop, pad_id=pad_id, **first)
+        # A language's code is not everywhere a special token.
+        rows = [[token for token in row if token not in first.values()] for row in out.tolist()]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def fingerprint(self) -> str:
         """A string that identifies this base; see `functional.fingerprint`."""
         return fingerprint.fingerprint(self.model)
 
-    def _ids(self, words: str) -> list[int]:
-        # A tokenizer without special tokens returns nothing for an empty text.
-        return self.tokenizer(words)["input_ids"] or [self.tokenizer.eos_token_id]
+    @property
+    def _start(self) -> int:
+        """The token that the decoder starts with, in training as in generation."""
+        own = self.languages.start
+        return language.decoder_start(self.model) if own is None else own
+
+    def _ids(self, prompt: str) -> list[int]:
+        words = self.languages.tagged(self.format.prompt_text(prompt))
+        # A template writes the special tokens itself. A tokenizer without them returns nothing for an empty text.
+        ids = self.tokenizer(words, add_special_tokens=not self.format.chat)["input_ids"]
+        return ids or [self.tokenizer.eos_token_id]
 
     def _target_ids(self, words: str) -> list[int]:
+        """The labels of a target: the library's own, after the token that generation forces, up to eos."""
+        if not self._writes:
+            what = "its tokenizer writes targets with the vocabulary of the prompts, and the model has another for them"
+            raise UsageError(self.name or "the base", what, "Choose another base to train on; this one can be sampled.")
         ids, eos = self.tokenizer(text_target=words)["input_ids"], self.tokenizer.eos_token_id
-        return ids if ids and ids[-1] == eos else [*ids, eos]
+        ids = ids if ids[-1:] == [eos] or eos in ids[-2:] else [*ids, eos]
+        own = self.languages.forced
+        forced = getattr(self.model.generation_config, "forced_bos_token_id", None) if own is None else own
+        return ids if forced is None or forced in ids[:1] else [forced, *ids]

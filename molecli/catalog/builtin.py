@@ -16,6 +16,8 @@ BUILTIN_IMAGE_BASE = "builtin:tiny-sd"
 # Default scale of classifier-free guidance: for any diffusion base, and the best value for the embedded one.
 DEFAULT_GUIDANCE = 7.5
 BUILTIN_IMAGE_GUIDANCE = 2.5
+# Share of the steps that are run from a given picture: enough to change it, little enough to keep its layout.
+DEFAULT_STRENGTH = 0.7
 PIPELINE_FILE = "model_index.json"
 IMAGE_LORA_FILE = "pytorch_lora_weights.safetensors"
 # The LoRAs a, b, c, ...: the first two share a joint task. Other LoRAs follow in alphabetical order.

@@ -24,7 +24,8 @@ from molecli.cli import console
 from molecli.cli.console import Console
 from molecli.config import RECIPES, Recipe, load_recipe
 from molecli.config.defaults import IMAGE_DEFAULTS
-from molecli.config.shorthand import as_names
+from molecli.config.shorthand import as_names, as_pairs
+from molecli.config.tree import from_overrides, merged
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Flag:
     """A flag that overrides the recipe key `key`; `note` follows the field's description in the help.
 
     `default` replaces the default that the help shows; "" shows none. `many`: the flag may be repeated, and each use is
-    a list of names.
+    a list of names. `pairs`: it may be repeated, and each use is KEY=VALUE.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Flag:
     metavar: str | None = None
     default: str | None = None
     many: bool = False
+    pairs: bool = False
 
     @property
     def parameter(self) -> str:
@@ -78,13 +80,20 @@ class Request:
 
     def recipe(self, file: str | None, *, more: dict[str, Any] | None = None, sets: Sequence[str] = ()) -> Recipe:
         """The recipe in `file` (None: the defaults) under `more`, the flags, `sets` and `--set`."""
-        return load_recipe(file, self.model, {**(more or {}), **self.overrides}, (*sets, *self.sets))
+        flags = merged(from_overrides(more or {}), from_overrides(self.overrides))
+        return load_recipe(file, self.model, flags, (*sets, *self.sets))
 
 
 BASE = (
     Flag("--base", "base.id", metavar="BASE"),
     Flag("--gguf-file", "base.gguf_file", metavar="NAME"),
     Flag("--dtype", "base.dtype"),
+    Flag("--chat-template", "base.chat_template"),
+    Flag("--template-file", "base.template_file", metavar="PATH"),
+    Flag("--system-prompt", "base.system_prompt", metavar="TEXT"),
+    Flag("--template-arg", "base.template_args", "may be repeated", metavar="KEY=VALUE", pairs=True),
+    Flag("--source-language", "base.source_language", metavar="CODE"),
+    Flag("--target-language", "base.target_language", metavar="CODE"),
 )
 LORAS = (Flag("--loras", "loras", "each PATH, name=PATH or name=PATH@WEIGHT, separated by commas", metavar="LORAS"),)
 GATE = (
@@ -119,6 +128,7 @@ IMAGE = (
     Flag("--guidance", "image.guidance"),
     Flag("--scheduler", "image.scheduler"),
     Flag("--negative-prompt", "image.negative_prompt"),
+    Flag("--clip-skip", "image.clip_skip"),
     Flag("--width", "image.width"),
     Flag("--height", "image.height"),
 )
@@ -184,9 +194,11 @@ def _request(model: str, flags: Sequence[Flag | Toggle], values: dict[str, Any])
         value = values[flag.parameter]
         if isinstance(flag, Toggle):
             switches[flag.parameter] = value
+        elif flag.pairs and value:
+            overrides[flag.key] = as_pairs(value, flag.name)
         elif flag.many and value:
             overrides[flag.key] = value[0] if len(value) == 1 else [as_names(text) for text in value]
-        elif value is not None and not flag.many:
+        elif value is not None and not (flag.many or flag.pairs):
             overrides[flag.key] = value
     _imply_suite(overrides)
     named = {name: bool(switches.pop(name)) for name in ("json", "quiet", "verbose")}
@@ -221,9 +233,9 @@ def _parameter(flag: Flag | Toggle, model: type[BaseModel], pictures: Mapping[st
         own = pictures.get(flag.key.partition(".")[0]) or {}
         other = own.get(flag.key.partition(".")[2], shown)
         text += f" [default: {shown}]" if other == shown else f" [default: {shown}; images: {other}]"
-    kind, choices = (list[str], None) if flag.many else _kind(found.annotation)
+    kind, choices = (list[str], None) if flag.many or flag.pairs else _kind(found.annotation)
     metavar = flag.metavar or choices
-    name = f"{flag.name}/--no-{flag.name.lstrip('-')}" if kind is bool and default else flag.name
+    name = f"{flag.name}/--no-{flag.name.lstrip('-')}" if kind is bool and found.default else flag.name
     return _keyword(flag.parameter, kind | None, typer.Option(name, help=text, metavar=metavar, show_default=False))
 
 

@@ -23,6 +23,7 @@ from molecli.config import (
 )
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
+from molecli.files.base_source import PROMPT_FLAGS
 from molecli.files.output_folder import RECIPE_FILE, check, claim, default_folder
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def is_recipe(target: str) -> bool:
 
 
 def base_of_composition(path: str, request: Request) -> dict[str, Any]:
-    """The base of a composition as keys of a recipe; {} if a flag names another base.
+    """The base of a composition as keys of a recipe; only how it writes prompts if a flag names another base.
 
     Flags such as --dtype then change how this base is loaded, and the defaults for its kind of base apply.
     """
@@ -64,10 +65,9 @@ def base_of_composition(path: str, request: Request) -> dict[str, Any]:
 
     from molecli.files.composition import load_composition
 
-    if "base.id" in request.overrides:
-        return {}
     own = yaml.safe_load(load_composition(path).recipe)["base"]
-    return {f"base.{key}": value for key, value in own.items()}
+    other = "base.id" in request.overrides
+    return {f"base.{key}": value for key, value in own.items() if not other or key in PROMPT_FLAGS}
 
 
 def show_plan(recipe: Recipe, request: Request, *, file: str | None = None, domain: Domain | None = None) -> None:

@@ -34,6 +34,7 @@ PICTURES = (
     Flag("--flip", "pictures.flip"),
     Flag("--prompt-dropout", "pictures.prompt_dropout", default=str(_DEFAULTS["prompt_dropout"])),
     Flag("--text-encoder", "pictures.text_encoder"),
+    Flag("--clip-skip", "pictures.clip_skip"),
     Flag("--gradient-checkpointing", "pictures.gradient_checkpointing"),
     Flag("--kind", "pictures.kind", default=_DEFAULTS["kind"]),
     Flag("--trigger", "pictures.trigger", metavar="TEXT"),

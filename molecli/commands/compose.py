@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 from molecli import __version__
+from molecli.bases import prompt_record
 from molecli.bases.language import seeded
 from molecli.bases.loading import load_backbone
 from molecli.bases.weights import BaseWeights
@@ -122,9 +123,10 @@ def run_compose(
     task = (domain or domain_of(recipe.base)).command("compose").prepare(recipe, note)
     # Load.
     backbone = load_backbone(task.recipe.base, accelerator.device)
-    experts = read_experts(backbone.model, task.recipe.loras, allow_partial=task.recipe.allow_partial)
+    experts = read_experts(backbone.model, task.recipe.loras, allow_partial=task.recipe.allow_partial, note=note)
     # Run.
     mixture = _mixture(task, backbone, experts, progress)
+    prompt_record.tell(backbone, note, base=task.recipe.base, loras=task.recipe.loras)
     history: list[Record] = []
     if task.rows:
         with mixture:
@@ -163,8 +165,6 @@ def _mixture(task: Task, backbone: Backbone, experts: Sequence[Expert], progress
 def _note_losses(report: ComposeReport, experts: Sequence[Expert], note: Note) -> None:
     """Reports and notes which parts of the LoRAs the composition leaves out."""
     partial_ones = {expert.name: expert.left_out for expert in experts if expert.left_out}
-    for name, left_out in partial_ones.items():
-        note(f"{name}: the base lacks {len(left_out)} of its matrices, such as {left_out[0]}; they are left out")
     if partial_ones:
         report["left_out"] = partial_ones
     for name, share in report.get("residuals", {}).items():
@@ -181,7 +181,7 @@ def _composition(task: Task, backbone: Backbone, experts: Sequence[Expert], mixt
         base_fingerprint=backbone.fingerprint(),
         experts=tuple(record_of(expert) for expert in experts),
         gate=recipe.gate.model_dump(mode="json") if row.family == "gates" else None,
-        settings=_settings(task),
+        settings=_settings(task) | prompt_record.stored(backbone),
         recipe=dump_recipe(recipe),
         tensors=mixture.state_dict(),
         version=__version__,

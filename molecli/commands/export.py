@@ -22,6 +22,7 @@ from torch import Tensor
 
 from molecli import __version__
 from molecli.adapters import with_one_alpha
+from molecli.bases import prompt_record
 from molecli.bases.loading import load_backbone
 from molecli.catalog.methods import BASE, DEFAULT, SUM, get_method
 from molecli.commands.domain import Domain, domain_of
@@ -131,6 +132,8 @@ def run_export(
     backbone = load_backbone(base, recipe.device)
     mixture = attach_composition(backbone.model, composition, loras=list(recipe.loras) or None)
     off = switch(mixture, mask=recipe.mask, only=recipe.only)
+    if needs_inputs(recipe, composition):
+        prompt_record.tell(backbone, note, base=base, compositions={str(recipe.composition): composition.settings})
     still = _still(composition, task, backbone, mixture, off, progress)
     meant = updates(still.mixture, still.weights, renormalize=_renormalizes(composition))
     if not meant:

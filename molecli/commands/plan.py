@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from molecli.adapters import AdapterInfo, Coverage, check_coverage, read_info
+from molecli.adapters import AdapterInfo, Coverage, check_coverage, read_info_for
+from molecli.bases.fused import fused_places
 from molecli.bases.loading import load_skeleton, pick_device, pick_dtype
 from molecli.commands import compose, evaluate
 from molecli.commands.domain import Domain, domain_of
@@ -28,7 +29,7 @@ from molecli.functional.fingerprint import fingerprint, same_base
 from molecli.mixture.attach import base_of, specs_of
 from molecli.mixture.build import build_mixture
 from molecli.mixture.layout import adaptable_matrices
-from molecli.protocols import Shape
+from molecli.protocols import Matrices, Shape
 from molecli.suites.origins import Sources, source_lines
 from molecli.training.planned_work import PlannedWork
 
@@ -39,7 +40,7 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """One LoRA and how much of the base it adapts."""
+    """One LoRA and how much of the base it adapts; `left_out` is the share of its weights in the unmatched matrices."""
 
     name: str
     source: str
@@ -47,6 +48,8 @@ class LoraPlan:
     alpha: float
     matched: int
     unmatched: tuple[str, ...]
+    left_out: float = 0.0
+    taken_for: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ def make_plan(recipe: Recipe, *, domain: Domain | None = None, fetch: bool = Fal
 def _plan_compose(recipe: ComposeRecipe, domain: Domain) -> Plan:
     task: compose.Task = domain.command("compose").prepare(recipe)
     recipe, row = task.recipe, task.row
-    infos = [read_info(lora) for lora in recipe.loras]
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
+    infos = [read_info_for(lora, shapes) for lora in recipe.loras]
     covered = [check_coverage(info, shapes, allow_partial=recipe.allow_partial) for info in infos]
     experts = [_outline(found) for found in covered]
     mixture = build_mixture(
@@ -149,8 +152,10 @@ def _plan_compose(recipe: ComposeRecipe, domain: Domain) -> Plan:
 def _plan_train_lora(recipe: TrainLoraRecipe, domain: Domain, *, fetch: bool) -> Plan:
     skeleton = load_skeleton(recipe.base)
     shapes = adaptable_matrices(skeleton)
-    work: PlannedWork = domain.command("plan").to_train(recipe, shapes, fetch=fetch)
-    held, trained = _adapter_numbers(recipe.adapter, [shapes[name] for name in work.targets])
+    fused = fused_places(skeleton)
+    layers = Matrices.of(shapes).without(fused)
+    work: PlannedWork = domain.command("plan").to_train(recipe, layers, fetch=fetch)
+    held, trained = _adapter_numbers(recipe.adapter, [Matrices.of(shapes).named[name] for name in work.targets])
     micro = recipe.train.micro_batch_size or recipe.train.batch_size
     return Plan(
         adapted_matrices=len(work.targets),
@@ -171,7 +176,7 @@ def _plan_evaluate(recipe: EvaluateRecipe, domain: Domain | None, *, fetch: bool
     skeleton = load_skeleton(base)
     shapes = adaptable_matrices(skeleton)
     work: PlannedWork = domain.command("plan").to_evaluate(recipe, compositions, fetch=fetch)
-    infos = [read_info(lora) for lora in work.loras]
+    infos = [read_info_for(lora, shapes) for lora in work.loras]
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     covered = [check_coverage(info, shapes, allow_partial=not recipe.loras) for info in infos]
     made = zip(recipe.compositions, compositions.values(), strict=True)
@@ -202,7 +207,7 @@ def _plan_export(recipe: ExportRecipe, domain: Domain | None, *, fetch: bool) ->
     skeleton = load_skeleton(base)
     shapes = adaptable_matrices(skeleton)
     check_base(composition, fingerprint(skeleton), same_base)
-    infos = [read_info(lora) for lora in recipe.loras or specs_of(composition)]
+    infos = [read_info_for(lora, shapes) for lora in recipe.loras or specs_of(composition)]
     # A LoRA that a composition remembers may match the base in part: that was accepted when it was composed.
     covered = [check_coverage(info, shapes, allow_partial=True) for info in infos]
     return Plan(
@@ -249,7 +254,16 @@ def _outline(found: Coverage) -> Expert:
 
 def _lora_plans(infos: Sequence[AdapterInfo], covered: Sequence[Coverage]) -> tuple[LoraPlan, ...]:
     return tuple(
-        LoraPlan(info.name, info.source, info.rank, info.alpha, len(found.matched), found.unmatched)
+        LoraPlan(
+            info.name,
+            info.source,
+            info.rank,
+            info.alpha,
+            len(found.matched),
+            found.unmatched,
+            found.left_out,
+            found.info.taken_for,
+        )
         for info, found in zip(infos, covered, strict=True)
     )
 
@@ -308,7 +322,10 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     for lora in plan.loras:
         missing = f", {len(lora.unmatched)} not in this base" if lora.unmatched else ""
-        lines.append(f"lora      {lora.name}: rank {lora.rank}, alpha {lora.alpha:g}, {lora.matched} matrices{missing}")
+        share = f" ({lora.left_out:.1%} of its weights)" if lora.unmatched else ""
+        size = f"rank {lora.rank}, alpha {lora.alpha:g}, {lora.matched} matrices"
+        lines.append(f"lora      {lora.name}: {size}{missing}{share}")
+        lines += [f"          {text}" for text in lora.taken_for]
     for composition in plan.compositions:
         names = ", ".join(composition["experts"])
         lines.append(f"compose   {composition['path']}: {composition['mode']} of {names}")

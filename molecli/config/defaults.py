@@ -100,6 +100,8 @@ def is_pipeline(base: str) -> bool:
     folder = Path(base).expanduser()
     if folder.is_dir():
         return (folder / PIPELINE_FILE).is_file()
+    if folder.suffix == ".safetensors":  # of one-file bases, only pipelines are read
+        return folder.is_file()
     if base.count("/") != 1:
         return False
     from huggingface_hub import try_to_load_from_cache

@@ -5,36 +5,23 @@ Contents: ImageConfig, ConceptConfig, PicturesConfig, ObjectiveConfig.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from molecli.catalog.builtin import BUILTIN_IMAGE_GUIDANCE, DEFAULT_GUIDANCE
+from molecli.catalog.schedulers import scheduler_called, unknown_scheduler
 from molecli.config.sections import ClipConfig, Section
-from molecli.errors import suggestion
 from molecli.protocols import ElementKind
-
-SCHEDULER_NAMES = (
-    "ddim",
-    "ddpm",
-    "pndm",
-    "euler",
-    "euler_a",
-    "heun",
-    "lms",
-    "dpmsolver++",
-    "dpmsolver++_karras",
-    "unipc",
-)
 
 
 def known_scheduler(name: str) -> str:
-    """`name`, if it is a scheduler. Raises: an error that suggests the nearest name."""
-    if name not in SCHEDULER_NAMES:
-        remedy = suggestion(name, SCHEDULER_NAMES)
-        raise PydanticCustomError("unknown_name", "is not a scheduler", {"remedy": remedy})
-    return name
+    """The scheduler's own name for any of its names. Raises: an error that lists the known ones."""
+    called = scheduler_called(name)
+    if called is None:
+        raise PydanticCustomError("unknown_name", "is not a scheduler", {"remedy": unknown_scheduler(name)})
+    return called
 
 
 def multiple_of_8(pixels: int) -> int:
@@ -62,7 +49,24 @@ class ImageConfig(Section):
         f"{BUILTIN_IMAGE_GUIDANCE:g}",
     )
     scheduler: Scheduler | None = Field(
-        default=None, description="images: ddim, dpmsolver++, euler, ...; by default the base's own"
+        default=None,
+        description="images: ddim, dpmsolver++_karras, euler_a, lcm, ... or another program's name, such as "
+        "'DPM++ 2M Karras'; by default the base's own",
+    )
+    scheduler_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="images: settings of diffusers' scheduler, such as timestep_spacing: trailing",
+    )
+    eta: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="images: noise that is added at each step of ddim, tcd and sasolver"
+    )
+    guidance_rescale: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="images: how far guided predictions are rescaled (arXiv 2305.08891)"
+    )
+    clip_skip: int | None = Field(
+        default=None,
+        ge=1,
+        description="images: last layers of the text encoder(s) to skip, as in diffusers; A1111 counts one more",
     )
     negative_prompt: str = Field(default="", description="images: what the pictures should not show")
     width: Side | None = Field(default=None, ge=8, description="images: width in pixels; by default the base's own")
@@ -114,6 +118,11 @@ class PicturesConfig(Section):
         description="images: fraction of the training pictures with an empty prompt, for classifier-free guidance",
     )
     text_encoder: bool = Field(default=False, description="images: adapt the text encoder(s) too")
+    clip_skip: int | None = Field(
+        default=None,
+        ge=1,
+        description="images: last layers of the text encoder(s) to skip, as in diffusers; draw with the same number",
+    )
     gradient_checkpointing: bool = Field(default=False, description="images: save memory at the cost of slower steps")
     kind: ElementKind = Field(default="object", description="images: what the LoRA adds; some methods use it")
     trigger: str | None = Field(default=None, description="images: trigger words; by default taken from the prompt")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, BUILTIN_PREFIX, builtin_loras
+from molecli.catalog.builtin import BUILTIN_IMAGE_BASE, BUILTIN_PREFIX, DEFAULT_STRENGTH, builtin_loras
 from molecli.catalog.methods import ALIASES, ALONE, BASE, DEFAULT, FIXED, METHODS, SUM, names
 from molecli.catalog.suites import OWN_TEXTS
 from molecli.config.defaults import Preset
@@ -112,7 +112,9 @@ class ComposeRecipe(Section):
     evaluate: EvalConfig | None = Field(
         default_factory=EvalConfig, description="language models: scoring on the test split of `data`; null: none"
     )
-    allow_partial: bool = Field(default=False, description="accept LoRAs with keys that match nothing in the base")
+    allow_partial: bool = Field(
+        default=False, description="leave out matrices that the base lacks, if they are a minor part of a LoRA"
+    )
     only: Names = Field(default=(), description=f"mode {ALONE}: name of the LoRA")
     output: str = Field(default="runs/compose", min_length=1, description="folder to write")
     seed: int = Field(default=0, ge=0, description=_SEED)
@@ -148,6 +150,20 @@ class SampleRecipe(Section):
     )
     prompts: tuple[str, ...] = Field(default=(), description="prompts; by default the lines of stdin")
     images: int = Field(default=1, ge=1, description="images: pictures per prompt; seeds count up from --seed")
+    init_image: str | None = Field(
+        default=None, description="images: a picture to begin with, or a folder of them: each prompt is drawn from each"
+    )
+    mask_image: str | None = Field(
+        default=None,
+        description="images: a mask for --init-image, or a folder of masks with the pictures' names; only what is "
+        "white is drawn anew",
+    )
+    strength: float = Field(
+        default=DEFAULT_STRENGTH,
+        gt=0.0,
+        le=1.0,
+        description="images: share of the denoising steps that are run from --init-image",
+    )
     image: ImageConfig = Field(default_factory=ImageConfig, description=_IMAGE)
     method: MethodConfig = Field(default_factory=MethodConfig, description=_METHOD)
     concepts: dict[str, ConceptConfig] = Field(default_factory=dict, description=_CONCEPTS)

@@ -16,7 +16,7 @@ from molecli.catalog.methods import METHODS
 from molecli.catalog.metrics import METRICS
 from molecli.catalog.suites import DEFAULT as DEFAULT_SUITE
 from molecli.catalog.suites import OWN_TEXTS, SUITES, suite_names, takers
-from molecli.config.shorthand import as_base, as_names, as_paths
+from molecli.config.shorthand import as_base, as_names, as_paths, as_template_args
 from molecli.errors import UsageError, suggestion
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -53,6 +53,25 @@ class BaseConfig(Section):
     )
     chat_template: bool = Field(
         default=True, description="language models: format prompts with the tokenizer's chat template, if it has one"
+    )
+    template_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="language models: a chat template instead of the tokenizer's: a .jinja file, or a folder with one, "
+        "such as a LoRA's",
+    )
+    system_prompt: str | None = Field(
+        default=None, min_length=1, description="language models: system prompt of the chat template"
+    )
+    template_args: Annotated[dict[str, Any], BeforeValidator(as_template_args)] = Field(
+        default_factory=dict,
+        description="language models: variable of the chat template, such as enable_thinking=false",
+    )
+    source_language: str | None = Field(
+        default=None, min_length=1, description="translation models: the tokenizer's code of the prompts' language"
+    )
+    target_language: str | None = Field(
+        default=None, min_length=1, description="translation models: the tokenizer's code of the targets' language"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
 

@@ -6,9 +6,13 @@ A value of a wrong type is returned unchanged; validation then explains what is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+import yaml
+
+from molecli.errors import UsageError
 from molecli.files.lora_spec import parse_lora
 
 
@@ -40,6 +44,33 @@ def as_choices(value: Any) -> Any:
         return names
     each = [as_names(item) for item in names]
     return each[0] if len(each) == 1 else each
+
+
+def as_pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
+    """`KEY=VALUE` texts as a mapping; values are read as YAML, and a date stays text. Raises: UsageError."""
+    pairs: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"{flag} {text}", "not of the form KEY=VALUE", f"Write for example {flag} thinking=false.")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        pairs[key.strip()] = value if isinstance(parsed, date) or not value.strip() else parsed
+    return as_template_args(pairs)
+
+
+def as_template_args(value: Any) -> dict[str, Any]:
+    """The variables of a chat template. Raises: UsageError for a value that is not text, a number, true or false."""
+    if not isinstance(value, Mapping):
+        what = f"{value!r} is not a mapping of names to values"
+        raise UsageError("base.template_args", what, "Write `name: value` lines.")
+    for name, one in value.items():
+        if not isinstance(one, (str, bool, int, float)):
+            what = f"{one!r} is not text, a number, true or false"
+            raise UsageError(f"base.template_args.{name}", what, "Write one such value.")
+    return dict(value)
 
 
 def as_paths(value: Any) -> Any:

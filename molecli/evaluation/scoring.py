@@ -20,7 +20,7 @@ from molecli.catalog.metrics import metric_row
 from molecli.errors import RunError, UsageError
 from molecli.functional.bootstrap import Scored, of_means
 from molecli.metrics import aggregate, load_metric, load_sums
-from molecli.protocols import Backbone, Example, Progress
+from molecli.protocols import Backbone, Completion, Example, Progress
 
 # What the row over all tasks is called.
 AVERAGE = "average"
@@ -227,9 +227,11 @@ def score(task: str, examples: Sequence[Example], outputs: Sequence[str], metric
 def completion(output: str, answers: Sequence[str]) -> str:
     """The part of an output that is scored: its first line, unless an answer has several lines.
 
-    A base model that was never trained to stop goes on after its answer. The raw output is kept too.
+    A base model that was never trained to stop goes on after its answer, and a reasoning model thinks before it. The
+    raw output is kept too.
     """
-    text = output.strip()
+    said = output.answer if isinstance(output, Completion) else output
+    text = (said or "").strip()
     if any("\n" in answer.strip() for answer in answers):
         return text
     return text.partition("\n")[0].rstrip()

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from molecli.adapters.fused import matrix_name
 from molecli.errors import RunError
 from molecli.experts import LowRank
 from molecli.mixture.mixture import Mixture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
 # Relative differences that can come from float32 arithmetic in another order, with a margin.
@@ -116,25 +117,40 @@ def _deltas(
     model: Any, meant: Mapping[str, LowRank], written: Mapping[str, LowRank]
 ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
     """(differences of the loaded ΔW from the written ones, from the meant ones; adapted matrices not written)."""
-    from peft.tuners.lora import LoraLayer
-
     file: dict[str, float] = {}
     delta: dict[str, float] = {}
     surplus = []
+    for name, found in _loaded(model):
+        if name in written:
+            file[name] = _relative(found, written[name])
+            delta[name] = _relative(found, meant[name])
+        else:
+            surplus.append(name)
+    return file, delta, tuple(surplus)
+
+
+def _loaded(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, ΔW [d_out, d_in] or of a kernel's shape) of every matrix that PEFT adapts on the model."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
-            continue
-        if name not in written:
-            surplus.append(name)
             continue
         # They can be stored in half precision, in which ΔW would be rounded.
         module.lora_A.float()
         module.lora_B.float()
         found = module.get_delta_weight(next(iter(module.lora_A))).cpu()
-        found = found.T if getattr(module, "fan_in_fan_out", False) else found
-        file[name] = _relative(found, written[name])
-        delta[name] = _relative(found, meant[name])
-    return file, delta, tuple(surplus)
+        if not isinstance(module, ParamWrapper):
+            yield name, found.T if getattr(module, "fan_in_fan_out", False) else found
+            continue
+        owner, parameter = name.replace(".base_layer", ""), module.parameter_name
+        if module.get_param().dim() == 2:
+            yield matrix_name(owner, parameter), found
+            continue
+        transposed = getattr(module.get_base_layer(), "is_transposed", False)
+        for expert, own in enumerate(found.view(module.num_experts, *found.shape[-2:])):
+            if own.any():  # a stack has zeros for experts that are not adapted
+                yield matrix_name(owner, parameter, expert), own.T if transposed else own
 
 
 def _relative(found: Tensor, low_rank: LowRank) -> float:

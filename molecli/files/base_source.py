@@ -1,18 +1,38 @@
-"""Finds a base: a built-in name, a folder, a GGUF file or a hub id. It is checked before anything is read."""
+"""Finds a base: a built-in name, a folder, a GGUF file, a checkpoint of a pipeline in one file, or a hub id.
+
+It is checked before anything is read.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from molecli.catalog.builtin import BUILTIN_PREFIX, PIPELINE_FILE, builtin_base
 from molecli.errors import MismatchError, RunError, UsageError, UserError
+from molecli.files.tensor_file import opened
 
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+# The original code's names of a pipeline's parts in one file
+UNET_IN_FILE = "model.diffusion_model."
+ENCODERS_IN_FILE = ("cond_stage_model.", "conditioner.embedders.")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+# The keys of a base that say how prompts are written, and their flags. Only language models read them.
+PROMPT_FLAGS = {
+    "chat_template": "--no-chat-template",
+    "template_file": "--template-file",
+    "system_prompt": "--system-prompt",
+    "template_args": "--template-arg",
+    "source_language": "--source-language",
+    "target_language": "--target-language",
+}
 
 
 class BaseSettings(Protocol):
@@ -28,13 +48,24 @@ class BaseSettings(Protocol):
     def chat_template(self) -> bool: ...
     @property
     def revision(self) -> str | None: ...
+    @property
+    def template_file(self) -> str | None: ...
+    @property
+    def system_prompt(self) -> str | None: ...
+    @property
+    def template_args(self) -> Mapping[str, Any]: ...
+    @property
+    def source_language(self) -> str | None: ...
+    @property
+    def target_language(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
 class BaseSource:
     """What transformers or diffusers loads: a folder or hub id, and a GGUF file in it.
 
-    pipeline: it is a diffusers pipeline, with a model_index.json.
+    pipeline: it is a diffusers pipeline, with a model_index.json. checkpoint: it is one .safetensors file with all
+    parts of a pipeline, under the names of the original code.
     """
 
     name: str
@@ -43,6 +74,7 @@ class BaseSource:
     gguf_file: str | None = None
     revision: str | None = None
     pipeline: bool = False
+    checkpoint: bool = False
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -122,10 +154,33 @@ def _is_hub_pipeline(hub_id: str, revision: str | None) -> bool:
 
 
 def _single_file(base: BaseSettings, path: Path) -> BaseSource:
+    if path.suffix == ".safetensors":
+        _check_checkpoint(base.id, path)
+        return BaseSource(base.id, str(path), local=True, pipeline=True, checkpoint=True)
+    if path.suffix in _PICKLES:
+        what = "it is a pickle, which is refused because it can run code when it is loaded"
+        raise UsageError(f"base {base.id}", what, "Write the .safetensors file of the same checkpoint, or a folder.")
     if path.suffix != ".gguf":
         raise UsageError(f"base {base.id}", "it is a file, not a folder", "Write the folder that holds config.json.")
     _check_folder(path.parent, path.name)
     return BaseSource(base.id, str(path.parent), local=True, gguf_file=path.name)
+
+
+def _check_checkpoint(name: str, path: Path) -> None:
+    """Raises: UsageError for a file that holds something else than a pipeline; MismatchError if it is damaged."""
+    with opened(path, remedy="Download it again.") as file:
+        keys = list(file.keys())
+    if any("lora_" in key for key in keys):
+        raise UsageError(f"base {name}", "it is a LoRA, not a base model", "Write it after --loras.")
+    unet = any(key.startswith(UNET_IN_FILE) for key in keys)
+    rest = all(any(key.startswith(start) for key in keys) for start in ("first_stage_model.", ENCODERS_IN_FILE))
+    if unet and rest:
+        return
+    if unet:
+        what, remedy = "it holds a UNet without its text encoder or VAE", "Write a whole pipeline's folder or file."
+    else:
+        what, remedy = "it is a file, not a folder", "Write the folder that holds config.json."
+    raise UsageError(f"base {name}", what, remedy)
 
 
 def _check_folder(folder: Path, gguf_file: str | None) -> None:

@@ -23,6 +23,7 @@ from molecli.experts import Expert, ExpertBank
 from molecli.files.atomic import write_text, write_with
 from molecli.files.output_folder import RECIPE_FILE
 from molecli.files.tensor_file import opened
+from molecli.functional.fingerprint import difference
 
 FORMAT, FORMAT_VERSION = "mole", "1"
 TENSORS_FILE = "composition.safetensors"
@@ -199,7 +200,9 @@ def check_base(
     Raises: MismatchError that names the expected base and `base`, the given one.
     """
     if not same(composition.base_fingerprint, fingerprint):
-        what = f"the composition was made on {composition.base}, whose weights differ from this base's"
+        what = (
+            f"the composition was made on {composition.base}, {difference(composition.base_fingerprint, fingerprint)}"
+        )
         raise MismatchError(base or "--base", what, f"Give --base {composition.base}, or compose again.")
 
 

@@ -18,7 +18,7 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 SHIFTS_FILE = "svdiff.safetensors"  # an SVDiff adapter
 
 # A folder with one of these is a LoRA: of PEFT, diffusers, another trainer, or PEFT by component (unet/…).
-_MARKERS = (CONFIG_FILE, "*.safetensors", f"*/{WEIGHTS_FILE}")
+_MARKERS = (CONFIG_FILE, "*.safetensors", f"*/{WEIGHTS_FILE}", f"*/{DIFFUSERS_FILE}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _WEIGHTED = re.compile(r"(?P<source>.+)@(?P<weight>[^@/\\]*)")
 

@@ -126,6 +126,7 @@ class PictureTask:
     def task(self, backbone: Diffusion, mixture: Mixture) -> Objective:
         """The recipe's objective for the attached mixture."""
         config, side = self.recipe.objective, backbone.resolution
+        backbone.clip_skip = self.recipe.image.clip_skip
         adapted = any(matrix.partition(".")[0] in TEXT_ENCODERS for site in mixture.sites for matrix in site.matrices)
         conditioning = Prompts(backbone, side, keep=not adapted)
         conditioning.look_at([picture.prompt for picture in self.pictures])

@@ -21,6 +21,7 @@ from PIL import Image
 
 from molecli.bases.diffusion import Diffusion
 from molecli.bases.out_of_memory import freed, out_of_memory
+from molecli.bases.starts import Start
 from molecli.catalog.builtin import package_folder
 from molecli.config import ImageConfig
 from molecli.errors import RunError, UserError
@@ -29,16 +30,19 @@ from molecli.protocols import Note
 LESS_MEMORY = (
     "Lower --width and --height, or write --set image.branches_at_once=1, --set image.replay=false or --dtype bfloat16."
 )
+# Given to the backbone only where they are set.
+_RARE = ("scheduler_options", "eta", "guidance_rescale", "clip_skip")
 _NO_MEMORY = "one picture does not fit in memory"
 
 
 @dataclass(frozen=True)
 class PictureJob:
-    """One picture to draw; messages call it `name`."""
+    """One picture to draw; messages call it `name`. start: the picture that it begins with, if any."""
 
     prompt: str
     seed: int
     name: str
+    start: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,12 @@ def warnings_as_notes(note: Note) -> Iterator[None]:
 
 def options(image: ImageConfig) -> dict[str, Any]:
     """How pictures are denoised, as keywords of `Diffusion.generate`."""
-    return image.model_dump(exclude={"branches_at_once"})
+    rare = {
+        name
+        for name in _RARE
+        if getattr(image, name) == ImageConfig.model_fields[name].get_default(call_default_factory=True)
+    }
+    return image.model_dump(exclude={"branches_at_once", *rare})
 
 
 def guidance_of(image: ImageConfig, backbone: Diffusion) -> float:
@@ -146,7 +155,7 @@ def _attempt(
         pictures = backbone.generate(
             [job.prompt for job in batch],
             seeds=[job.seed for job in batch],
-            **options(image),
+            **(options(image) | _starts(batch)),
         )
     except UserError:
         raise
@@ -158,12 +167,25 @@ def _attempt(
     return None
 
 
+def _starts(batch: Sequence[PictureJob]) -> dict[str, Any]:
+    """The start of every picture; with one, the picture's size is its own."""
+    starts = [job.start for job in batch if job.start is not None]
+    return {"start": starts, "width": None, "height": None} if starts else {}
+
+
+def _kinds(jobs: Sequence[PictureJob], by_prompt: bool) -> Iterator[list[PictureJob]]:
+    """Consecutive jobs that can be in one batch."""
+
+    def kind(job: PictureJob) -> tuple[Any, ...]:
+        start = job.start
+        return (job.prompt if by_prompt else None, None if start is None else (start.picture.size, start.strength))
+
+    return (list(same) for _, same in groupby(jobs, key=kind))
+
+
 def _batches(jobs: Sequence[PictureJob], size: int, *, by_prompt: bool) -> Iterator[list[PictureJob]]:
-    if not by_prompt:
-        yield from _pieces(jobs, size)
-        return
-    for _, same in groupby(jobs, key=lambda job: job.prompt):
-        yield from _pieces(list(same), size)
+    for same in _kinds(jobs, by_prompt):
+        yield from _pieces(same, size)
 
 
 def _pieces(jobs: Sequence[PictureJob], size: int) -> Iterator[list[PictureJob]]:

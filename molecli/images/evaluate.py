@@ -25,6 +25,7 @@ from molecli.evaluation.results import compare, document, intervals, write
 from molecli.evaluation.tables import score_table
 from molecli.files.composition import Composition
 from molecli.files.lora_spec import LoraLike, LoraSpec
+from molecli.images.clip_skip import use_clip_skip
 from molecli.images.columns import ColumnBuilder, read_concepts
 from molecli.images.draw_scenes import DrawingPlan, draw_planned
 from molecli.images.drawing import Failure, check_drawn, warnings_as_notes
@@ -111,6 +112,7 @@ def evaluate(
     """
     setting = read_setting(recipe, compositions, note=note)
     backbone: Any = load_backbone(setting.base, recipe.device)
+    use_clip_skip(backbone, recipe.image.clip_skip, compositions.values())
     with warnings_as_notes(note):
         instruments = make_instruments(setting.bench, recipe.eval.clip, device=backbone.device, builtin=setting.builtin)
         columns = _columns(recipe, setting, backbone)

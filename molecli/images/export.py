@@ -31,6 +31,7 @@ from molecli.files.base_source import find_base
 from molecli.files.composition import Composition
 from molecli.files.concepts import Concept
 from molecli.files.lora_spec import DIFFUSERS_FILE, LoraLike, LoraSpec
+from molecli.images.clip_skip import use_clip_skip
 from molecli.images.columns import read_concepts
 from molecli.images.denoising import Prompts, all_latents, draw_noise, prediction_errors
 from molecli.images.drawing import options, warnings_as_notes
@@ -129,6 +130,7 @@ class PictureExport:
             if progress is not None:
                 progress(label, done, total)
 
+        use_clip_skip(backbone, self.recipe.image.clip_skip, [self.composition])
         asked = mixture if gates else None
         with mixture or nullcontext(), warnings_as_notes(self.note):
             errors, seen = self._denoised(backbone, asked, count_up) if self.pictures else ({}, {})

@@ -17,6 +17,7 @@ from molecli.errors import UsageError
 from molecli.evaluation.gate_report import GateReport, entropy_course, switch_some
 from molecli.files.composition import Composition
 from molecli.files.lora_spec import LoraSpec
+from molecli.images.clip_skip import use_clip_skip
 from molecli.images.columns import read_concepts
 from molecli.images.drawing import options, warnings_as_notes
 from molecli.images.gate_trace import GateRecorder, Trace, step_report
@@ -40,6 +41,7 @@ def inspect_gates(
     path = str(recipe.composition)
     prompts = recipe.prompts or default_prompts(composition)
     backbone: Any = load_backbone(base_of(recipe.base, composition), recipe.device)
+    use_clip_skip(backbone, recipe.image.clip_skip, [composition])
     mixture = attach_composition(backbone.model, composition, loras=list(recipe.loras) or None)
     switch_some(recipe, mixture)
     seeds = range(recipe.seed, recipe.seed + recipe.images)

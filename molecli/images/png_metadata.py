@@ -28,7 +28,7 @@ class PictureFacts:
     """How one picture was made. loras: weights by name; for a learned method those that its gates started from.
 
     settings: of the method, such as switch's tau. dtype: of the UNet's weights. digest: a hash of all that the picture
-    depends on, by which a resumed run recognises its own pictures.
+    depends on, by which a resumed run recognises its own pictures. more: rarer settings, where they are set.
     """
 
     prompt: str
@@ -43,6 +43,7 @@ class PictureFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = ""
     digest: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def texts(facts: PictureFacts, size: tuple[int, int]) -> dict[str, str]:
@@ -62,6 +63,7 @@ def texts(facts: PictureFacts, size: tuple[int, int]) -> dict[str, str]:
         "dtype": facts.dtype,
         "mole_version": __version__,
         **({"digest": facts.digest} if facts.digest else {}),
+        **{name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.more.items()},
     }
 
 
@@ -74,6 +76,9 @@ def parameters_line(facts: PictureFacts, size: tuple[int, int]) -> str:
         "Seed": str(facts.seed),
         "Size": f"{size[0]}x{size[1]}",
         "Model": facts.base,
+        # A1111 calls the last layer 1, diffusers calls it 0.
+        "Clip skip": str(facts.more["clip_skip"] + 1) if "clip_skip" in facts.more else "",
+        "Denoising strength": f"{facts.more['strength']:g}" if "strength" in facts.more else "",
         "Method": facts.method,
         "LoRAs": _lora_list(facts),
         "Version": f"mole {__version__}",

@@ -29,8 +29,10 @@ from molecli.files.composition import Composition
 from molecli.files.lora_spec import LoraLike, LoraSpec
 from molecli.files.output_folder import SAMPLES_FILE
 from molecli.files.unique_names import numbered, slugs
+from molecli.images.clip_skip import use_clip_skip
 from molecli.images.columns import Column, ColumnBuilder, masked, read_concepts
 from molecli.images.drawing import Failure, PictureJob, check_drawn, draw, guidance_of, warnings_as_notes
+from molecli.images.given_pictures import FROM_NOISE, GivenPicture, given_pictures
 from molecli.images.png_metadata import PictureFacts, write_png
 from molecli.images.sheet import SheetRow, write_sheets
 from molecli.mixture.attach import base_of, read_experts
@@ -79,11 +81,12 @@ class DrawnPictures:
 
 @dataclass(frozen=True)
 class _Place:
-    """Which picture it is: the index of its prompt, the name of its column, its seed."""
+    """Which picture it is: the index of its prompt, the name of its column, its seed, what it begins with."""
 
     prompt: int
     column: str
     seed: int
+    given: int = 0
 
 
 def sample(
@@ -101,10 +104,12 @@ def sample(
     """
     check_fields(recipe, TEXT_FIELDS, "texts")
     check_options(recipe.method, composing(recipe.modes))
+    given = given_pictures(recipe, note=note)
     backbone: Any = load_backbone(base_of(recipe.base, composition), recipe.device)
+    use_clip_skip(backbone, recipe.image.clip_skip, [composition] if composition is not None else [])
     columns = sample_columns(recipe, composition, backbone)
     with warnings_as_notes(note):
-        return sample_pictures(recipe, columns, backbone, progress=progress, note=note)
+        return sample_pictures(recipe, columns, backbone, given=given, progress=progress, note=note)
 
 
 def sample_pictures(
@@ -112,22 +117,24 @@ def sample_pictures(
     columns: Sequence[Column],
     backbone: Diffusion,
     *,
+    given: Sequence[GivenPicture] = (FROM_NOISE,),
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> DrawnPictures:
-    """The pictures of every column, in `recipe.output`."""
+    """The pictures of every column, in `recipe.output`; each prompt is drawn from each picture of `given`."""
     assert recipe.output is not None
     folder = Path(recipe.output)
-    paths = picture_paths(folder, recipe, [column.name for column in columns])
+    paths = picture_paths(folder, recipe, [column.name for column in columns], given)
     drawn: dict[_Place, Drawn] = {}
     failures: list[Failure] = []
     for column in columns:
         places = [place for place in paths if place.column == column.name]
-        failures += _draw_column(recipe, backbone, column, {p: paths[p] for p in places}, drawn, progress, note)
+        mine = {place: paths[place] for place in places}
+        failures += _draw_column(recipe, backbone, column, mine, given, drawn, progress, note)
     found = [drawn[place] for place in paths if place in drawn]
     if found:
         write_text(folder / SAMPLES_FILE, "".join(json.dumps(d.document(), ensure_ascii=False) + "\n" for d in found))
-        write_sheets(folder, [column.name for column in columns], _rows(recipe, columns, drawn))
+        write_sheets(folder, [column.name for column in columns], _rows(recipe, columns, given, drawn))
     return DrawnPictures(tuple(found), tuple(failures))
 
 
@@ -169,21 +176,42 @@ def sample_columns(recipe: SampleRecipe, composition: Composition | None, backbo
     return [replace(column, name=name) for column, name in zip(columns, names, strict=True)]
 
 
-def picture_paths(folder: Path, recipe: SampleRecipe, columns: Sequence[str]) -> dict[_Place, Path]:
-    """The file of every picture, in the order prompt, seed, method: `<prompt>-<method>-<seed>.png`."""
+def picture_paths(
+    folder: Path, recipe: SampleRecipe, columns: Sequence[str], given: Sequence[GivenPicture] = (FROM_NOISE,)
+) -> dict[_Place, Path]:
+    """The file of every picture, in the order prompt, given picture, seed, method: `<prompt>-<method>-<seed>.png`, with
+    the name of the given picture after the prompt if there are several."""
     width = len(str(len(recipe.prompts) - 1))
     short = slugs(columns)
     seeds = range(recipe.seed, recipe.seed + recipe.images)
     return {
-        _Place(i, name, seed): folder / f"{i:0{width}d}-{short[name]}-{seed}.png"
+        _Place(i, name, seed, j): folder / f"{i:0{width}d}-{f'{one.name}-' if one.name else ''}{short[name]}-{seed}.png"
         for i in range(len(recipe.prompts))
+        for j, one in enumerate(given)
         for seed in seeds
         for name in columns
     }
 
 
-def facts_of(prompt: str, seed: int, column: Column, image: ImageConfig, backbone: Diffusion) -> PictureFacts:
+def facts_of(
+    prompt: str,
+    seed: int,
+    column: Column,
+    image: ImageConfig,
+    backbone: Diffusion,
+    given: GivenPicture = FROM_NOISE,
+) -> PictureFacts:
     """The facts about a picture that its PNG file stores."""
+    skip = backbone.clip_skip if image.clip_skip is None else image.clip_skip
+    more = {
+        "init_image": given.file,
+        "mask_image": given.mask,
+        "strength": None if given.start is None else given.start.strength,
+        "clip_skip": skip,
+        "eta": image.eta,
+        "guidance_rescale": image.guidance_rescale,
+        "scheduler_options": image.scheduler_options,
+    }
     return PictureFacts(
         prompt=prompt,
         negative_prompt=image.negative_prompt,
@@ -196,6 +224,7 @@ def facts_of(prompt: str, seed: int, column: Column, image: ImageConfig, backbon
         guidance=guidance_of(image, backbone),
         scheduler=image.scheduler or type(backbone.pipe.scheduler).__name__,
         base=backbone.name,
+        more={name: value for name, value in more.items() if value},
     )
 
 
@@ -204,19 +233,24 @@ def _draw_column(
     backbone: Diffusion,
     column: Column,
     paths: Mapping[_Place, Path],
+    given: Sequence[GivenPicture],
     drawn: dict[_Place, Drawn],
     progress: Progress | None,
     note: Note,
 ) -> list[Failure]:
     """Draws one column and adds its pictures to `drawn`; returns the pictures that could not be drawn."""
     places = {path.name: place for place, path in paths.items()}
-    jobs = [PictureJob(recipe.prompts[place.prompt], place.seed, path.name) for place, path in paths.items()]
+    jobs = [
+        PictureJob(recipe.prompts[place.prompt], place.seed, path.name, given[place.given].start)
+        for place, path in paths.items()
+    ]
     done = 0
 
     def keep(job: PictureJob, picture: Image.Image) -> None:
         nonlocal done
         place = places[job.name]
-        path = write_png(paths[place], picture, facts_of(job.prompt, job.seed, column, recipe.image, backbone))
+        facts = facts_of(job.prompt, job.seed, column, recipe.image, backbone, given[place.given])
+        path = write_png(paths[place], picture, facts)
         drawn[place] = Drawn(job.prompt, column.name, job.seed, str(path))
         done += 1
         if progress is not None:
@@ -235,13 +269,20 @@ def _draw_column(
         )
 
 
-def _rows(recipe: SampleRecipe, columns: Sequence[Column], drawn: Mapping[_Place, Drawn]) -> list[SheetRow]:
+def _rows(
+    recipe: SampleRecipe, columns: Sequence[Column], given: Sequence[GivenPicture], drawn: Mapping[_Place, Drawn]
+) -> list[SheetRow]:
     def path(place: _Place) -> Path | None:
         return Path(drawn[place].path) if place in drawn else None
 
     return [
-        SheetRow(prompt, f"seed {seed}", tuple(path(_Place(i, column.name, seed)) for column in columns))
+        SheetRow(
+            prompt,
+            f"{one.name}, seed {seed}" if one.name else f"seed {seed}",
+            tuple(path(_Place(i, column.name, seed, j)) for column in columns),
+        )
         for i, prompt in enumerate(recipe.prompts)
+        for j, one in enumerate(given)
         for seed in range(recipe.seed, recipe.seed + recipe.images)
     ]
 

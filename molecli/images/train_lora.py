@@ -77,6 +77,7 @@ def _train(
     backbone: Any = load_backbone(recipe.base, accelerator.device)
     if not isinstance(backbone, Diffusion):
         raise _language_model(recipe.base.id)
+    backbone.clip_skip = config.clip_skip
     targets = picture_targets(recipe.adapter.targets, backbone.matrices(), text_encoder=config.text_encoder)
     folder, start_s = Path(recipe.output), time.monotonic()
     draw_missing(recipe, backbone, accelerator, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from molecli.functional.fingerprint import fingerprint, same_base
 from molecli.mixture.build import build_mixture
 from molecli.mixture.layout import adaptable_matrices, host_of
 from molecli.mixture.mixture import Mixture
+from molecli.protocols import Matrices, Note
 
 Loras = Mapping[str, str | Path] | Iterable[str]
 
@@ -59,7 +60,7 @@ def attach(
     only: the LoRA of mode `single`. gate: settings of a mode with gates. method: settings of the other modes.
     triggers: words that call each LoRA, by name, for modes that read the prompt; by default those of concept.json
         beside the LoRA. These modes also need `mixture.prepare(prompt)` before the pipeline is called.
-    allow_partial: take a LoRA although some of its matrices are not in the model.
+    allow_partial: take a LoRA although some of its matrices are not in the model, but not most of its weights.
     Raises: UsageError, MismatchError.
     """
     model = host_of(model)
@@ -102,10 +103,30 @@ def _check_read(row: Method, *, gate: Any, only: Any, weights: Any, method: Meth
         check_options(method, [row.name])
 
 
-def read_experts(model: nn.Module, loras: Sequence[LoraLike], *, allow_partial: bool = False) -> list[Expert]:
-    """The experts of `loras`, checked against the matrices of `model`."""
+def read_experts(
+    model: nn.Module, loras: Sequence[LoraLike], *, allow_partial: bool = False, note: Note | None = None
+) -> list[Expert]:
+    """The experts of `loras`, checked against the matrices of `model`.
+
+    note: receives what the user has to know about them, by default as warnings.
+    """
     matrices, base = adaptable_matrices(model), BaseWeights(model)
-    return [read_expert(lora, matrices, allow_partial=allow_partial, base=base) for lora in loras]
+    experts = [read_expert(lora, matrices, allow_partial=allow_partial, base=base) for lora in loras]
+    for text in [*(text for expert in experts for text in expert.notices), *_twice(experts)]:
+        if note is None:
+            warnings.warn(text, stacklevel=2)
+        else:
+            note(text)
+    return experts
+
+
+def _twice(experts: Sequence[Expert]) -> Iterator[str]:
+    """A line for every LoRA that is there under two names."""
+    first: dict[str, str] = {}
+    for expert in experts:
+        known = first.setdefault(expert.sha256, expert.name)
+        if known != expert.name:
+            yield f"{known} and {expert.name} are the same LoRA: it counts twice"
 
 
 def attach_composition(
@@ -125,7 +146,7 @@ def attach_composition(
     if experts is None:
         # A LoRA that only partly matched was accepted when the composition was made; its matrices are compared below.
         found = read_experts(model, loras or specs_of(composition), allow_partial=True)
-        experts = found if loras else _with_absent(composition, found, adaptable_matrices(model))
+        experts = found if loras else _with_absent(composition, found, Matrices.of(adaptable_matrices(model)).named)
     check_experts(composition, ExpertBank(experts))
     with torch.random.fork_rng(devices=[]):  # new gates are overwritten: their random numbers do not count
         mixture = build_mixture(

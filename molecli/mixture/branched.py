@@ -12,8 +12,8 @@ from molecli.experts import ExpertBank
 from molecli.mixture.site_state import HostedGroup, HostedSite, host_group
 from molecli.protocols import Group, Site
 
-# For each branch in a UNet call: its experts and their weights, each a tensor [1] on the UNet's device.
-Branches = Sequence[Sequence[tuple[int, Tensor]]]
+# For each branch in a UNet call: its experts and their weights.
+Branches = Sequence[Sequence[tuple[int, float]]]
 
 
 class BranchedGroup:
@@ -34,12 +34,15 @@ class BranchedGroup:
         self.served = 0
         self.lasting = next(part for part in self.parts if part is not None).lasting
         self._last: tuple[weakref.ref[Tensor], int] | None = None
-        self._kept: list[tuple[Branches, list[dict[int, tuple[Tensor, ...]]]]] = []
+        self._kept: list[tuple[Branches, float, list[dict[int, tuple[Tensor, ...]]]]] = []
+        self._device = torch.device("meta")
 
-    def add(self, y: Tensor, x: Tensor, index: int, branches: Branches) -> Tensor:
-        """y (the output of the group's matrix `index` for x) plus, in each branch's rows, the update of its experts."""
-        if self.x is not x:
-            self._mix(x, branches)
+    def add(self, y: Tensor, x: Tensor, index: int, branches: Branches, scale: float) -> Tensor:
+        """y (the output of the group's matrix `index` for x) plus, in each branch's rows, the update of its experts.
+
+        `scale` is a factor on every update."""
+        if self.x is not x or self._device != y.device:
+            self._mix(x, y, branches, scale)
         if len(branches) == 1:
             y = self._expanded(y, 0, index)
         else:
@@ -55,33 +58,38 @@ class BranchedGroup:
         """Drops the results for the current input."""
         self.x, self.mixed, self.served = None, [], 0
 
-    def _mix(self, x: Tensor, branches: Branches) -> None:
+    def _mix(self, x: Tensor, y: Tensor, branches: Branches, scale: float) -> None:
         lasts = self.lasting and not torch.is_grad_enabled() and not x.is_inference()
-        kept = self._of_before(x, branches) if lasts else None
-        self.x, self.served = x, 0
+        kept = self._of_before(x, y, branches, scale) if lasts else None
+        self.x, self.served, self._device = x, 0, y.device
         if kept is not None:
             self.mixed = kept
             return
-        pieces = x.chunk(len(branches)) if len(branches) > 1 else (x,)
+        here = x if x.device == y.device else x.to(y.device)
+        pieces = here.chunk(len(branches)) if len(branches) > 1 else (here,)
         self.mixed = [
-            {expert: self._projected(expert, piece, weight) for expert, weight in branch}
+            {expert: self._projected(expert, piece, y, weight * scale) for expert, weight in branch}
             for piece, branch in zip(pieces, branches, strict=True)
         ]
         if lasts:
-            self._kept.append((branches, self.mixed))
+            self._kept.append((branches, scale, self.mixed))
 
-    def _of_before(self, x: Tensor, branches: Branches) -> list[dict[int, tuple[Tensor, ...]]] | None:
-        """The results of an earlier pass with the same text tensor and the same branches, if there was one."""
-        if self._last is None or self._last[0]() is not x or self._last[1] != x._version:
+    def _of_before(
+        self, x: Tensor, y: Tensor, branches: Branches, scale: float
+    ) -> list[dict[int, tuple[Tensor, ...]]] | None:
+        """The results of an earlier pass with the same text tensor, branches and scale, if there was one."""
+        same = self._last is not None and self._last[0]() is x and self._last[1] == x._version
+        if not same or self._device != y.device:
             self._last, self._kept = (weakref.ref(x), x._version), []
-        return next((mixed for known, mixed in self._kept if known is branches), None)
+        return next((mixed for known, by, mixed in self._kept if known is branches and by == scale), None)
 
-    def _projected(self, expert: int, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def _projected(self, expert: int, x: Tensor, y: Tensor, weight: float) -> tuple[Tensor, ...]:
         part = self.parts[expert]
         if part is None:
             return ()
-        u = part.project(x)
-        part.weight(x, u, weight.to(u.dtype))
+        if part.device != y.device or part.dtype != y.dtype:
+            part.put(y.device, y.dtype)
+        part.weight(x, part.project(x), weight)
         mixed = part.mixed
         part.forget()
         return mixed

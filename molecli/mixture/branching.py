@@ -5,7 +5,7 @@
 A hook before the UNet repeats its inputs, and a hook after it combines the outputs. In each branch's rows only its own
 experts' ranks are computed. The pipeline itself is not changed.
 
-Contents: Branching, Clock, guided.
+Contents: Branching, Clock.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from molecli.bases.pipeline import PipelineModules
 from molecli.catalog.methods import DEFAULT, SUM
 from molecli.errors import UsageError
 from molecli.experts import ExpertBank
+from molecli.functional.wrapped import device_of
 from molecli.mixture.branched import BranchedGroup, Branches
-from molecli.mixture.mixture import Mixture
-from molecli.mixture.site_state import reference
+from molecli.mixture.call_scale import called_scale
+from molecli.mixture.mixture import Mixture, Update
 from molecli.mixture.streams import Streams
+from molecli.mixture.unet_rows import RowModules, copied, guided, repeated
 from molecli.protocols import Moment, OutputMethod, Reading, Site
 
-# The number of steps whose branches are cached, so that a repeated step copies nothing to the device.
+# The number of steps whose branches are cached, so that a repeated step has the same object.
 _KNOWN = 64
 
 
@@ -40,6 +42,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rows: int
+    frames: int | None
     moment: Moment
     weights: Tensor
     at_once: int
@@ -47,8 +50,11 @@ class _Call:
     def inputs(self, branches: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs, with every tensor that has one entry per row repeated for each branch."""
         if branches == 1:
-            return self.args, self.kwargs
-        return _repeated(self.args, branches, self.rows), _repeated(self.kwargs, branches, self.rows)
+            return copied(self.args), copied(self.kwargs)
+        return (
+            repeated(self.args, branches, self.rows, self.frames),
+            repeated(self.kwargs, branches, self.rows, self.frames),
+        )
 
 
 class Branching(Mixture):
@@ -82,6 +88,7 @@ class Branching(Mixture):
         self._branched: list[BranchedGroup] = []
         self._kept: Tensor | None = None
         self._branches: Branches = ()
+        self._scale = 1.0  # the caller's factor on all updates in this UNet call
         self._known: dict[tuple[tuple[float, ...], ...], Branches] = {}
         self._call: _Call | None = None
         self._next: _Call | None = None  # the call that `foreseen` announced
@@ -97,9 +104,9 @@ class Branching(Mixture):
                 live = BranchedGroup(group, self.bank, self._modules)
                 self._branched.append(live)
                 for index, matrix in enumerate(group.matrices):
-                    hook = self._branched_hook(live, index)
-                    self._handles.append(self._modules[matrix].register_forward_hook(hook))
+                    self._hook_at(matrix, self._branched_hook(live, index))
             unet = self._unet
+            self._row_modules = RowModules(unet)
             self._handles.append(unet.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(unet.register_forward_hook(self._after))
         except BaseException:
@@ -164,6 +171,7 @@ class Branching(Mixture):
         if self._off or self._further:
             return None
         coming = self._next
+        self._scale = called_scale(kwargs)
         self._call = self._coming(args, kwargs) if coming is None else replace(coming, args=args, kwargs=kwargs)
         self._start(self._call.weights[: self._call.at_once])
         return self._call.inputs(self._call.at_once)
@@ -173,10 +181,13 @@ class Branching(Mixture):
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         pipe = self.pipeline.pipe
-        moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, guided(pipe, len(sample)))
+        moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, guided(pipe, len(sample)), pipe)
         weights = self.method.branches(moment, self._kept)
         at_once = min(self.branches_at_once or len(weights), len(weights))
-        return _Call(args, dict(kwargs), len(sample), moment, weights, at_once)
+        if at_once > 1 and self._row_modules.divider() is not None:
+            at_once = 1  # what splits the rows must get those of one branch
+        frames = sample.shape[2] if sample.dim() == 5 else None
+        return _Call(args, dict(kwargs), len(sample), frames, moment, weights, at_once)
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Runs the remaining branches and combines all."""
@@ -198,7 +209,12 @@ class Branching(Mixture):
 
     def _combined(self, outputs: Tensor, call: _Call) -> Tensor:
         outputs = outputs.view(len(call.weights), call.rows, *outputs.shape[1:])
-        return self.method.combine(outputs, call.moment, self._kept)
+        if outputs.dim() == 5:
+            return self.method.combine(outputs, call.moment, self._kept)
+        # A film [C, F, H, W]: its frames are combined like pictures.
+        frames = outputs.transpose(2, 3).flatten(1, 2)
+        combined = self.method.combine(frames, call.moment, self._kept)
+        return combined.unflatten(0, (call.rows, -1)).transpose(1, 2)
 
     def _start(self, weights: Tensor) -> None:
         """Sets the branches of the UNet's rows, with weights [k, N]."""
@@ -207,16 +223,12 @@ class Branching(Mixture):
             if len(self._known) == _KNOWN:
                 self._known.clear()  # the weights depend on the prompt
                 self._state = object()
-            here = weights.to(reference(self._unet).device)
-            self._known[rows] = [
-                [(expert, here[k, expert : expert + 1]) for expert, weight in enumerate(row) if weight]
-                for k, row in enumerate(rows)
-            ]
+            self._known[rows] = [[(expert, weight) for expert, weight in enumerate(row) if weight] for row in rows]
         self._branches = self._known[rows]
 
-    def _branched_hook(self, group: BranchedGroup, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-            return None if self._off else group.add(y, args[0], index, self._branches)
+    def _branched_hook(self, group: BranchedGroup, index: int) -> Update:
+        def hook(x: Tensor, y: Tensor) -> Tensor | None:
+            return None if self._off else group.add(y, x, index, self._branches, self._scale)
 
         return hook
 
@@ -233,7 +245,7 @@ class Branching(Mixture):
             with torch.no_grad():
                 return pipe.encode_prompt(
                     prompt=list(texts),
-                    device=reference(self._unet).device,
+                    device=device_of(self._unet),
                     num_images_per_prompt=1,
                     do_classifier_free_guidance=False,
                 )[0]
@@ -258,17 +270,6 @@ class _TextGate(nn.Module):
         return self.method.text_weights(keep).to(self.place.device)
 
 
-def _repeated(value: Any, branches: int, rows: int) -> Any:
-    """`value` with every tensor in it that has `rows` entries repeated: [branches * rows, ...]."""
-    if isinstance(value, Tensor):
-        return value.repeat(branches, *(1,) * (value.dim() - 1)) if value.dim() and len(value) == rows else value
-    if isinstance(value, Mapping):
-        return {key: _repeated(entry, branches, rows) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_repeated(entry, branches, rows) for entry in value)
-    return value
-
-
 def _sample(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
@@ -278,30 +279,51 @@ def _with_sample(output: Any, sample: Tensor) -> Any:
 
 
 class Clock:
-    """Finds the denoising step of a UNet call from the scheduler, without knowing the pipeline's loop."""
+    """Finds the denoising step of a UNet call from the scheduler, without knowing the pipeline's loop.
+
+    A step is a turn of that loop, counted from the first that is run: img2img runs only the last of the scheduler's
+    times. Schedulers of second order have two turns, and so two UNet calls, for most of their times.
+    """
 
     def __init__(self) -> None:
         self._times: weakref.ref[Tensor] | None = None
         self._values: list[float] = []
         self._index = -1
+        self._first = 0
+        self._total = 0
 
-    def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool) -> Moment:
+    def moment(self, scheduler: Any, timestep: Tensor | float, guided: bool | None, pipe: Any = None) -> Moment:
         """The step at `timestep`: the next one if it has that time (a scheduler can repeat a time), otherwise the first
-        one with it."""
+        one with it. `pipe`: the pipeline whose loop it is, which knows how many turns it has."""
         time = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         times = getattr(scheduler, "timesteps", None)
         if not isinstance(times, Tensor) or times.numel() == 0:
             return Moment(0, 1, time, guided)
         if self._times is None or self._times() is not times:  # the scheduler sets new times for every picture
-            self._times, self._values, self._index = weakref.ref(times), [float(t) for t in times.tolist()], -1
+            self._times, self._values = weakref.ref(times), [float(t) for t in times.tolist()]
+            self._first, self._total = _turns(self._values, time, scheduler, pipe)
+            self._index = self._first - 1
         following = self._index + 1
         if following >= len(self._values) or self._values[following] != time:
             gaps = [abs(value - time) for value in self._values]
             following = gaps.index(min(gaps))
         self._index = following
-        return Moment(following, len(self._values), time, guided)
+        return Moment(max(0, following - self._first), self._total, time, guided)
 
 
-def guided(pipe: Any, rows: int) -> bool:
-    """Whether the UNet's rows are the two halves of guidance. A pipeline that was never called has no guidance."""
-    return rows % 2 == 0 and bool(getattr(pipe, "do_classifier_free_guidance", False))
+def _turns(values: Sequence[float], time: float, scheduler: Any, pipe: Any) -> tuple[int, int]:
+    """(place of the first turn among the scheduler's times, number of turns) of a loop that begins at `time`.
+
+    All of them unless the pipeline says otherwise: its number of turns (img2img: the last ones), or its end.
+    """
+    turns = getattr(pipe, "_num_timesteps", None)
+    if not isinstance(turns, int) or not 0 < turns < len(values):
+        return 0, len(values)
+    last = len(values) - turns
+    if values[last] == time:
+        return last, turns
+    end = getattr(pipe, "denoising_end", None)
+    if isinstance(end, float) and 0 < end < 1:
+        begin = getattr(scheduler, "begin_index", None) or 0
+        return (begin if values[begin] == time else values.index(time) if time in values else 0), turns
+    return 0, len(values)

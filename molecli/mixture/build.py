@@ -12,13 +12,17 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from molecli.bases.fused import FusedPlace
 from molecli.bases.weights import BaseWeights
 from molecli.catalog.methods import SUM, Family, Method, check_runs_on, get_method
 from molecli.config import GateConfig, MethodConfig
 from molecli.config.method import share_of
 from molecli.errors import UsageError
 from molecli.experts import Expert, ExpertBank, Merged
+from molecli.functional.wrapped import device_of
 from molecli.mixture.branching import Branching
+from molecli.mixture.fused_experts import fused_in
+from molecli.mixture.gated_experts import gated_kind, with_entries
 from molecli.mixture.layout import blocks_of, layout_of
 from molecli.mixture.merged import MergedMixture, merge_experts
 from molecli.mixture.mixture import Mixture
@@ -88,24 +92,50 @@ class Asked:
 
 
 def _gated(asked: Asked) -> Mixture:
-    settings, layout = asked.gate, asked.layout
+    settings, layout, build = asked.gate, asked.layout, asked.row.load()
     sites = asked.sites(settings.granularity, per_token=settings.pool == "token")
-    build = asked.row.load()
-    gates = build(settings, asked.bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width)
+
+    def gates_at(sites: Sequence[Site]) -> dict[str, nn.Module]:
+        built: dict[str, nn.Module] = build(
+            settings, asked.bank, sites, seq2seq=layout.seq2seq, memory_width=layout.memory_width
+        )
+        return built
+
+    gates = gates_at(sites)
     if not all(gate.constant for gate in gates.values()):
-        _check_inside(asked)
+        fused = _check_inside(asked)
+        if fused:
+            sites = with_entries(sites, fused)
+            gates = gates_at(sites)
     renormalize = settings.absent == "renormalize"
     return Mixture(asked.model, asked.bank, sites, gates, streams=layout.streams(), renormalize_absent=renormalize)
 
 
-def _check_inside(asked: Asked) -> None:
-    """Raises: UsageError if a LoRA adapts a part of the model that does not read the prompt's tokens."""
+def _check_inside(asked: Asked) -> Mapping[str, FusedPlace]:
+    """Checks that weights can depend on the prompt's tokens wherever a LoRA adapts the model; returns the places that
+    no layer holds. Raises: UsageError."""
     outside = asked.layout.outside(asked.bank.matrices)
     if outside:
         what = (
             f"gates weigh LoRAs by the prompt, and a LoRA adapts {outside[0]}, which does not read the prompt's tokens"
         )
         raise UsageError(f"--mode {asked.row.name}", what, f"Use LoRAs of the language model alone, or --mode {SUM}.")
+    fused = fused_in(asked.model, asked.bank.matrices)
+    adapted: dict[str, set[str]] = {}
+    for place in fused.values():
+        adapted.setdefault(place.module, set()).add(place.parameter)
+    for module, parameters in adapted.items():
+        if gated_kind(asked.model.get_submodule(module), parameters) is None:
+            raise _only_fixed(asked, f"{module}.{min(parameters)}")
+    return fused
+
+
+def _only_fixed(asked: Asked, matrix: str) -> UsageError:
+    """The error for weights by input at a matrix where only fixed ones are exact."""
+    what = f"its weights depend on the input, and a LoRA adapts {matrix}, which is no linear layer: there only weights "
+    what += "that are the same for all tokens are possible"
+    remedy = f"Use --mode {SUM}, a merge, or gates that do not read the input (gate.input: none)."
+    return UsageError(f"--mode {asked.row.name}", what, remedy)
 
 
 def _summed(asked: Asked) -> Mixture:
@@ -120,7 +150,7 @@ def _merged(asked: Asked) -> Mixture:
     own = asked.own
     if factors is not None:
         own = own * torch.tensor(factors(asked.config, asked.bank.names))
-    device, base = next(asked.model.parameters()).device, BaseWeights(asked.model)
+    device, base = device_of(asked.model), BaseWeights(asked.model)
 
     @cache
     def there() -> ExpertBank:
@@ -148,6 +178,9 @@ def _through_peft(asked: Asked) -> Mixture:
     """The experts, hosted by PEFT."""
     from molecli.mixture.peft_routed import routed, weighed_at  # which imports PEFT
 
+    fused = fused_in(asked.model, asked.bank.matrices)
+    if fused:
+        raise _only_fixed(asked, next(iter(fused)))
     width = asked.layout.memory_width
     assert width is not None
     config = asked.row.load()(asked.config, asked.bank, width=width, seq2seq=asked.layout.seq2seq)
@@ -171,6 +204,8 @@ def _within(experts: Sequence[Expert], layout: Layout, share: str) -> list[Exper
     """
     (low, high), blocks = share_of(share), blocks_of(layout)
     inside = {m for i, block in enumerate(blocks) if low <= (i + 0.5) / len(blocks) < high for m in block}
+    if high >= 1:  # the output head comes after all blocks
+        inside |= {m for one in experts for m in one.factors} - {m for block in blocks for m in block}
     kept = [replace(one, factors={m: f for m, f in one.factors.items() if m in inside}) for one in experts]
     if not any(one.factors for one in kept):
         part = f"from {100 * low:g} to {100 * high:g}% of the depth"

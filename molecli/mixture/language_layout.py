@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin
 
 from molecli.bases import language
+from molecli.bases.fused import fused_matrices
 from molecli.catalog.methods import Kind
 from molecli.errors import RunError
 from molecli.mixture.called_tokens import CalledTokens, by_name, key_ranges, positional
@@ -25,7 +26,7 @@ from molecli.mixture.recompute import Learning, in_backward
 from molecli.mixture.sites import as_registered, make_sites
 from molecli.mixture.streams import CACHE_ARGUMENTS, Pass, Streams, outside
 from molecli.mixture.token_axes import as_tokens, axes_of
-from molecli.protocols import Gate, Granularity, Reading, Shape, Site, Stream
+from molecli.protocols import Gate, Granularity, Matrices, Reading, Site, Stream
 
 
 class TextLayout:
@@ -40,9 +41,11 @@ class TextLayout:
         width = getattr(text, "d_model", None) or text.hidden_size
         self.memory_width: int | None = int(width)
 
-    def matrices(self) -> dict[str, Shape]:
-        """Every linear layer except the output head: name -> shape."""
-        return language.adaptable_matrices(self.model)
+    def matrices(self) -> Matrices:
+        """Every linear layer, the output head apart, and what no layer holds: name -> shape."""
+        layers = language.adaptable_matrices(self.model)
+        every = {**layers, **fused_matrices(self.model)}
+        return Matrices(every, head=layers.head, tables=layers.tables, renamed=layers.renamed)
 
     def in_order(self, matrices: Iterable[str]) -> list[str]:
         """The matrices in the order of the model's modules, which is that of its forward pass."""
@@ -75,6 +78,17 @@ class TextStreams:
         self._begun: dict[str, Generation | None] = {}
         self._last = Trace()  # of the last pass of the decoder that has ended
         self._learning = Learning()
+        self._called_whole = False  # whether the model itself runs, and not its encoder or decoder alone
+
+    def parts(self) -> Sequence[nn.Module]:
+        """Encoder and decoder, then the model, which has the output head."""
+        if not self.seq2seq:
+            return [self.model]
+        return [self.model.get_encoder(), self.model.get_decoder(), self.model]  # type: ignore[operator]
+
+    def optional(self, matrices: Sequence[str]) -> Collection[str]:
+        """Those of a multimodal model's other parts, such as its vision encoder."""
+        return language.outside_text(self.model, matrices)
 
     def of(self, site: Site) -> Pass:
         """The pass that a site belongs to; cross-attention keys are computed in the decoder's, on encoder tokens.
@@ -144,6 +158,10 @@ class TextStreams:
             shared=current.shared,
         )
 
+    def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
+        """`value`: a hosted group places it by the axes of x itself."""
+        return value
+
     def _kept(self, current: Pass, tokens: int) -> int:
         """After how many of the last tokens the state is kept, because a later pass may take some of them back."""
         prompt = current.trace.prompt if current.past == 0 else 0
@@ -162,6 +180,7 @@ class TextStreams:
             encoder, decoder = self.model.get_encoder(), self.model.get_decoder()  # type: ignore[operator]
             handles = self._watch(encoder, "encoder", self._read_encoder, on_pass)
             handles += self._watch(decoder, "decoder", self._read_decoder, on_pass)
+            handles += self._watch_head()
         return handles + self.generations.watch(self.model, pools=pools)
 
     def _watch(
@@ -187,7 +206,7 @@ class TextStreams:
 
         def end(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             current: Pass = getattr(self, axis)
-            current.over = True
+            current.over = axis == "encoder" or not self._called_whole or self.probing
             if self.probing:
                 return
             if axis == "encoder":
@@ -201,6 +220,20 @@ class TextStreams:
         return [
             module.register_forward_pre_hook(begin, with_kwargs=True),
             module.register_forward_hook(end),
+        ]
+
+    def _watch_head(self) -> list[Any]:
+        """Hooks by which the decoder's pass lasts until the model ends, after its output head."""
+
+        def begin(*_: Any) -> None:
+            self._called_whole = True
+
+        def end(*_: Any) -> None:
+            self._called_whole, self.decoder.over = False, True
+
+        return [
+            self.model.register_forward_pre_hook(begin),
+            self.model.register_forward_hook(end, always_call=True),
         ]
 
     def _even(self, current: Pass) -> bool:

@@ -7,24 +7,32 @@ No tensor of size experts x tokens x width is computed, and no `forward` is patc
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molecli.bases.pipeline import PipelineModules
+from molecli.bases.pipeline import PipelineModules, fused_with
 from molecli.errors import MismatchError, RunError
 from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
+from molecli.functional.wrapped import device_of, layers_of
 from molecli.mixture.continuation import check_continues, check_whole, rolled_back
+from molecli.mixture.fused_experts import fused_in
+from molecli.mixture.gated_experts import HostedParameters, by_row, host_parameters
+from molecli.mixture.output_head import output_head
 from molecli.mixture.recompute import check_learns
-from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, reference
+from molecli.mixture.served import Served
+from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, move_reading
 from molecli.mixture.streams import Pass, Streams
 from molecli.mixture.uncompiled import run_eagerly
-from molecli.protocols import Site
+from molecli.protocols import Group, Site
+
+# The input x of a matrix and its output y -> y with the experts' update, or None for y as it is.
+Update = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class Mixture:
@@ -46,19 +54,24 @@ class Mixture:
         self.model, self.bank = model, bank
         self._hosted_bank = bank  # the LoRAs that are attached; a merged mixture replaces them
         self.sites = tuple(sites)
-        modules = dict(model.named_modules())
+        modules = dict(layers_of(model))
+        self._fused = fused_in(model, bank.matrices)
         for matrix in bank.matrices:
-            if matrix not in modules:
+            if matrix not in modules and matrix not in self._fused:
                 raise MismatchError(matrix, "the LoRAs adapt this matrix, but the base has no matrix of that name")
         self._modules = modules
+        fixed = all(getattr(gates[site.name], "constant", False) for site in sites)
+        self._head = None if fixed else output_head(model, bank.matrices)
         self._streams = streams
         self._renormalize_absent = renormalize_absent
         for site in sites:
-            gates[site.name].to(reference(modules[site.matrices[0]]).device)
+            gates[site.name].to(device_of(self._module(site.matrices[0])))
         self._hosted = {site.name: HostedSite(site, gates[site.name]) for site in sites}
         self._groups: list[HostedGroup] = []
+        self._parameters: list[HostedParameters] = []
         self._handles: list[Any] = []  # with `remove`
-        self._keep: Tensor | None = None
+        self._keep: Tensor | None = None  # on the CPU; [N], 0 for masked experts
+        self._keeps: dict[torch.device, Tensor] = {}  # copies of it on other devices
         self._off = False
         self._state = object()  # replaced whenever a pass will compute from other memory than before
         self._stamps: list[Stamp] = []
@@ -87,24 +100,46 @@ class Mixture:
         self._handles.append(run_eagerly())
         pools = any(not hosted.gate.constant and hosted.gate.remembers for hosted in self._hosted.values())
         self._handles += self._streams.attach(self._begin, pools=pools)
+        self._handles += self._head.attach() if self._head is not None else []
         if isinstance(self.model, PipelineModules):
             self._handles.append(self.model.register_guest(self))
+        self._served = self._watched()
         for hosted in self._hosted.values():
-            hosted.owners, hosted.expanded = [], {}
-            # A gate value from an earlier attachment does not belong to the prompts of this one.
-            hosted.step, hosted.value, hosted.origin = -1, None, None
-            for group in hosted.site.groups:
+            hosted.open()
+            for group in self._in_layers(hosted.site):
                 live = host_group(group, hosted, self._hosted_bank, self._modules)
+                live.heads = self._head is not None and self._modules[group.matrices[0]] is self._head.module
                 self._groups.append(live)
                 for index, matrix in enumerate(group.matrices):
-                    self._handles.append(self._modules[matrix].register_forward_hook(self._hook(live, index)))
-            hosted.owner, hosted.ranks = torch.cat(hosted.owners), [len(owner) for owner in hosted.owners]
+                    self._hook_at(matrix, self._hook(live, index))
+        self._attach_fused()
 
     def detach(self) -> None:
         """Removes all hooks; the model is the base again, bit for bit."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._groups = [], []
+        for live in self._parameters:
+            live.restore()
+        self._handles, self._groups, self._parameters = [], [], []
+
+    def _module(self, matrix: str) -> nn.Module:
+        """The module that has `matrix`."""
+        return self._modules[self._fused[matrix].module if matrix in self._fused else matrix]
+
+    def _in_layers(self, site: Site) -> list[Group]:
+        """The site's groups of layers; the others are parameters that their modules read themselves."""
+        return [group for group in site.groups if group.matrices[0] not in self._fused]
+
+    def _attach_fused(self) -> None:
+        """Hosts the adapted parameters that no layer holds."""
+        sites, bank = self._hosted.values(), self._hosted_bank
+        kept = self._renormalize_absent
+        self._parameters = host_parameters(
+            self._modules, sites, self._fused, bank, self._fixed, self._for_rows, renormalize=kept
+        )
+        self._handles += [handle for live in self._parameters for handle in live.attach()]
+        for name in {place.module for place in self._fused.values()}:
+            self._handles.append(self._modules[name].register_forward_pre_hook(self._served.setting(name)))
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
@@ -119,11 +154,13 @@ class Mixture:
         """
         off = {self.bank.index(name) for name in names}
         keep = torch.tensor([0.0 if i in off else 1.0 for i in range(len(self.bank))])
-        self._keep = keep.to(reference(self.model).device) if off else None
+        self._keep, self._keeps = (keep if off else None), {}
         self._off = len(off) == len(self.bank)
         self._state = object()
         for hosted in self._hosted.values():
             hosted.step, hosted.value, hosted.origin = -1, None, None
+        for live in self._parameters:
+            live.forget()
 
     def only(self, *names: str) -> None:
         """Switches off all experts except the named ones."""
@@ -142,6 +179,7 @@ class Mixture:
     def stacked_gates(self) -> Tensor:
         """[M sites, B, N], like `gates`, but with gradient, for the balance loss (MoLE, Eq. 15)."""
         values = [mean for _, mean in self._means()]
+        values = [value.to(values[0].device) for value in values]
         batch = max(value.shape[0] for value in values)
         # Guidance doubles the UNet's rows, but not a text encoder's: its row i then counts for rows i and i + B.
         return torch.stack([value.repeat(batch // len(value), 1) for value in values])
@@ -207,41 +245,75 @@ class Mixture:
 
     # -- one forward pass --------------------------------------------------------------------------------------------
 
-    def _hook(self, group: HostedGroup, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+    def _watched(self) -> Served:
+        """The marks of the matrices of all sites, with hooks that check every pass."""
+        every = (matrix for site in self.sites for matrix in site.matrices)
+        # A parameter that no layer holds is served with its module.
+        matrices = list(dict.fromkeys(self._fused[m].module if m in self._fused else m for m in every))
+        served = Served(self.model, matrices, self._streams.parts(), self._streams.optional(matrices))
+        self._handles += served.watch()
+        return served
+
+    def _hook_at(self, matrix: str, hook: Update) -> None:
+        """Adds the hook (x, y) -> y' at the matrix, and where a module that is fused from several computes it."""
+        mark = self._served.mark(matrix)
+
+        def called(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+            mark.seen = mark.ever = True
+            return hook(args[0] if args else kwargs["input"], y)
+
+        self._handles.append(self._modules[matrix].register_forward_hook(called, with_kwargs=True))
+        for module, rows in fused_with(matrix, self._modules):
+            self._handles.append(module.register_forward_hook(_on_rows(rows, called), with_kwargs=True))
+
+    def _hook(self, group: HostedGroup, index: int) -> Update:
+        def hook(x: Tensor, y: Tensor) -> Tensor | None:
             if self._off:
                 return None
-            x = args[0]
             if self._streams.probing:
                 group.learn(x, self._streams.axes(group.stream))
                 return None
-            if group.x is not x:
-                self._mix(group, x)
+            if group.x is not x or group.device != y.device:
+                self._mix(group, x, y)
             return group.add(y, index)
 
         return hook
 
-    def _mix(self, group: HostedGroup, x: Tensor) -> None:
-        """Projects x for every matrix of the group, and weights each rank by its expert's gate."""
-        exact = torch.is_grad_enabled()
-        if group.kept is not None and not exact and self._recalled(group.kept, group, x):
-            return
-        size = None if group.site.gate.constant else self._streams.axes(group.stream)
-        group.learn(x, size)
-        u = group.project(x)
-        value = self._value(group, x, u)
-        # Without gradients the weights are multiplied in place, which needs no cast.
-        group.weight(x, u, self._per_rank(group, value, u.dtype if exact else value.dtype), size)
-        if not exact and group.lasting:
-            group.keep(x, value, self._keep)
+    def _mix(self, group: HostedGroup, x: Tensor, y: Tensor) -> None:
+        """Projects x for every matrix of the group, and weights each rank by its expert's gate.
 
-    def _recalled(self, kept: Kept, group: HostedGroup, x: Tensor) -> bool:
+        y is an output of the base for x: it tells where, and in which type, the base computes.
+        """
+        exact, scale, given = torch.is_grad_enabled(), self._streams.of(group.site.site).scale, x
+        if group.device != y.device or group.dtype != y.dtype:
+            group.put(y.device, y.dtype)
+        if group.kept is not None and not exact and self._recalled(group.kept, group, x, scale):
+            return
+        x = x if x.device == y.device else x.to(y.device)  # accelerate's hook moves it for the layer alone
+        head = self._head if group.heads and not group.site.gate.constant else None
+        whole = given if head is None else head.whole(given)
+        whole = x if whole is given else whole.to(y.device)
+        size = None if group.site.gate.constant else self._streams.axes(group.stream)
+        group.learn(whole, size)
+        u = group.project(x)
+        value = self._value(group, whole, u if whole is x else group.project(whole))
+        value = self._streams.fitted(group.name, value, x)
+        if head is not None:
+            value, size = head.rows(value), size if whole is x else None
+        # Without gradients the weights are multiplied in place, which needs no cast.
+        weights = self._per_rank(group, value, u.dtype if exact else value.dtype)
+        group.weight(x, u, weights if scale == 1.0 else weights * scale, size)
+        group.x = given
+        if not exact and group.lasting:
+            group.keep(given, value, self._keep, scale)
+
+    def _recalled(self, kept: Kept, group: HostedGroup, x: Tensor, scale: float) -> bool:
         """Whether the results of an earlier pass are used again, because the input and the gate are the same.
 
         A pipeline gives the UNet the same text tensor at every denoising step.
         """
         hosted = group.site
-        if not kept.holds(x, self._keep, hosted):
+        if not kept.holds(x, self._keep, scale, hosted):
             return False
         step = self._streams.of(hosted.site).step
         if group.place == 0:
@@ -257,10 +329,10 @@ class Mixture:
         if value.dim() < 3 and not apart:
             current = self._streams.of(group.site.site)
             memo = current.expanded if current.learning else group.site.expanded
-            return group.site.by_rank(value, dtype, memo)[group.place]
+            return group.site.by_rank(value, dtype, group.device, memo)[group.place]
         if not apart:
-            return value.to(dtype).index_select(-1, group.owner)
-        value = value.unsqueeze(1) if value.dim() == 2 else value
+            return value.to(group.device, dtype).index_select(-1, group.owner)
+        value = (value.unsqueeze(1) if value.dim() == 2 else value).to(group.device)
         parts, owners = [rescale(value, present) for present in group.present], group.owner.split(group.sizes)
         return torch.cat([p.index_select(-1, owner) for p, owner in zip(parts, owners, strict=True)], dim=-1).to(dtype)
 
@@ -305,22 +377,53 @@ class Mixture:
         self, group: HostedGroup, current: Pass, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """The gate's value for the entry's input x; it is noted in the pass if a backward pass may follow."""
-        hosted, gate = group.site, group.site.gate
+        hosted, gate, keep = group.site, group.site.gate, self._keep_on(group.device)
+        hosted.move(group.device)
         if gate.constant:
-            value: Tensor = gate(None, self._keep)
+            value: Tensor = gate(None, keep)
         else:
             reading = self._streams.reading(hosted.site, x, u, state, gate=gate, first=group.first)
-            value = gate(reading, self._keep)
+            move_reading(reading, group.device)
+            value = gate(reading, keep)
             if not current.over:
                 hosted.state = reading.state
         if current.learning:
             current.values[hosted.site.name] = value, group
         return value
 
+    def _keep_on(self, device: torch.device) -> Tensor | None:
+        """The mask on this device, copied to it once."""
+        if self._keep is None or device.type in ("cpu", "meta"):
+            return self._keep
+        if device not in self._keeps:
+            with torch.inference_mode(False):
+                self._keeps[device] = self._keep.to(device)
+        return self._keeps[device]
+
     def _begin(self) -> bool:
         """Drops what an earlier pass left; whether the axes of an input are still to be found out."""
         self._forget()
         return any(group.first is None and not group.site.gate.constant for group in self._groups)
+
+    def _fixed(self, hosted: HostedSite) -> Tensor | None:
+        """[N], the weights of a site whose gate does not read the input, in this pass; None if all experts are off."""
+        if self._off:
+            return None
+        step = self._streams.of(hosted.site).step
+        if hosted.value is None or hosted.step != step:
+            device = hosted.tensors[0].device if hosted.tensors else torch.device("cpu")
+            hosted.step, hosted.value = step, hosted.gate(None, self._keep_on(device))
+        return hosted.value
+
+    def _for_rows(self, hosted: HostedSite, rows: int) -> Tensor | None:
+        """[rows, N], the weights of the site's gate in this pass for a module's input; None if all experts are off."""
+        if self._off or self._streams.probing:
+            return None
+        current, size = self._streams.of(hosted.site), self._streams.axes(hosted.site.stream)
+        if hosted.value is None or hosted.step != current.step or size is None:
+            what = "its gate is computed at a layer that has not run yet in this pass"
+            raise RunError(hosted.site.name, what, "Use a mode with fixed weights.")
+        return by_row(hosted.value, rows, size[0] * size[1], hosted.site.name)
 
     def _forget(self) -> None:
         for group in self._groups:
@@ -339,6 +442,16 @@ class Mixture:
                 weight = valid.unsqueeze(-1).to(value.dtype)
                 value = (value * weight).sum(1) / weight.sum(1).clamp_min(1)
             yield name, value if value.dim() == 2 else value.unsqueeze(0)
+
+
+def _on_rows(rows: slice, hook: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """The hook for some features of a module's output."""
+
+    def part(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        new = hook(module, args, kwargs, y[..., rows].contiguous())
+        return None if new is None else torch.cat([y[..., : rows.start], new, y[..., rows.stop :]], dim=-1)
+
+    return part
 
 
 def _valid(seen: Pass, site: Site) -> Tensor | None:

@@ -17,7 +17,7 @@ import re
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +33,14 @@ from transformers.pytorch_utils import Conv1D
 
 from molecli.adapters.lora_config import lora_config
 from molecli.bases.language import seeded, uncached
-from molecli.errors import MismatchError, RunError
+from molecli.bases.peft_layers import explained
+from molecli.errors import MismatchError, RunError, UsageError
 from molecli.experts import Expert, ExpertBank, LowRank
 from molecli.files.lora_spec import WEIGHTS_FILE
+from molecli.functional.wrapped import device_of
 from molecli.mixture.called_tokens import CalledTokens, by_name, positional
 from molecli.mixture.mixture import Mixture
-from molecli.mixture.site_state import reference
+from molecli.mixture.output_head import output_head
 from molecli.mixture.streams import CACHE_ARGUMENTS, Streams
 from molecli.mixture.uncompiled import run_eagerly
 from molecli.protocols import Granularity, Site
@@ -55,8 +57,14 @@ def routed(
     *,
     streams: Streams,
 ) -> PeftMixture:
-    """The experts with PEFT's routing by `config`; `weights` [N] are used by a router that learns nothing."""
+    """The experts with PEFT's routing by `config`; `weights` [N] are used by a router that learns nothing.
+
+    Raises: UsageError for X-LoRA on an output head, to which PEFT gives the weights of tokens that it does not read.
+    """
     if isinstance(config, peft.XLoraConfig):
+        if output_head(model, bank.matrices) is not None:
+            what = "it weighs LoRAs token by token, and one adapts the output head, which reads only some of the tokens"
+            raise UsageError("X-LoRA", what, "Use LoRAs that do not adapt the head, or another mode.")
         return XLoraMixture(model, bank, sites, config, streams=streams)
     return ArrowMixture(model, bank, sites, config, weights, streams=streams)
 
@@ -91,7 +99,8 @@ class PeftMixture(Mixture, ABC):
             if not self._off:  # if all experts are off, the model stays the base
                 stack.enter_context(as_it_was(self.model, self.bank.matrices))
                 # Layers are created with random factors, which the experts' factors replace.
-                with seeded(0, reference(self.model).device), warnings.catch_warnings():
+                refused = explained("mixture", "Use another mode, or an unquantised base.")
+                with seeded(0, device_of(self.model)), warnings.catch_warnings(), refused:
                     warnings.simplefilter("ignore")
                     self._host(stack)
             self._inside = stack.pop_all()
@@ -162,6 +171,7 @@ class ArrowMixture(PeftMixture):
         settings = _settings(self.model, experts[0].factors)
         settings.arrow_config = router
         _add(tuner, _ROUTER, settings)
+        _check_reached(self.model, self.bank, "Arrow", lambda layer: _ROUTER in layer.lora_variant)
         tuner.set_adapter(_ROUTER, inference_mode=True)
 
 
@@ -177,7 +187,7 @@ class XLoraMixture(PeftMixture):
     ) -> None:
         super().__init__(model, bank, sites, streams=streams)
         self.config = config
-        device = reference(model).device
+        device = device_of(model)
         self.classifier = XLoraClassifier(model, config, len(bank), len(bank.matrices), device).float().eval()
         first, last = self.classifier.layers[0], self.classifier.layers[-1]
         first.register_forward_pre_hook(lambda _, args: (args[0].float(),))
@@ -217,6 +227,8 @@ class XLoraMixture(PeftMixture):
                 _settings(self.model, expert.factors).save_pretrained(f"{folder}/{i}")
                 save_file({}, Path(folder) / str(i) / WEIGHTS_FILE)
             tuner = peft.XLoraModel(self.model, self.config, "xlora", torch_device="cpu")
+        # PEFT weighs only layers of these classes, and those of most quantisers are of others.
+        _check_reached(self.model, self.bank, "X-LoRA", lambda layer: isinstance(layer, peft.tuners.lora.Linear))
         for i, expert in enumerate(self.bank.experts):
             _fill(self.model, str(i), expert)
         tuner.internal_xlora_classifier = self.classifier
@@ -237,7 +249,7 @@ class XLoraMixture(PeftMixture):
         """The logits [..., N] or [..., matrices * N], with −∞ for masked experts."""
         if self._keep is None:
             return None
-        off = (self._keep == 0).repeat(logits.shape[-1] // len(self.bank))
+        off = (self._keep.to(logits.device) == 0).repeat(logits.shape[-1] // len(self.bank))
         return logits.masked_fill(off, float("-inf"))
 
     def _drop(self) -> None:
@@ -261,6 +273,18 @@ def as_it_was(model: nn.Module, matrices: Sequence[str]) -> Iterator[None]:
             module.training = was
         for parameter, wanted in learning:
             parameter.requires_grad_(wanted)
+
+
+def _check_reached(model: nn.Module, bank: ExpertBank, router: str, reached: Callable[[Any], bool]) -> None:
+    """Raises: UsageError if PEFT has put a layer on one of the experts' matrices that its router does not act on."""
+    for matrix in bank.matrices:
+        layer: Any = model.get_submodule(matrix)
+        if not isinstance(layer, BaseTunerLayer) or not reached(layer):
+            kind = type(layer.base_layer if isinstance(layer, BaseTunerLayer) else layer).__name__
+            what = f"PEFT's {router} does not act on a {kind}, and {matrix} is one"
+            raise UsageError(
+                f"--mode {router.lower().replace('-', '')}", what, "Use another mode, or an unquantised base."
+            )
 
 
 def _settings(model: nn.Module, factors: Any) -> peft.LoraConfig:

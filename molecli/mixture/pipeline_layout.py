@@ -11,7 +11,8 @@ every other, with padding (CLIP is trained to read it), so all positions count i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from molecli.bases.pipeline import PipelineModules, idle_matrices, in_call_order, pipeline_matrices
-from molecli.catalog.methods import Kind
-from molecli.errors import UsageError
+from molecli.catalog.methods import SUM, Kind
+from molecli.errors import RunError, UsageError
+from molecli.mixture.call_scale import TextScale, called_scale
 from molecli.mixture.sites import as_registered, block_of, groups_of, layer_of
 from molecli.mixture.streams import Pass, Streams, outside
+from molecli.mixture.unet_rows import RowModules
 from molecli.protocols import Gate, Granularity, Group, Reading, Shape, Site, Stream
 
 
@@ -67,6 +70,8 @@ _TIME = ("time_embedding", "add_embedding", "time_emb_proj")
 def pipeline_stream_of(matrix: str) -> Stream:
     """The axis along which `matrix` works."""
     part, *names = matrix.split(".")
+    if part == "unet" and "motion_modules" in names:
+        return "spatial"
     if part != "unet" or ("attn2" in names and names[-1] in ("to_k", "to_v")):
         return "text"
     return "time" if any(name in _TIME for name in names) else "spatial"
@@ -119,8 +124,21 @@ def _unet_block(matrix: str) -> str:
 
 def _unet_layer(matrix: str) -> str:
     """The attention, feed-forward or projection inside the block; a residual block is one layer."""
-    found = re.match(r"unet\..*?\.attentions\.\d+\.(?:transformer_blocks\.\d+\.)?\w+", matrix)
+    found = re.match(r"unet\..*?\.(?:attentions|motion_modules)\.\d+\.(?:transformer_blocks\.\d+\.)?\w+", matrix)
     return found.group() if found else _unet_block(matrix)
+
+
+@dataclass
+class PartPass(Pass):
+    """A pass of one part: the rows of its input and, in a film, its frames; `divider` tells what splits its rows."""
+
+    rows: int | None = None
+    frames: int | None = None
+    divider: Callable[[], str | None] = lambda: None
+
+
+# Layers of a film's UNet that read the frames at each position: [rows * positions, frames, C].
+_MOTION = ("motion_modules", "temp_attentions", "transformer_in")
 
 
 class PipelineStreams:
@@ -130,18 +148,32 @@ class PipelineStreams:
 
     def __init__(self, model: PipelineModules) -> None:
         self.model = model
-        self.passes = {name: Pass() for name, _ in model.named_children()}
+        self.passes = {name: PartPass() for name, _ in model.named_children()}
+        self._text_scale = 1.0  # of the prompt that the pipeline encodes now
 
     def attach(self, on_pass: Callable[[], Any], *, pools: bool = False) -> list[RemovableHandle]:
         """Hooks that count the passes of every part; `on_pass` is called at the start of each."""
-        self.passes = {name: Pass() for name in self.passes}
+        self.passes = {name: PartPass() for name in self.passes}
         handles = []
         for name, part in self.model.named_children():
-            handles.append(part.register_forward_pre_hook(self._begin(name, on_pass)))
+            handles.append(part.register_forward_pre_hook(self._begin(name, on_pass), with_kwargs=True))
             handles.append(part.register_forward_hook(self._end(name)))
+        if hasattr(self.model.pipe, "encode_prompt"):
+            handles.append(TextScale(self.model.pipe, self._note_text_scale))
         return handles
 
-    def of(self, site: Site) -> Pass:
+    def _note_text_scale(self, scale: float) -> None:
+        self._text_scale = scale
+
+    def parts(self) -> Sequence[nn.Module]:
+        """The UNet and the text encoder(s)."""
+        return list(self.model.children())
+
+    def optional(self, matrices: Sequence[str]) -> Collection[str]:
+        """None: each part always has its input."""
+        return ()
+
+    def of(self, site: Site) -> PartPass:
         """The pass of the part that contains the site's matrices; the site's name begins with it."""
         return self.passes[site.name.partition(".")[0]]
 
@@ -154,19 +186,64 @@ class PipelineStreams:
     def reading(
         self, site: Site, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None, *, gate: Gate, first: bool | None
     ) -> Reading:
-        """x and u as [B, positions, .], without masks."""
+        """x and u as [B, positions, .], without masks; the positions of a film are those of all its frames."""
         current = self.of(site)
         if current.step == 0:
             raise outside()
+        self._check_rows(site.entry.matrices[0], x, current)
         if x.dim() == 4 and x.shape[-2:] != u.shape[-2:]:
             # For a convolution with a stride, the gates are at its output's positions and read the input under each.
             x = F.adaptive_avg_pool2d(x, (u.shape[-2], u.shape[-1]))
-        return Reading(positions(x), positions(u), None, None, shared=current.shared)
+        x, u = positions(x), positions(u)
+        if current.rows not in (None, len(x)):
+            x, u = (part.reshape(current.rows, -1, part.shape[-1]) for part in (x, u))
+        return Reading(x, u, None, None, shared=current.shared)
+
+    def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
+        """`value` for each row of x: the frames of a film, or the positions in it, belong to the film's row."""
+        if value.dim() == 1 or (value.dim() == 2 and len(value) in (1, len(x))):
+            return value
+        current = self.passes[matrix.partition(".")[0]]
+        self._check_rows(matrix, x, current)
+        if len(value) == len(x):
+            return value
+        if value.dim() == 2:
+            return value.repeat_interleave(len(x) // len(value), dim=0)
+        return value.reshape(len(x), -1, value.shape[-1])
+
+    def _check_rows(self, matrix: str, x: Tensor, current: PartPass) -> None:
+        """Raises: RunError if x, the input of `matrix`, has other rows than the call of its part, so that it is not
+        known which gate belongs to which."""
+        if current.rows in (None, len(x)) and current.frames is None:
+            return
+        times, rest = divmod(len(x), current.rows or len(x))
+        moving = current.frames is not None and any(name in matrix for name in _MOTION)
+        fits = rest == 0 and (times in (1, current.frames) or (moving and x.shape[1] == current.frames))
+        divider = current.divider() if current.frames is not None else None
+        if fits and divider is None:
+            return
+        why = divider or f"{matrix} is called with {len(x)} rows, and the call has {current.rows}"
+        what = f"each row of the call has its own gate, and rows are split: {why}"
+        raise RunError("gates", what, f"Use a mode with the same weights for every row, such as {SUM}.")
 
     def _begin(self, name: str, on_pass: Callable[[], Any]) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        rows_of = ("sample", "input_ids")[name != "unet"]
+        modules = RowModules(self.model.get_submodule(name))
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             on_pass()
-            self.passes[name] = Pass(self.passes[name].step + 1, learning=torch.is_grad_enabled())
+            given = args[0] if args else kwargs.get(rows_of)
+            shape = tuple(given.shape) if isinstance(given, Tensor) else (None,)
+            rows, frames = shape[0], shape[2] if len(shape) == 5 else None
+            scale = called_scale(kwargs) if name == "unet" else self._text_scale
+            self.passes[name] = PartPass(
+                self.passes[name].step + 1,
+                learning=torch.is_grad_enabled(),
+                scale=scale,
+                rows=rows,
+                frames=frames,
+                divider=modules.divider,
+            )
 
         return hook
 

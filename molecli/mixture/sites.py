@@ -34,11 +34,17 @@ def stream_of(matrix: str, *, seq2seq: bool) -> Stream:
     """The token axis along which `matrix` works."""
     if not seq2seq:
         return "decoder"
-    parts = matrix.split(".")
-    if any(part in _CROSS for part in parts) and parts[-1] in _KEYS_VALUES:
+    if is_cross_key_or_value(matrix):
         return "memory"
     # The outermost name counts: BERT as a decoder calls its own layers an encoder.
-    return "encoder" if next((part for part in parts if part in ("encoder", "decoder")), "") == "encoder" else "decoder"
+    outermost = next((part for part in matrix.split(".") if part in ("encoder", "decoder")), "decoder")
+    return "encoder" if outermost == "encoder" else "decoder"
+
+
+def is_cross_key_or_value(matrix: str) -> bool:
+    """Whether it computes keys or values of cross-attention, from the encoder's tokens."""
+    *around, leaf = matrix.split(".")
+    return leaf in _KEYS_VALUES and any(name in _CROSS for name in around)
 
 
 def make_sites(matrices: Sequence[str], granularity: Granularity, *, seq2seq: bool, per_token: bool) -> list[Site]:
@@ -93,5 +99,12 @@ def layer_of(matrix: str) -> str:
 
 
 def as_registered(model: nn.Module, matrices: Iterable[str]) -> list[str]:
+    """The matrices in the order of the model's modules; those without a layer of their own after their module's."""
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(matrices, key=lambda matrix: order.get(matrix, len(order)))
+
+    def place(matrix: str) -> int:
+        while matrix and matrix not in order:
+            matrix = matrix.rpartition(".")[0]
+        return order[matrix] if matrix else len(order)
+
+    return sorted(matrices, key=place)

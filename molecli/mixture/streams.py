@@ -5,11 +5,11 @@ Contents: Pass; the protocols Streams and Layout, implemented in `language_layou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from molecli.catalog.methods import Kind
 from molecli.errors import RunError
@@ -54,7 +54,7 @@ class Pass:
     generation: the running call of `generate`; memory: the encoder's output that it reads; over: it has ended, and
     calls now recompute it for the backward pass; shared: values that one gate computed and other gates of this pass
     need too; learning: whether a backward pass may follow, which needs values and expanded: by site, the gate's value
-    and where it was computed, and that value by rank.
+    and where it was computed, and that value by rank; scale: a factor on all updates that a pipeline's caller gives.
     """
 
     step: int = 0
@@ -68,7 +68,8 @@ class Pass:
     shared: dict[Any, Any] = field(default_factory=dict)
     learning: bool = False
     values: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
-    expanded: dict[str, Any] = field(default_factory=dict)
+    expanded: dict[Any, Any] = field(default_factory=dict)
+    scale: float = 1.0
 
     @property
     def valid(self) -> Tensor | None:
@@ -96,8 +97,23 @@ class Streams(Protocol):
         an input's axes is still to be found out; pools: whether gates average over tokens. Each has `remove`."""
         ...
 
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules whose calls are passes; those inside another one first."""
+        ...
+
+    def optional(self, matrices: Sequence[str]) -> Collection[str]:
+        """Those of the matrices whose input a pass may lack, such as pictures."""
+        ...
+
     def of(self, site: Site) -> Pass:
         """The pass that `site` belongs to."""
+        ...
+
+    def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
+        """A gate's `value` ([N], [B, N] or [B, T, N]) for the rows of x, the input of `matrix`.
+
+        Raises: RunError if x has other rows than those that the value belongs to.
+        """
         ...
 
     def axes(self, stream: Stream) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from molecli.adapters import LoraLike, LoraSpec
+from molecli.bases import prompt_record
 from molecli.bases.loading import load_backbone
 from molecli.catalog.builtin import BUILTIN_PREFIX, builtin_loras
 from molecli.catalog.methods import BASE, check_runs_on, shown_beside
@@ -68,6 +69,8 @@ def evaluate(
     bench = make_bench(recipe.eval)
     backbone = load_backbone(base, recipe.device)
     columns = make_columns(recipe, backbone.model, compositions, loras, modes)
+    made = {name: composition.settings for name, composition in compositions.items()}
+    prompt_record.tell(backbone, note, base=base, loras=loras, compositions=made)
     singles = [name for name, column in columns.items() if column.single]
     config = recipe.model_dump(mode="json")
 

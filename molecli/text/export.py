@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from molecli.adapters import write_peft
+from molecli.bases.fused import fused_parameters, taken_for_experts
 from molecli.catalog.suites import OWN_TEXTS
 from molecli.config import DataConfig
 from molecli.config.unread import check_fields
@@ -122,9 +123,18 @@ class TextExport:
 
     def write(self, folder: Path, layout: str, factors: Mapping[str, LowRank], backbone: Backbone) -> Path:
         """The folder with a PEFT adapter."""
-        transposed = any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in factors)
-        task_type = TASK_TYPES.get(backbone.family)
-        return write_peft(folder, factors, self.composition.base, task_type=task_type, fan_in_fan_out=transposed)
+        model, task_type = backbone.model, TASK_TYPES.get(backbone.family)
+        parameters = fused_parameters(model) | {(n, "weight"): [n] for n in taken_for_experts(model, factors)}
+        fused = {name for names in parameters.values() for name in names}
+        transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in factors if name not in fused)
+        return write_peft(
+            folder,
+            factors,
+            self.composition.base,
+            task_type=task_type,
+            fan_in_fan_out=transposed,
+            parameters=parameters,
+        )
 
     @contextmanager
     def loaded(self, backbone: Backbone, folder: Path, layout: str) -> Iterator[None]:
@@ -134,6 +144,8 @@ class TextExport:
         with warnings.catch_warnings():
             # PEFT uses an old name of transformers 5; the user can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            # PEFT looks for patterns of parameters among modules alone, and then applies them all the same.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             adapted = PeftModel.from_pretrained(backbone.model, str(folder), torch_device=str(backbone.device))
         try:
             yield

@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from molecli.bases import prompt_record
 from molecli.bases.loading import load_backbone
 from molecli.config.unread import check_fields
 from molecli.errors import UsageError
@@ -41,10 +42,12 @@ def inspect_gates(
         raise UsageError("--prompt", what, "Write --files FILE.jsonl.")
     check_fields(recipe, ("image",), "pictures")
     tasks, path = load_examples(recipe.data), str(recipe.composition)
-    backbone = load_backbone(base_of(recipe.base, composition), recipe.device)
+    base = base_of(recipe.base, composition)
+    backbone = load_backbone(base, recipe.device)
     loras: dict[str, Any] = {lora.name: lora.source for lora in recipe.loras}
     with attach(backbone.model, loras=loras or None, composition=path) as mixture:
         switch_some(recipe, mixture)
+        prompt_record.tell(backbone, note, base=base, loras=recipe.loras, compositions={path: composition.settings})
         values = collect(backbone, mixture, tasks, batch_size=recipe.batch_size, progress=progress)
         return summarise(values, mixture.names, composition=path, course=entropy_course(path))
 

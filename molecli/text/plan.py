@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from molecli.bases.fused import fused_places
 from molecli.catalog.methods import ALONE, BASE
 from molecli.config import EvalDataConfig
 from molecli.suites import load_suite, select_tasks
@@ -31,9 +32,9 @@ TOKENS_PER_EXAMPLE = 256
 
 def to_train(recipe: TrainLoraRecipe, shapes: Mapping[str, Shape], *, fetch: bool) -> PlannedWork:
     """The matrices that would be adapted, and the number of examples. Raises: UserError like the run."""
-    from molecli.training.adapter import target_matrices  # imports PEFT, which other plans do not need
+    from molecli.training.adapter import offered, target_matrices  # imports PEFT, which other plans do not need
 
-    targets = target_matrices(recipe.adapter.targets, shapes)
+    targets = target_matrices(recipe.adapter.targets, offered(recipe.adapter, shapes))
     return PlannedWork(count_examples(recipe.data, fetch=fetch), {"train": find_sources(recipe.data)}, targets=targets)
 
 
@@ -52,8 +53,10 @@ def kept_bytes(skeleton: nn.Module, shapes: Mapping[str, Shape], *, rows: int, w
     """The bytes that the backward pass keeps for `rows` examples, with `width` bytes per number."""
     config: Any = skeleton.config
     vocabulary = int(getattr(config, "vocab_size", 0))
-    # Each matrix keeps its input and its output. The loss keeps the logits and their gradient in float32.
-    return rows * TOKENS_PER_EXAMPLE * (sum(map(sum, shapes.values())) * width + vocabulary * 8)
+    fused = fused_places(skeleton)  # of the routed experts, few run for a token
+    layers = [shape for name, shape in shapes.items() if name not in fused]
+    # Each layer keeps its input and its output. The loss keeps the logits and their gradient in float32.
+    return rows * TOKENS_PER_EXAMPLE * (sum(map(sum, layers)) * width + vocabulary * 8)
 
 
 def at_once(rows: int) -> str:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molecli.bases import prompt_record
 from molecli.bases.loading import load_backbone
 from molecli.config.unread import check_fields
 from molecli.errors import UsageError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # Completions go to stdout: a folder is written only if one is named.
 IN_FOLDER = False
-PICTURE_FIELDS = ("modes", "images", "image", "method", "concepts")
+PICTURE_FIELDS = ("modes", "images", "init_image", "mask_image", "strength", "image", "method", "concepts")
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,13 @@ def sample(
     Raises: UsageError if it is not clear which experts to use; MismatchError if they do not fit the base.
     """
     check_fields(recipe, PICTURE_FIELDS, "pictures")
-    backbone = load_backbone(base_of(recipe.base, composition), recipe.device)
+    base = base_of(recipe.base, composition)
+    backbone = load_backbone(base, recipe.device)
     with _experts(recipe, composition, backbone) as mixture:
         if mixture is not None:
             switch(mixture, mask=recipe.mask, only=recipe.only)
+        made = {str(recipe.composition): composition.settings} if composition is not None else {}
+        prompt_record.tell(backbone, note, base=base, loras=recipe.loras, compositions=made)
         texts = _complete(backbone, recipe, progress)
     samples = Completions(Sample(prompt, text) for prompt, text in zip(recipe.prompts, texts, strict=True))
     if recipe.output is not None:

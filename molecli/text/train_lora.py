@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
+from molecli.bases import prompt_record
 from molecli.bases.loading import load_backbone
 from molecli.files.atomic import write_bytes, write_text
 from molecli.protocols import Backbone, Example, Note, Progress
-from molecli.training.adapter import adapted, trained_parameters, training_report, write_shifts
+from molecli.training.adapter import adapted, left_out, trained_parameters, training_report, write_shifts
 from molecli.training.checkpoints import REPORT_FILE, discard_checkpoints
 from molecli.training.examples import Tasks, flatten, split_tasks
 from molecli.training.loop import LossFunction, StepLoss, train
@@ -47,6 +48,10 @@ def train_lora(
     folder = Path(recipe.output)
     tasks, held_out = split_tasks(recipe.data)
     backbone = load_backbone(recipe.base, accelerator.device)
+    prompt_record.tell(backbone, note, base=recipe.base)
+    said = left_out(backbone.model, recipe.adapter.targets)
+    if said is not None and accelerator.is_main_process:
+        note(said)
     start_s = time.monotonic()
     with adapted(backbone, recipe.adapter, seed=recipe.seed, progress=progress) as model:
         history = train(
@@ -62,11 +67,13 @@ def train_lora(
             # B starts at zero, so A has no gradient yet; and a sparse model may route no token to some matrices.
             gradient_check="any",
         )
-        learned = {
+        learned: dict[str, Any] = {
+            **prompt_record.stored(backbone),
             "examples": {task: len(examples) for task, examples in tasks.items()},
             "tokens": int(sum(record["count"] for record in history)),
         }
-        report = training_report(recipe, model, model.targeted_module_names, history, learned)
+        matrices = [*model.targeted_module_names, *getattr(model, "targeted_parameter_names", ())]
+        report = training_report(recipe, model, matrices, history, learned)
         report["held_out"] = held_out_losses(backbone, model, held_out, recipe.train.batch_size, accelerator)
         report["seconds"] = round(time.monotonic() - start_s, 1)
         if accelerator.is_main_process:
@@ -122,6 +129,7 @@ def write_adapter(model: PeftModel, folder: Path, base: BaseConfig) -> None:
         weights = (Path(scratch) / "adapter_model.safetensors").read_bytes()
         settings = json.loads((Path(scratch) / "adapter_config.json").read_text())
     # PEFT keeps targets in a set, whose order differs from run to run.
-    settings["target_modules"] = sorted(settings["target_modules"])
+    for key in ("target_modules", "target_parameters"):
+        settings[key] = sorted(settings[key]) if settings[key] else settings[key]
     write_bytes(folder / "adapter_model.safetensors", weights)
     write_text(folder / "adapter_config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
 """A new adapter on a base's matrices: a LoRA through PEFT, or SVDiff's shifts of singular values.
 
-Contents: adapted, target_matrices, trained_parameters, training_report, write_shifts.
+Contents: adapted, target_matrices, left_out, trained_parameters, training_report, write_shifts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from molecli import __version__
 from molecli.adapters import Origin, write_svdiff
+from molecli.bases.fused import fused_places, taken_for_experts
+from molecli.bases.peft_layers import explained
 from molecli.bases.weights import BaseWeights
 from molecli.errors import UsageError, suggestion
-from molecli.protocols import Backbone, Progress
+from molecli.protocols import Backbone, Matrices, Progress, Shape
 from molecli.training.checkpoints import recipe_digest
 from molecli.training.shifted import Shifted
 
@@ -50,7 +52,7 @@ def adapted(
     Raises: UsageError for targets that match no matrix.
     """
     if targets is None:
-        targets = target_matrices(adapter.targets, backbone.matrices())
+        targets = target_matrices(adapter.targets, offered(adapter, backbone.matrices()))
     if adapter.method == "svdiff":
         with Shifted(BaseWeights(backbone.model), targets, progress=progress) as shifted:
             yield shifted
@@ -62,11 +64,16 @@ def adapted(
 @contextmanager
 def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequence[str]) -> Iterator[PeftModel]:
     """A context with the backbone's model and a new LoRA in it."""
+    as_parameters = taken_for_experts(backbone.model, targets)
+    if as_parameters and adapter.dropout:
+        what = f"PEFT takes {as_parameters[0]} for a layer of routed experts, unless it is adapted without dropout"
+        raise UsageError("adapter.dropout", what, "Write 0, or leave that layer out of --targets.")
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=list(targets),
+        target_modules=[name for name in targets if name not in as_parameters],
+        target_parameters=[f"{name}.weight" for name in as_parameters] or None,
         use_rslora=adapter.rslora,
         bias="none",
         task_type=TASK_TYPES.get(backbone.family),
@@ -74,7 +81,7 @@ def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequen
     )
     # PEFT draws A from the global generator.
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), explained("adapter.targets", "Leave it out, or use an unquantised base."):
         # PEFT uses an old name of transformers 5; the user can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model = get_peft_model(backbone.model, config, autocast_adapter_dtype=True)
@@ -84,14 +91,22 @@ def _lora(backbone: Backbone, adapter: AdapterConfig, seed: int, targets: Sequen
         model.unload()
 
 
+def offered(adapter: AdapterConfig, matrices: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """Those of the base's matrices that the adapter may train: SVDiff moves weights, and a tied head's are shared."""
+    return dict(matrices) if adapter.method == "svdiff" else matrices
+
+
 def target_matrices(targets: str | Sequence[str], matrices: Collection[str]) -> list[str]:
     """The full names of the matrices that `targets` selects: all-linear, a regex, or a list of names or name endings.
 
-    Resolved here and not by PEFT, because PEFT would also adapt the output head or an embedding that matches, and would
-    ignore a listed name that matches nothing.
+    Resolved here and not by PEFT, because PEFT would also adapt an embedding that matches, and would ignore a listed
+    name that matches nothing. The output head is selected only where its name is written.
     """
     if targets == ALL_LINEAR:
         return list(matrices)
+    text = targets if isinstance(targets, str) else " ".join(targets)
+    head = Matrices.of(matrices).head if isinstance(matrices, Mapping) else {}
+    matrices = [*matrices, *(name for name in head if name.rpartition(".")[2] in text)]
     if isinstance(targets, str) and not re.fullmatch(r"[\w.,\s]+", targets):
         return _matching(targets, matrices)
     names = [part.strip() for part in targets.split(",")] if isinstance(targets, str) else targets
@@ -103,6 +118,20 @@ def target_matrices(targets: str | Sequence[str], matrices: Collection[str]) -> 
             raise UsageError("adapter.targets", what, suggestion(target, _endings(matrices)))
         chosen |= matched
     return [name for name in matrices if name in chosen]
+
+
+def left_out(model: nn.Module, targets: str | Sequence[str]) -> str | None:
+    """A line that says what "all-linear" leaves out of a mixture-of-experts model; None for other models or targets."""
+    experts = {(place.module, place.parameter) for place in fused_places(model).values() if place.expert is not None}
+    if targets != ALL_LINEAR or not experts:
+        return None
+    count = sum(getattr(model.get_submodule(module), parameter).numel() for module, parameter in experts)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    first = min(experts)
+    return (
+        f"{ALL_LINEAR} leaves out the weights of the routed experts, which have no linear layers (such as "
+        f"{first[0]}.{first[1]}): {count:,} of the base's {total:,} parameters"
+    )
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

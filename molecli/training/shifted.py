@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from molecli.bases.weights import BaseWeights
 from molecli.errors import UsageError
+from molecli.functional.layers import compute_dtype
 from molecli.functional.low_rank import add_expanded, add_expanded_maps, project, project_maps
 from molecli.functional.spectral import Spectrum, moved, spread
 from molecli.protocols import Progress
@@ -121,6 +122,6 @@ def _vectors(weights: BaseWeights, matrix: str) -> _Vectors:
             kind = "with groups" if layer.groups != 1 else f"with {layer.padding_mode!r} padding"
             what = f"it is a convolution {kind}, whose singular values cannot be shifted"
             raise UsageError(matrix, what, "Leave it out of adapter.targets.")
-        A = A.view(len(A), *layer.weight.shape[1:])
-    dtype: torch.dtype = layer.weight.dtype  # type: ignore[assignment]
+        A = A.view(len(A), *weights.shape(matrix)[1:])
+    dtype = compute_dtype(layer)
     return _Vectors(layer, own, A.to(dtype), own.U.T.to(dtype))

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from lora_pipelines import assert_same_updates, pipeline_matrices
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from molecli.adapters import LoraSpec, read_expert, read_info
@@ -43,6 +44,16 @@ def test_a_folder_of_one_component(
 ) -> None:
     deltas = adapt(pipeline_of(family), component, tmp_path, rank_pattern={"to_q": 2}, alpha_pattern={"fc1": 3})
     assert_same_updates(read_expert(LoraSpec("x", str(tmp_path)), matrices_in(family)).factors, deltas)
+
+
+@pytest.mark.parametrize("wrapped", ["_orig_mod.", "module.", "_fsdp_wrapped_module."])
+def test_a_component_saved_while_it_was_wrapped(
+    wrapped: str, pipeline_of: Any, matrices_in: Any, tmp_path: Path
+) -> None:
+    deltas = adapt(pipeline_of("sd1"), "unet", tmp_path, rank_pattern={"to_q": 2})
+    file, start = tmp_path / "adapter_model.safetensors", "base_model.model."
+    save_file({key.replace(start, start + wrapped): tensor for key, tensor in load_file(file).items()}, file)
+    assert_same_updates(read_expert(LoraSpec("x", str(tmp_path)), matrices_in("sd1")).factors, deltas)
 
 
 def test_a_folder_for_each_component(pipeline_of: Any, matrices_in: Any, tmp_path: Path) -> None:

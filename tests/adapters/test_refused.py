@@ -11,10 +11,12 @@ import peft
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import safe_open
 
 from molecli.adapters import LoraSpec, read_expert, read_info
 
 PLAIN = "Use a plain LoRA (or rsLoRA)."
+MERGE = "Use a plain LoRA, or merge it into its base (PEFT's merge_and_unload) and use that as the base."
 AGAIN = "Download or export it again."
 STORED_FIRST = "decoder.block.0.layer.0.SelfAttention.q"  # a safetensors file sorts its keys
 FIRST = "encoder.block.0.layer.0.SelfAttention.q"
@@ -190,6 +192,31 @@ def test_factors_that_do_not_multiply(adapter: Path, rewrite: Any, explained: An
     explained(info_of(adapter), 3, message)
 
 
+def test_empty_factors_as_zero_3_leaves_them(adapter: Path, rewrite: Any, explained: Any) -> None:
+    for part, other in ("AB", "BA"):
+        key = f"base_model.model.{FIRST}.lora_{part}.weight"
+        full = (4, 32) if other == "A" else (32, 4)
+        edit = {key: torch.zeros(0), f"base_model.model.{FIRST}.lora_{other}.weight": torch.ones(full)}
+        rewrite(adapter, lambda tensors, edit=edit: {**tensors, **edit})
+        message = (
+            f"{where(adapter)}: lora_{part} of {FIRST!r} is empty ([0]): it was saved while its weights were spread "
+        )
+        message += "over several GPUs. Save it again with the weights gathered (DeepSpeed ZeRO-3: zero_to_fp32.py)."
+        explained(info_of(adapter), 3, message)
+
+
+def test_several_adapters_in_one_file(adapter: Path, rewrite: Any, explained: Any) -> None:
+    def named(tensors: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
+        return {k.replace(".weight", f".{name}.weight"): t.clone() for k, t in tensors.items() for name in names}
+
+    rewrite(adapter, lambda tensors: named(tensors, "default"))
+    assert len(read_info(LoraSpec("x", str(adapter))).adapted) == 10
+    rewrite(adapter, lambda tensors: {k.replace("default", n): t.clone() for k, t in tensors.items() for n in "ab"})
+    keys = [f"'base_model.model.{STORED_FIRST}.lora_A.{name}.weight'" for name in "ab"]
+    message = f"{where(adapter)}: it holds several adapters: {keys[0]} and {keys[1]}. Save one of them by itself."
+    explained(info_of(adapter), 3, message)
+
+
 def test_no_lora_at_all(adapter: Path, rewrite: Any, explained: Any) -> None:
     rewrite(adapter, lambda tensors: {})
     message = f"{where(adapter)}: there is no LoRA in it. Name a LoRA that was trained and saved."
@@ -237,21 +264,21 @@ def test_a_single_file_that_does_not_say_its_alpha(adapter: Path, alone: Any, ex
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"),
+    ("settings", "name", "remedy"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "LoRA with bias (lora_bias)"),
-        ({"modules_to_save": ["shared"]}, "LoRA with modules_to_save"),
-        ({"trainable_token_indices": [1, 2]}, "LoRA with trainable_token_indices"),
+        ({"use_dora": True}, "DoRA", PLAIN),
+        ({"lora_bias": True}, "LoRA with bias (lora_bias)", PLAIN),
+        ({"modules_to_save": ["shared"]}, "LoRA with modules_to_save (weights of its own for lm_head)", MERGE),
+        ({"trainable_token_indices": [1, 2]}, "LoRA with trainable_token_indices", MERGE),
     ],
 )
 def test_a_kind_that_peft_writes(
-    settings: Any, name: str, make_tiny: Any, make_peft_adapter: Any, tmp_path: Path, explained: Any
+    settings: Any, name: str, remedy: str, make_tiny: Any, make_peft_adapter: Any, tmp_path: Path, explained: Any
 ) -> None:
     bart = make_tiny("bart").model  # it has biases, which T5 lacks
     settings = {key: ["lm_head"] if key == "modules_to_save" else value for key, value in settings.items()}
     folder = make_peft_adapter(bart, tmp_path / "x", targets=["fc1"], **settings)
-    explained(info_of(folder), 2, f"{where(folder)}: {name} is not supported. {PLAIN}")
+    explained(info_of(folder), 2, f"{where(folder)}: {name} is not supported. {remedy}")
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -268,7 +295,14 @@ def test_a_lora_with_bias(
 def test_a_lora_on_an_embedding(make_tiny: Any, make_peft_adapter: Any, tmp_path: Path, explained: Any) -> None:
     folder = make_peft_adapter(make_tiny("llama").model, tmp_path / "x", targets=["embed_tokens", "q_proj"])
     name = "LoRA on an embedding (lora_embedding_A)"
-    explained(info_of(folder), 2, f"{where(folder)}: {name} is not supported. {PLAIN}")
+    explained(info_of(folder), 2, f"{where(folder)}: {name} is not supported. {MERGE}")
+
+
+def test_trained_tokens_known_by_their_tensors_only(adapter: Path, rewrite: Any, explained: Any) -> None:
+    key = "base_model.model.shared.token_adapter.trainable_tokens_delta"
+    rewrite(adapter, lambda tensors: {**tensors, key: torch.ones(2, 32)})
+    name = "LoRA with trainable tokens (trainable_tokens_delta)"
+    explained(info_of(adapter), 2, f"{where(adapter)}: {name} is not supported. {MERGE}")
 
 
 @pytest.mark.parametrize(
@@ -344,8 +378,16 @@ def test_a_lora_none_of_whose_keys_match(adapter: Path, configure: Any, explaine
 
 def test_a_lora_some_of_whose_keys_match(adapter: Path, matrices: Any, explained: Any) -> None:
     fewer = {name: shape for name, shape in matrices.items() if not name.startswith("decoder.block.1")}
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        sizes = {
+            name: float((file.get_tensor(f"{key}_B.weight") @ file.get_tensor(f"{key}_A.weight")).square().sum())
+            for name in matrices
+            if (key := f"base_model.model.{name}.lora") and f"{key}_A.weight" in set(file.keys())
+        }
+    share = sum(size for name, size in sizes.items() if name not in fewer) / sum(sizes.values())
     message = f"{where(adapter)}: 3 of its 10 matrices are not in this base, such as "
-    message += "'decoder.block.1.layer.0.SelfAttention.q'. Pass --allow-partial to leave them out."
+    message += f"'decoder.block.1.layer.0.SelfAttention.q': {share:.1%} of its weights. "
+    message += "Pass --allow-partial to leave them out."
     explained(expert_of(adapter, fewer), 3, message)
     expert = read_expert(LoraSpec("x", str(adapter)), fewer, allow_partial=True)
     assert len(expert.factors) == 7

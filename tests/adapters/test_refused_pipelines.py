@@ -136,7 +136,8 @@ def test_more_matrices_than_the_base_has(lora: Any, matrices_in: Any, explained:
     folder = lora("sd1", "attn1")
     fewer = {name: shape for name, shape in matrices_in("sd1").items() if not name.startswith("unet.mid_block")}
     message = f"x ({folder / FILE}): 4 of its 44 matrices are not in this base, such as "
-    message += "'unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k'. Pass --allow-partial to leave them out."
+    message += "'unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k': 13.1% of its weights. "
+    message += "Pass --allow-partial to leave them out."
     explained(expert_of(folder, fewer), 3, message)
     found = check_coverage(read_info(LoraSpec("x", str(folder))), fewer, allow_partial=True)
     assert found.components == {"unet": (40, 44)}

@@ -205,13 +205,6 @@ def test_a_base_that_brings_its_own_code_is_refused(folder):
     )
 
 
-def test_a_quantized_base_is_refused(folder):
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert refusal(UsageError, id=str(folder)) == (
-        f"base {folder}: it is quantized (gptq). Write the unquantized base, or a GGUF."
-    )
-
-
 def test_a_damaged_config_is_named(folder):
     (folder / "config.json").write_text("{")
     assert refusal(MismatchError, id=str(folder)) == (

@@ -41,6 +41,9 @@ def merge(mole: Mole, folder: Path, base: Path, loras: dict[str, Path], *flags: 
     )
 
 
+FORMAT = "prompts: plain text\n"
+
+
 @pytest.fixture(autouse=True)
 def _notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warnings as the program shows them: `main` is not what the tests call."""
@@ -60,12 +63,12 @@ def merged(mole: Mole, gated_folder: Any, tmp_path: Path) -> Merged:
 def test_it_samples(mole: Mole, merged: Merged) -> None:
     job = ("sample", merged.folder, "--prompt", "a b", "--prompt", "c d e", "--device", "cpu")
     without = mole(*job)
-    assert (without.code, without.err) == (0, merged.said)
+    assert (without.code, without.err) == (0, f"{merged.said}{FORMAT}")
     assert mole(*job, "--only", "a,b") == without
     for flags in (("--mask", "b"), ("--only", "b")):
         assert mole(*job, *flags) == (2, "", merged.said + merged.refusal)
     merged.restore()
-    assert mole(*job) == (0, without.out, "")
+    assert mole(*job) == (0, without.out, FORMAT)
 
 
 def test_it_is_scored_beside_the_base(mole: Mole, merged: Merged, gated_folder: Any, tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_it_is_scored_beside_the_base(mole: Mole, merged: Merged, gated_folder: 
     dry = mole(*job, "--dry-run", "--json", "--output", tmp_path / "out")
     assert (dry.code, dry.err) == (0, note)
     ran = mole(*job, "--output", tmp_path / "out")
-    assert (ran.code, ran.err) == (0, f"{note}{merged.said}Written: {tmp_path / 'out'}\n")
+    assert (ran.code, ran.err) == (0, f"{note}{merged.said}{FORMAT}Written: {tmp_path / 'out'}\n")
     found = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
     assert list(found) == ["base", "run"]
     asked = mole(*job, "--modes", "linear", "--output", tmp_path / "linear")

@@ -57,6 +57,15 @@ def test_a_fixed_mode_needs_no_pictures(mole: Mole, picture_world: Any, tmp_path
     assert json.loads(report.out)["mode"] == "switch"
 
 
+def test_layers_that_the_text_encoder_skipped_are_remembered(mole: Mole, picture_world: Any, tmp_path: Path) -> None:
+    named = ("--base", picture_world.base, "--loras", picture_world.named(), "--output", tmp_path / "run")
+    assert mole("compose", *named, "--mode", "switch", "--clip-skip", "1", "--no-preview").code == 0
+    ran = mole("sample", tmp_path / "run", "--prompt", "a cat", "--denoise-steps", "2", "--output", tmp_path / "drawn")
+    assert ran.code == 0, ran.err
+    with Image.open(tmp_path / "drawn" / "0-switch-0.png") as picture:
+        assert picture.text["clip_skip"] == "1"  # type: ignore[attr-defined]
+
+
 def test_the_plan_counts_pictures_and_passes(mole: Mole, job: tuple[str, ...], tmp_path: Path) -> None:
     plan = json.loads(mole(*job, "--dry-run", "--json").out)
     assert (plan["examples"], plan["passes"]) == ({"train": 4}, {"train": 2})

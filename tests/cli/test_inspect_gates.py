@@ -102,7 +102,7 @@ def test_the_table_shows_sites_tasks_entropy_and_dead_experts(mole: Callable[...
 def test_csv_goes_to_stdout_alone(mole: Callable[..., Any], gated_folder: Any) -> None:
     ran = mole("inspect-gates", gated_folder.folder, "--csv")
     assert ran.out.splitlines()[0] == "task,site,expert,weight,entropy"
-    assert ran.err == ""
+    assert ran.err == "prompts: plain text\n"
 
 
 def test_an_unknown_expert_is_named_with_the_known_ones(mole: Callable[..., Any], gated_folder: Any) -> None:

@@ -33,7 +33,7 @@ def test_a_run_writes_its_folder_says_where_and_its_recipe_repeats_it(
 ) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     ran = mole(*job, "--output", first)
-    assert (ran.code, ran.out, ran.err) == (0, f"{first}\n", f"Written: {first}\n")
+    assert (ran.code, ran.out, ran.err) == (0, f"{first}\n", f"prompts: plain text\nWritten: {first}\n")
     names = {path.name for path in first.iterdir()}
     assert names == {"recipe.yaml", "composition.safetensors", "train_log.jsonl", "report.json"}
     assert mole("compose", first / "recipe.yaml", "--output", again, "--quiet").err == ""
@@ -114,6 +114,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_gates(
         ran = mole(*job, "--output", cut)
     assert ran.code == 130
     assert ran.err == (
+        "prompts: plain text\n"
         f"{cut}: to continue, run the same command with --resume --output {cut}\n"
         "mole: interrupted: what was finished is kept\n"
     )

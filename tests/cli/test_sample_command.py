@@ -80,7 +80,7 @@ def test_with_an_output_the_samples_and_the_recipe_are_written_and_the_recipe_re
 ) -> None:
     out = tmp_path / "out"
     ran = mole("sample", gated_folder.folder, "--prompt", "a b", *SHORT, "--output", out)
-    assert ran.err == f"Written: {out}\n"
+    assert ran.err == f"prompts: plain text\nWritten: {out}\n"
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["a b"]
     again = mole("sample", out / "recipe.yaml", "--output", tmp_path / "again")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from moe import IDS, MOES, moe
+from peft import PeftModel
 
+from molecli.adapters import LoraSpec, read_expert, write_peft
+from molecli.bases.fused import fused_parameters, fused_places, taken_for_experts
 from molecli.errors import RunError
-from molecli.evaluation.verify import Verification
+from molecli.evaluation.verify import Verification, verify
+from molecli.experts import LowRank
+from molecli.mixture.build import sum_of
+from molecli.mixture.layout import adaptable_matrices
 
 
 def verification(**changes: Any) -> Verification:
@@ -59,3 +69,40 @@ def test_a_library_that_loads_nothing_fails() -> None:
         found.check("out")
     assert found.line() == "PEFT 1: nothing was loaded, output differs by 5.0e-01"
     assert (found.document()["file"], found.document()["delta"]["worst"]) == (None, None)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "deepseek_v3", "jetmoe"])
+def test_routed_experts_are_compared_one_by_one(kind: str, make_peft_adapter: Any, tmp_path: Path) -> None:
+    model = moe(kind)
+    asked = MOES[kind][1] | ({"targets": ["gate", "gate_proj", "up_proj", "down_proj"]} if kind[:4] == "deep" else {})
+    folder = make_peft_adapter(model, tmp_path / "lora", **asked)
+    expert = read_expert(LoraSpec("x", str(folder)), adaptable_matrices(model))
+    parameters = fused_parameters(model) | {(n, "weight"): [n] for n in taken_for_experts(model, expert.factors)}
+    written = write_peft(tmp_path / "written", expert.factors, "x", parameters=parameters)
+
+    @contextmanager
+    def loaded() -> Iterator[None]:
+        adapted = PeftModel.from_pretrained(model, str(written))
+        yield
+        adapted.unload()
+
+    def checked(**changes: LowRank) -> Verification:
+        meant = {**expert.factors, **changes}
+        return verify(
+            model,
+            sum_of(model, [expert]),
+            loaded(),
+            lambda: model(input_ids=IDS).logits,
+            meant=meant,
+            written=expert.factors,
+            exact=True,
+            library="PEFT",
+        )
+
+    found = checked()
+    found.check("x")
+    assert set(found.delta) == set(expert.factors)
+    assert max(found.delta.values()) < 1e-5
+    name = next(name for name in expert.factors if name in fused_places(model) and name[-1] != "e")
+    one = expert.factors[name]
+    assert checked(**{name: LowRank(one.A, one.B, 2 * one.scaling)}).worst == name

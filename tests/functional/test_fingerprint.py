@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from molecli.functional.fingerprint import fingerprint, same_base
+from tests.helpers.tiny_pipelines import build_pipeline
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
@@ -65,3 +66,10 @@ def test_a_model_smaller_than_the_sample_has_one_too():
     model = nn.Linear(2, 3)
     assert same_base(fingerprint(model), fingerprint(copy.deepcopy(model)))
     assert not same_base(fingerprint(model), fingerprint(nn.Linear(2, 3)))
+
+
+def test_fused_projections_are_no_other_base() -> None:
+    pipe = build_pipeline("sd")
+    before = fingerprint(pipe.unet)
+    pipe.unet.fuse_qkv_projections()
+    assert fingerprint(pipe.unet) == before

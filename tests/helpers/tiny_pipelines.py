@@ -58,8 +58,10 @@ def build_pipeline(kind: str, seed: int = 0) -> Any:
     return pipe
 
 
-def build_unet(kind: str) -> nn.Module:
-    """Two resolutions; SDXL has no attention in the first and two transformer blocks in each of the second."""
+def build_unet(kind: str, **changes: Any) -> nn.Module:
+    """Two resolutions; SDXL has no attention in the first and two transformer blocks in each of the second.
+
+    `changes` override the UNet's settings."""
     settings: dict[str, Any] = {
         "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
         "attention_head_dim": 2 if kind == "sd" else (2, 4), "cross_attention_dim": sum(WIDTHS[kind]),
@@ -77,7 +79,7 @@ def build_unet(kind: str) -> nn.Module:
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         }
-    return diffusers.UNet2DConditionModel(**settings)
+    return diffusers.UNet2DConditionModel(**(settings | changes))
 
 
 def build_vae() -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_by_one import OneByOne
 from three_loras import PROMPTS, TRIGGERS, trio
 from tiny_pipelines import PIPELINES, close, make_expert
 from torch import Tensor, nn
@@ -65,32 +66,6 @@ def latents(backbone: Diffusion, *, steps: int = 3, guidance: float = 3.0, **mor
         PROMPTS, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
         generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)], **more,
     ).images  # fmt: skip
-
-
-class OneByOne:
-    """Inside, the UNet's prediction is made by `combine` of predictions with each LoRA alone, one call each."""
-
-    def __init__(self, backbone: Diffusion, experts: list[Expert], combine: Callable[[list[Tensor], int], Tensor]):
-        self.pipe, self.combine, self.step = backbone.pipe, combine, -1
-        self.alone = [build_mixture(backbone.model, [e], mode="linear") for e in experts]
-        self.forward = self.pipe.unet.forward
-
-    def __enter__(self) -> OneByOne:
-        self.pipe.unet.forward = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self.pipe.unet.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.step += 1
-        outputs = []
-        for mixture in self.alone:
-            self.pipe.unet.forward = self.forward
-            with mixture:
-                outputs.append(self.pipe.unet(*args, **{**kwargs, "return_dict": False})[0])
-            self.pipe.unet.forward = self
-        return (self.combine(outputs, self.step),)
 
 
 # each against single passes ------------------------------------------------------------------------------------------

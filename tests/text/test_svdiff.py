@@ -307,9 +307,11 @@ def test_the_report_says_what_is_no_shift(world: Any, tmp_path: Path) -> None:
     assert max(lost["a"], lost["b"]) < 1e-5
     assert 0.9 < lost["c"] < 1
     share = f"{lost['c']:.1%}"
-    assert notes == [f"c: {share} of its update is no shift of the base's singular values, and is left out"]
+    format, *told = notes
+    assert format == "prompts: plain text"
+    assert told == [f"c: {share} of its update is no shift of the base's singular values, and is left out"]
     assert json.loads((tmp_path / "m" / "report.json").read_text())["residuals"] == lost
-    assert compose(world, tmp_path / "n", "ab")[1] == []
+    assert compose(world, tmp_path / "n", "ab")[1] == [format]
 
 
 def test_a_rank_is_cut_at_its_cost(world: Any, tmp_path: Path) -> None:

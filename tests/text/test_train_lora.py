@@ -16,11 +16,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from molecli.adapters import LoraSpec, read_expert
 from molecli.bases.loading import load_backbone
+from molecli.bases.weights import BaseWeights
+from molecli.commands.plan import make_plan
 from molecli.commands.train_lora import run_train_lora
 from molecli.config import AdapterConfig, TrainLoraRecipe, dump_recipe
 from molecli.errors import RunError, UsageError
-from molecli.protocols import Example
+from molecli.protocols import Example, Matrices
 from molecli.training.adapter import adapted, target_matrices, trained_parameters
 from molecli.training.checkpoints import newest_step
 
@@ -222,6 +225,25 @@ MATRICES = ["layer.0.q_proj", "layer.0.v_proj", "layer.1.q_proj", "layer.1.v_pro
 )
 def test_targets_are_names_endings_or_a_regex(targets: Any, found: list[str]) -> None:
     assert target_matrices(targets, MATRICES) == found
+
+
+@pytest.mark.parametrize("targets", ["q_proj,lm_head", ("q_proj", "lm_head"), r".*q_proj|lm_head"])
+def test_the_output_head_is_a_target_where_its_name_is_written(targets: Any) -> None:
+    offered = Matrices(dict.fromkeys(MATRICES, (8, 8)), head={"lm_head": (96, 8)})
+    assert target_matrices(targets, offered) == [*MATRICES[::2], "lm_head"]
+    assert target_matrices("all-linear", offered) == MATRICES
+    assert target_matrices(".*", offered) == MATRICES
+
+
+def test_an_output_head_is_trained_planned_and_composed(make_recipe: Any) -> None:
+    recipe = make_recipe(adapter={"targets": "q_proj,lm_head"})
+    matrices = run_train_lora(recipe)["matrices"]
+    backbone = load_backbone(recipe.base)
+    expert = read_expert(LoraSpec("x", recipe.output), backbone.matrices(), base=BaseWeights(backbone.model))
+    assert "lm_head" in expert.matrices
+    assert matrices == len(expert.matrices) == make_plan(recipe).adapted_matrices
+    with pytest.raises(UsageError, match="no matrix is called 'lm_head'"):
+        make_plan(make_recipe(adapter={"method": "svdiff", "targets": "q_proj,lm_head"}, output="s"))
 
 
 @pytest.mark.parametrize(

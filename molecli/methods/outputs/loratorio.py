@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molecli.config import MethodConfig
+from molecli.errors import RunError
 from molecli.methods.outputs.branch_weights import kept, mean_weights, one_each
 from molecli.protocols import Moment, OutputMethod
 
@@ -54,7 +55,10 @@ class Loratorio:
         return torch.cat([torch.zeros_like(experts[:1]), experts])
 
     def combine(self, outputs: Tensor, moment: Moment, keep: Tensor | None) -> Tensor:
-        """[ũ; c̃] with guidance, otherwise c̃."""
+        """[ũ; c̃] with guidance, otherwise c̃. Raises: RunError if it is not known which outputs are conditional."""
+        if moment.guided is None:
+            what = "it compares the conditional outputs, and it is not known which those are in this kind of pipeline"
+            raise RunError("mode loratorio", what, "Use another mode, such as composite.")
         conditional = outputs.chunk(2, dim=1)[1] if moment.guided else outputs
         shares = self.shares(conditional[0], conditional[1:]).to(outputs.dtype)
         mixed = (shares * conditional[1:]).sum(0)

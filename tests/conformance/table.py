@@ -1,0 +1,123 @@
+"""docs/compatibility.md: the results of the cells as tables, and the tables read again.
+
+Contents: Results, render, parse, marks_of, PAGE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import transformers
+
+from tests.conformance.architectures import ARCHITECTURES
+from tests.conformance.cells import EXACT, Cell
+from tests.conformance.models import Kind
+from tests.conformance.subject import FIXED, GATED, MODES
+from tests.conformance.ways import WAYS
+
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+# (architecture, way) -> the cell of each mode, or that of the base under "base".
+Results = Mapping[tuple[str, str], Mapping[str, Cell]]
+GROUPS: Mapping[str, Sequence[str]] = {"Fixed weights": tuple(FIXED), "Gates": tuple(GATED)}
+_KINDS: Mapping[Kind, str] = {
+    "decoder": "Decoders",
+    "experts": "Mixtures of experts",
+    "recurrent": "Recurrent layers and hybrids",
+    "encoder-decoder": "Encoder-decoders",
+    "multimodal": "Language models in multimodal ones",
+}
+_SUPPORTED, _REFUSED, _BASE = "✓", "✗", "–"
+_INTRODUCTION = """# Compatibility
+
+<!-- Written by `python -m tools.compatibility`. Do not edit: run it again. -->
+
+The language models of transformers {version} on which LoRAs can be composed, and how these may be called. Every cell
+was computed, on a tiny random model of the architecture, in every mode of the part of the page that it is in:
+
+- {supported} is exact: against PEFT's own result `1e-5` of the largest logit in float32; against one row alone without
+  cache and padding (for what was generated: teacher forcing) `1e-4`. Masks and leaving restore the base bit for bit.
+- {refused} is refused by an error before anything is computed; the number is that of its words, below the tables.
+- {base} is nothing that the base does without LoRAs: transformers raises, or its own result is another one.
+
+There is no other state: a cell that is neither makes the command fail. `tests/conformance` says what each column calls.
+"""
+_ABOUT = {
+    "Fixed weights": "Sums and merges, here `linear` and `cat`. Every merge ends as one LoRA, as `cat` does.",
+    "Gates": "Mode `gated` with the pools {pools}. Fresh gates do not move; these are random and far from even.",
+}
+
+
+def columns(modes: Sequence[str] = tuple(MODES)) -> dict[str, str]:
+    """way -> the head of its column, of the ways that are tried in any of these modes; first that of exactness."""
+    tried = {name: way.head for name, way in WAYS.items() if set(way.modes) & set(modes)}
+    return {EXACT: "as PEFT", **tried}
+
+
+def shared_words(words: str) -> str:
+    """A refusal's words without what differs between architectures: paths and names of modules."""
+    words = re.sub(r"\S*/\S+", "…", words)
+    return re.sub(r"'?\b\w+(\.\w+){2,}\b'?", "…", words)
+
+
+def marks_of(cells: Mapping[str, Cell], modes: Sequence[str]) -> list[tuple[str, str]]:
+    """The refusals of a cell over these modes: (words, the modes refused so); raises for a wrong one."""
+    refused: dict[str, list[str]] = {}
+    for mode in modes:
+        if mode in cells and cells[mode].state == "refused":
+            refused.setdefault(shared_words(cells[mode].words), []).append(mode)
+    return [(words, ", ".join(found)) for words, found in refused.items()]
+
+
+def render(results: Results) -> str:
+    """The page. Raises: ValueError for a wrong cell, for which it has no sign."""
+    wrong = [key for key, cells in results.items() if any(cell.state == "wrong" for cell in cells.values())]
+    if wrong:
+        raise ValueError(f"{len(wrong)} cells are wrong, such as {wrong[0]}")
+    notes: dict[tuple[str, str], int] = {}
+    version = ".".join(transformers.__version__.split(".")[:2])
+    signs = {"supported": _SUPPORTED, "refused": _REFUSED, "base": _BASE}
+    parts = [_INTRODUCTION.format(version=version, **signs)]
+    for group, modes in GROUPS.items():
+        parts.append(f"## {group}\n\n{_ABOUT[group].format(pools=', '.join(f'`{mode}`' for mode in GATED))}\n")
+        for kind, title in _KINDS.items():
+            rows = [name for name, row in ARCHITECTURES.items() if row.kind == kind]
+            parts.append(f"### {group}: {title[0].lower()}{title[1:]}\n\n{_table(results, rows, modes, notes)}\n")
+    parts.append("## Refusals\n\n" + "\n".join(_note(number, *note) for note, number in notes.items()))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _note(number: int, words: str, modes: str) -> str:
+    return f"{number}. In {modes}: {words}"
+
+
+def _table(results: Results, rows: Sequence[str], modes: Sequence[str], notes: dict[tuple[str, str], int]) -> str:
+    heads = columns(modes)
+    lines = [["architecture", *heads.values()], ["---", *[":-:"] * len(heads)]]
+    for name in rows:
+        marks = []
+        for way in heads:
+            cells = results[name, way]
+            refused = [notes.setdefault(note, len(notes) + 1) for note in marks_of(cells, modes)]
+            done = any(mode in cells for mode in modes)
+            marks.append(_REFUSED + ",".join(map(str, refused)) if refused else _SUPPORTED if done else _BASE)
+        lines.append([f"`{name}`", *marks])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def parse(page: str) -> dict[tuple[str, str, str], str]:
+    """(group, architecture, way) -> its sign, of a page that `render` wrote."""
+    ways = {head: way for way, head in columns().items()}
+    found: dict[tuple[str, str, str], str] = {}
+    group, heads = "", []
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if line.startswith("## "):
+            group = line[3:]
+        elif cells and cells[0] == "architecture":
+            heads = [ways.get(head, head) for head in cells[1:]]
+        elif cells and cells[0] != "---":
+            name = cells[0].strip("`")
+            found |= {(group, name, head): mark for head, mark in zip(heads, cells[1:], strict=True)}
+    return found

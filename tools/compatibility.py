@@ -1,0 +1,87 @@
+"""Computes the cells of the table of compatibility and writes docs/compatibility.md.
+
+python -m tools.compatibility                                the page; fails and writes nothing if a cell is wrong
+python -m tools.compatibility --only llama,t5 --ways static  some rows and columns, printed
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from tests.conformance.architectures import ARCHITECTURES
+from tests.conformance.cells import Cell, cells_of
+from tests.conformance.subject import Subject
+from tests.conformance.table import PAGE, columns, render
+
+Row = dict[str, Mapping[str, Cell]]
+
+
+def compute(name: str, ways: Sequence[str]) -> Row:
+    """The cells of one row by way."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(ARCHITECTURES[name], Path(folder))
+        return {way: cells_of(subject, way) for way in ways}
+
+
+def rows(names: Sequence[str], ways: Sequence[str], processes: int) -> Iterator[tuple[str, Row]]:
+    """Each row as soon as it is computed."""
+    if processes == 1:
+        yield from ((name, compute(name, ways)) for name in names)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(compute, name, ways): name for name in names}
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """1 if a cell is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tools.compatibility", description=__doc__)
+    parser.add_argument("--only", help="architectures, with commas between; by default all")
+    parser.add_argument("--ways", help=f"columns, with commas between; by default all: {', '.join(columns())}")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rows computed at the same time")
+    given = parser.parse_args(arguments)
+    names = given.only.split(",") if given.only else list(ARCHITECTURES)
+    ways = given.ways.split(",") if given.ways else list(columns())
+    for chosen, known in ((names, ARCHITECTURES), (ways, columns())):
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    results, wrong = {}, 0
+    for done, (name, row) in enumerate(rows(names, ways, given.processes), start=1):
+        results |= {(name, way): cells for way, cells in row.items()}
+        faults = [
+            f"{name}, {columns()[way]}, {mode}: {cell.words}"
+            for way, cells in row.items()
+            for mode, cell in cells.items()
+            if cell.state == "wrong"
+        ]
+        wrong += len(faults)
+        print(*faults, f"{done}/{len(names)} {name}", sep="\n", file=sys.stderr, flush=True)
+    if given.only or given.ways:
+        for (name, way), cells in results.items():
+            for mode, cell in cells.items():
+                print(f"{name}, {columns()[way]}, {mode}: {cell.state} {cell.words}".rstrip())
+    elif not wrong:
+        PAGE.write_text(render(results), encoding="utf-8")
+    if wrong:
+        print(f"{wrong} cells are wrong; {PAGE.name} was not written", file=sys.stderr)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
