@@ -7,6 +7,7 @@ python -m tools.compatibility --only llama,t5 --ways static  some rows and colum
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import sys
@@ -22,7 +23,7 @@ import torch
 from tests.conformance.architectures import ARCHITECTURES
 from tests.conformance.cells import Cell, cells_of
 from tests.conformance.subject import Subject
-from tests.conformance.table import PAGE, columns, render
+from tests.conformance.table import PAGE, columns, parse, render
 
 Row = dict[str, Mapping[str, Cell]]
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="architectures, with commas between; by default all")
     parser.add_argument("--ways", help=f"columns, with commas between; by default all: {', '.join(columns())}")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rows computed at the same time")
+    parser.add_argument("--show", action="store_true", help="print the cells and write nothing")
     given = parser.parse_args(arguments)
     names = given.only.split(",") if given.only else list(ARCHITECTURES)
     ways = given.ways.split(",") if given.ways else list(columns())
@@ -61,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = [name for name in chosen if name not in known]
         if unknown:
             parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
-    results, wrong = {}, 0
+    results: dict[tuple[str, str], Mapping[str, Cell]] = {}
+    if given.only or given.ways:
+        results |= parse(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+    wrong = 0
     for done, (name, row) in enumerate(rows(names, ways, given.processes), start=1):
         results |= {(name, way): cells for way, cells in row.items()}
         faults = [
@@ -72,14 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         wrong += len(faults)
         print(*faults, f"{done}/{len(names)} {name}", sep="\n", file=sys.stderr, flush=True)
-    if given.only or given.ways:
-        for (name, way), cells in results.items():
-            for mode, cell in cells.items():
+    if given.show:
+        for name, way in itertools.product(names, ways):
+            for mode, cell in results[name, way].items():
                 print(f"{name}, {columns()[way]}, {mode}: {cell.state} {cell.words}".rstrip())
-    elif not wrong:
-        PAGE.write_text(render(results), encoding="utf-8")
     if wrong:
         print(f"{wrong} cells are wrong; {PAGE.name} was not written", file=sys.stderr)
+    elif not given.show:
+        PAGE.write_text(render(results), encoding="utf-8")
     return int(wrong > 0)
 
 

@@ -2,10 +2,11 @@
 
 `source` finds the files, in a folder with `folder`. `keys` knows the tensor names of the layouts (`prefixes`: of their
 parts), `settings` and `metadata` the scaling; `info` describes a LoRA without reading its factors. `place` renames its
-matrices to those of a base (`blocks`: the names in the original Stable Diffusion code), and `coverage` compares it with
-the base. `architecture` tells a LoRA of another kind of base before all this (`families`: by its names). `read` and the
-three `write` modules read and write the factors; `svdiff` and `svdiff_expert` do the same for shifts of the base's
-singular values.
+matrices to those of a base (`module_names`: those of language models; `blocks`: the names in the original Stable
+Diffusion code), `coverage` compares it with the base, `tables` the copies of the base's own weights in its file.
+`architecture` tells a LoRA of another kind of base before all this (`families`: by its names). `read` (with `factors`)
+and the three `write` modules read and write the factors; `svdiff` and `svdiff_expert` do the same for shifts of the
+base's singular values.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from molecli.adapters.factors import share
 from molecli.adapters.families import family_in
 from molecli.adapters.info import AdapterInfo
 from molecli.adapters.keys import component_of
 from molecli.adapters.module_names import same_layer
 from molecli.adapters.place import components_in, place
-from molecli.adapters.share import share
 from molecli.adapters.tables import base_tables, grown
 from molecli.adapters.weights import Shape
 from molecli.errors import MismatchError
@@ -67,8 +67,24 @@ def check_coverage(info: AdapterInfo, matrices: Mapping[str, Shape], *, allow_pa
     """
     base = Matrices.of(matrices)
     found = coverage(info, base)
+    check_base(found, base)
+    if not found.unmatched:
+        return found
     total = len(info.adapted)
-    foreign = foreign_architecture(found.info.matrices, matrices)
+    found = replace(found, left_out=share(found.info, found.unmatched))
+    what = f"{len(found.unmatched)} of its {total} matrices are not in this base, such as {found.unmatched[0]!r}"
+    what += f": {found.left_out:.1%} of its weights"
+    if found.left_out > MAIN_PART:
+        raise MismatchError(info.where, what, other_base(info.base_model))
+    if not allow_partial:
+        raise MismatchError(info.where, what, _renaming(found, base) or "Pass --allow-partial to leave them out.")
+    return found
+
+
+def check_base(found: Coverage, matrices: Mapping[str, Shape]) -> None:
+    """Checks that a LoRA was made for a base like the one it covers. Raises: MismatchError that says for which."""
+    info, base = found.info, Matrices.of(matrices)
+    foreign = foreign_architecture(info.matrices, base)
     if foreign is not None:
         raise MismatchError(info.where, foreign, other_base(info.base_model))
     base_tables(info, base)
@@ -78,18 +94,9 @@ def check_coverage(info: AdapterInfo, matrices: Mapping[str, Shape], *, allow_pa
         what = f"it was made for another base: {name!r} is {_times(there)} in the LoRA and {_times(here)} in this base"
         raise MismatchError(info.where, what, other_base(info.base_model))
     if not found.matched:
-        what = f"it was made for another base: this one lacks all its {total} matrices, such as {found.unmatched[0]!r}"
+        total, first = len(found.unmatched), found.unmatched[0]
+        what = f"it was made for another base: this one lacks all its {total} matrices, such as {first!r}"
         raise MismatchError(info.where, what, other_base(info.base_model))
-    if not found.unmatched:
-        return found
-    found = replace(found, left_out=share(found.info, found.unmatched))
-    what = f"{len(found.unmatched)} of its {total} matrices are not in this base, such as {found.unmatched[0]!r}"
-    what += f": {found.left_out:.1%} of its weights"
-    if found.left_out > MAIN_PART:
-        raise MismatchError(info.where, what, other_base(info.base_model))
-    if not allow_partial:
-        raise MismatchError(info.where, what, _renaming(found, base) or "Pass --allow-partial to leave them out.")
-    return found
 
 
 def _times(shape: Shape) -> str:
@@ -111,6 +118,8 @@ def other_base(named: str | None) -> str:
 
 # Width of the text embeddings that the UNet's cross-attention reads -> published family.
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
+# What names of a pipeline's modules begin with, if they name no component; no language model has such modules.
+_PIPELINE_STARTS = ("diffusion_model.", "lora_transformer_", "down_blocks.", "mid_block.", "up_blocks.")
 _CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]$")
 _CLIP_INPUT = re.compile(r"(self_attn[._][qkv]_proj|mlp[._]fc1)$")
 
@@ -122,7 +131,7 @@ def foreign_architecture(lora: Mapping[str, Shape], base: Mapping[str, Shape]) -
     """
     here = components_in(base)
     if not here:
-        drawn = components_in(lora) or any(name.startswith(("diffusion_model.", "lora_transformer_")) for name in lora)
+        drawn = components_in(lora) or any(name.startswith(_PIPELINE_STARTS) for name in lora)
         return "it was made for a diffusion pipeline, and this base is a language model" if drawn else None
     if family := family_in(name for name in lora if name not in base):
         return f"it was made for {family}, and this base is {_family(base)}"

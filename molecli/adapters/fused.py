@@ -22,6 +22,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from molecli.adapters.info import Adapted, AdapterInfo
+from molecli.adapters.module_names import plain
 from molecli.adapters.weights import Shape, check_rank
 from molecli.errors import MismatchError
 
@@ -209,7 +210,9 @@ def _moved(adapted: Iterable[str], parameters: _Parameters) -> dict[str, str]:
         of_expert = _OF_EXPERT.fullmatch(name)
         module = of_expert["module"] if of_expert else _outside(name)
         block, leaf = _block_and_leaf(module)
-        candidates = here.get((block, leaf), [])
+        alike = here.get((block, leaf), [])
+        # Of several, the one whose whole name it ends with, without the parts of wrappers.
+        candidates = [one for one in alike if f".{plain(module)}".endswith(f".{one}")] or alike
         if block and module not in stacks and len(candidates) == 1:
             old, new = module.rpartition(".")[0], candidates[0].rpartition(".")[0]
             moved[f"{old}."] = f"{new}."

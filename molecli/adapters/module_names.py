@@ -1,7 +1,8 @@
 """The matrices of a language model that the modules of a LoRA file mean.
 
 One module has several names: wrappers add parts (`_orig_mod.`, `module.`), transformers moved modules between releases,
-and a language model may be trained alone and used in a multimodal one. Contents: resolved, plain, taken_for.
+and a language model may be trained alone and used in a multimodal one.
+Contents: resolved, plain, same_layer, taken_for.
 """
 
 from __future__ import annotations

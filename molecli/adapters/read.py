@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from molecli.adapters.architecture import read_info_for
 from molecli.adapters.coverage import Coverage, check_coverage
-from molecli.adapters.fused import slice_of
-from molecli.adapters.info import Adapted, AdapterInfo
-from molecli.adapters.keys import Keys
+from molecli.adapters.factors import Stored, a_of, low_rank, stored_tensors
+from molecli.adapters.info import AdapterInfo
 from molecli.adapters.settings import unsupported
 from molecli.adapters.svdiff import Base
 from molecli.adapters.svdiff_expert import shifted_factors
 from molecli.adapters.tables import check_tables
-from molecli.adapters.weights import Shape, opened_lora
+from molecli.adapters.weights import Shape
 from molecli.errors import MismatchError
 from molecli.experts import Expert, LowRank
 from molecli.files.lora_spec import LoraLike
 from molecli.protocols import Matrices
-
-# (file, key) -> tensor
-_Stored = Mapping[tuple[Path, str], Tensor]
 
 
 def read_expert(
@@ -42,13 +37,13 @@ def read_expert(
     known = Matrices.of(matrices)
     check_tables(info, known, base)
     names = [name for name in known.named if name in matched]
-    stored = _stored(info, names)
+    stored = stored_tensors(info, names)
     _check_finite(info, stored)
     if info.origin is not None:
-        shifts = {name: stored[_a(info.adapted[name].keys)] for name in names}
+        shifts = {name: stored[a_of(info.adapted[name].keys)] for name in names}
         factors = shifted_factors(info, info.origin, shifts, base)
     else:
-        factors = {name: _low_rank(info.adapted[name], stored) for name in names}
+        factors = {name: low_rank(info.adapted[name], stored) for name in names}
     return Expert(
         info.name,
         factors,
@@ -79,47 +74,7 @@ def _moves(factor: Tensor) -> bool:
     return bool((factor.float() if factor.element_size() == 1 else factor).any())
 
 
-def _stored(info: AdapterInfo, names: list[str]) -> _Stored:
-    """The stored tensors of the matrices `names` (the shifts for SVDiff); each is read once."""
-    pairs = [keys for name in names for keys in info.adapted[name].stored]
-    wanted = dict.fromkeys(entry for keys in pairs for entry in (_a(keys), _b(keys)))
-    found: dict[tuple[Path, str], Tensor] = {}
-    for path in dict.fromkeys(path for path, _ in wanted):
-        with opened_lora(path) as file:
-            found |= {(path, key): file.get_tensor(key) for where, key in wanted if where == path}
-    return {entry: found[entry] for entry in wanted}
-
-
-def _low_rank(matrix: Adapted, stored: _Stored) -> LowRank:
-    """The factors in the shape for the matrix: A [r, d_in] or [r, c_in, k_h, k_w], B [d_out, r]."""
-    if matrix.parts:
-        return _side_by_side(matrix, [(row, _low_rank(part, stored)) for row, part in matrix.parts])
-    a, b = stored[_a(matrix.keys)], stored[_b(matrix.keys)]
-    if matrix.keys.expert is not None:
-        a, b = slice_of(a, b, *matrix.keys.expert)
-    return LowRank(a.reshape(matrix.rank, *matrix.shape[1:]), b.reshape(-1, matrix.rank), matrix.scaling)
-
-
-def _side_by_side(matrix: Adapted, parts: Sequence[tuple[int, LowRank]]) -> LowRank:
-    """The factors of a matrix whose rows from `row` on are updated by each part."""
-    A = torch.cat([part.A for _, part in parts])
-    B, first = A.new_zeros(matrix.shape[0], len(A)), 0
-    for row, part in parts:
-        scaled = part.B if part.scaling == matrix.scaling else part.B * (part.scaling / matrix.scaling)
-        B[row : row + len(part.B), first : first + part.rank] = scaled
-        first += part.rank
-    return LowRank(A, B, matrix.scaling)
-
-
-def _a(keys: Keys) -> tuple[Path, str]:
-    return keys.path, keys.A
-
-
-def _b(keys: Keys) -> tuple[Path, str]:
-    return keys.path, keys.B
-
-
-def _check_finite(info: AdapterInfo, tensors: _Stored) -> None:
+def _check_finite(info: AdapterInfo, tensors: Stored) -> None:
     """Checks that all entries are finite floating-point numbers. Raises: UsageError, MismatchError."""
     extremes = []
     for tensor in tensors.values():

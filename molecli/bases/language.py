@@ -194,11 +194,15 @@ class Decoding:
         )
 
 
-def decoder_start(model: nn.Module) -> int:
-    """The token with which generation starts an encoder-decoder model's completion."""
+def decoder_start(model: nn.Module, where: str) -> int:
+    """The token with which an encoder-decoder model's completion starts. Raises: UsageError if none is configured."""
     own: Any = model.generation_config
-    start = own.decoder_start_token_id
-    return int(own.bos_token_id if start is None else start)
+    named = (own.decoder_start_token_id, getattr(model.config, "decoder_start_token_id", None), own.bos_token_id)
+    start = next((token for token in named if token is not None), None)
+    if not isinstance(start, int):
+        what = "its configuration names no token that a completion starts with"
+        raise UsageError(where, what, "Write decoder_start_token_id in its generation_config.json.")
+    return start
 
 
 def _bans(model: nn.Module, token: int) -> bool:

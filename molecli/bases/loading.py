@@ -21,7 +21,7 @@ from molecli.bases.causal import Causal
 from molecli.bases.language import freeze
 from molecli.bases.library_logs import first_line, quiet
 from molecli.bases.prompt_record import prompt_settings, refuse_settings
-from molecli.bases.quantised import loading_options, method_of, not_here, say_changes, settled
+from molecli.bases.quantised import BITSANDBYTES, loading_options, method_of, not_here, say_changes, settled
 from molecli.bases.seq2seq import Seq2Seq
 from molecli.errors import MismatchError, UsageError
 from molecli.files.base_source import PROMPT_FLAGS, BaseSettings, BaseSource, explain_hub, find_base
@@ -41,20 +41,21 @@ def load_backbone(base: BaseSettings, device: str | torch.device = "auto") -> Ba
         refuse_settings(base)
         from molecli.bases.pipeline_loading import load_pipeline
 
+        _check_unquantised(base)
         return load_pipeline(base, place, pick_dtype(base.dtype, place))
     with quiet(source):
         config = _config(source)
-        auto, method = _auto_class(source, config), method_of(config)
+        auto, method = _auto_class(source, config), method_of(config) or BITSANDBYTES
         tokenizer = _tokenizer(source)
         prompts = prompt_settings(base, tokenizer, source.name)
         dtype = pick_dtype(base.dtype, place)
-        options = {"dtype": dtype} | loading_options(source, config, place, dtype)
+        options = {"dtype": dtype} | loading_options(source, config, place, dtype, quantize=base.quantize)
         model = _weights(source, config, auto, options)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         what = f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows}"
         raise MismatchError(f"base {source.name}", what, "Load model and tokenizer from the same place.")
-    if method:
+    if "device_map" in options:
         model = settled(model, options["dtype"])
         say_changes(source, method, model, asked=base.dtype)
     else:
@@ -70,6 +71,7 @@ def load_skeleton(base: BaseSettings) -> nn.Module:
         refuse_settings(base)
         from molecli.bases.pipeline_loading import load_pipeline_skeleton
 
+        _check_unquantised(base)
         return load_pipeline_skeleton(base)
     if any(getattr(base, key) not in (None, {}, True) for key in PROMPT_FLAGS):
         with quiet(source):
@@ -78,6 +80,13 @@ def load_skeleton(base: BaseSettings) -> nn.Module:
         config = _config(source)
         model = _auto_class(source, config).from_config(config, dtype=DTYPES.get(base.dtype, torch.float32))
     return freeze(model)
+
+
+def _check_unquantised(base: BaseSettings) -> None:
+    """Raises: UsageError if a pipeline is to be quantised while it is loaded."""
+    if base.quantize is not None:
+        what = f"{base.id} is a pipeline, and only language models are quantised while they are loaded"
+        raise UsageError("--quantize", what, "Save a pipeline with quantised parts, and name that.")
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -160,8 +169,8 @@ def _weights(source: BaseSource, config: Any, auto: Any, options: dict[str, Any]
             **options,
         )
     except Exception as error:
-        if method_of(config) and not isinstance(error, OSError | SafetensorError):
-            raise not_here(f"base {source.name}", method_of(config), error) from error
+        if "device_map" in options and not isinstance(error, OSError | SafetensorError):
+            raise not_here(f"base {source.name}", method_of(config) or BITSANDBYTES, error) from error
         # SafetensorError, RuntimeError, UnpicklingError, struct.error ... all mean that the file is damaged.
         raise _unread(source, error) from error
     for kind, keys in (("lack", report["missing_keys"]), ("have another shape for", report["mismatched_keys"])):

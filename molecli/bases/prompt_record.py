@@ -125,8 +125,7 @@ def tell(
             note(line)
     for name, settings in (compositions or {}).items():
         made = settings.get(KEY)
-        if isinstance(made, Mapping) and PromptRecord(**made) != own:
-            other = PromptRecord(**made)
+        if isinstance(made, Mapping) and (other := _read(made)) != own:
             same = other.template == own.template
             what = f"it was made with prompts in {other.words(called if same else '')}"
             warnings.warn(f"{name}: {what}, and this run uses {own.words(called)}", stacklevel=2)
@@ -152,11 +151,16 @@ def _differences(lora: LoraLike, own: PromptRecord, called: str, template: str |
     return [f"{lora.name}: {what}. To use it, write --template-file {folder}"]
 
 
+def _read(made: Mapping[str, Any]) -> PromptRecord:
+    """The record in a file, without what a later version may have added."""
+    return PromptRecord(**{key: made[key] for key in PromptRecord().document() if key in made})
+
+
 def _trained_with(folder: Path) -> PromptRecord | None:
     """The format in the report that `mole train-lora` wrote beside a LoRA."""
     try:
         report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
-        return PromptRecord(**report[KEY])
+        return _read(report[KEY])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,6 +1,6 @@
 """Checkpoints that are quantised: checked before their weights are read, and loaded as transformers wants them.
 
-Contents: quantised_by, method_of, loading_options, settled, say_changes, not_here.
+Contents: quantised_by, method_of, loading_options, by_bitsandbytes, settled, say_changes, not_here.
 """
 
 from __future__ import annotations
@@ -34,42 +34,69 @@ def quantised_by(config: Any) -> dict[str, Any]:
 def method_of(config: Any) -> str:
     """The name of the method in a model's configuration, "" if it is not quantised."""
     stated = quantised_by(config)
-    if not stated:
-        return ""
+    return _name(stated) if stated else ""
+
+
+def _name(stated: dict[str, Any]) -> str:
     method = stated.get("quant_method") or ""
     # Old checkpoints of bitsandbytes name only the width.
     bits = stated.get("load_in_4bit") or stated.get("load_in_8bit")
     return str(getattr(method, "value", method) or (BITSANDBYTES if bits else "unknown"))
 
 
-def loading_options(source: BaseSource, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Keywords of `from_pretrained` for a base with this configuration; none for an unquantised one.
+def loading_options(
+    source: BaseSource, config: Any, device: torch.device, dtype: torch.dtype, *, quantize: str | None = None
+) -> dict[str, Any]:
+    """Keywords of `from_pretrained` for a base with this configuration; none for one that is and stays unquantised.
+
+    quantize: 4bit or 8bit, to quantise it now.
 
     Its `dtype` is that which the method allows. Changes `config`: 4-bit weights of bitsandbytes compute in `dtype`,
     whatever the checkpoint says.
-    Raises: UsageError for an unknown method; RunError if a package or device that it needs is missing.
+    Raises: UsageError for an unknown method, or to quantise what is quantised; RunError if a package or device that it
+    needs is missing.
     """
-    stated = quantised_by(config)
+    stated, fresh = quantised_by(config), {}
+    if quantize is not None:
+        _check_plain(source, config)
+        fresh = {"quantization_config": by_bitsandbytes(quantize, dtype)}
+        stated = fresh["quantization_config"].to_dict()
     if not stated:
         return {}
-    method, where, four_bit = method_of(config), f"base {source.name}", bool(stated.get("load_in_4bit"))
+    method, where, four_bit = _name(stated), f"base {source.name}", bool(stated.get("load_in_4bit"))
     known = method if method != BITSANDBYTES else f"{method}_{4 if four_bit else 8}bit"
     if known not in AUTO_QUANTIZER_MAPPING:
         what = f"it is quantised by {method!r}, which transformers {transformers.__version__} does not know"
         raise UsageError(where, what, "Upgrade transformers, or write another base.")
-    if four_bit:
+    if four_bit and not fresh:
         stated["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         owner = config if getattr(config, "quantization_config", None) else config.get_text_config(decoder=True)
         owner.quantization_config = stated
     # Quantised weights cannot all be moved afterwards.
     placed: dict[str, Any] = {"device_map": {"": device}}
     try:
-        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(stated), pre_quantized=True)
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(stated), pre_quantized=not fresh)
         quantizer.validate_environment(weights_only=True, **placed)
         placed["dtype"] = quantizer.update_dtype(dtype)
     except Exception as error:  # each library has its own
         raise not_here(where, method, error) from error
-    return placed
+    return placed | fresh
+
+
+def by_bitsandbytes(width: str, dtype: torch.dtype) -> Any:
+    """The configuration that quantises to 4bit, as QLoRA does (2305.14314), or to 8bit (LLM.int8(), 2208.07339)."""
+    if width == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _check_plain(source: BaseSource, config: Any) -> None:
+    """Raises: UsageError if the base's files are quantised already."""
+    method = method_of(config) or ("GGUF" if source.gguf_file else "")
+    if method:
+        raise UsageError("--quantize", f"base {source.name} is quantised already ({method})", "Leave it out.")
 
 
 def say_changes(source: BaseSource, method: str, model: Any, *, asked: str) -> None:

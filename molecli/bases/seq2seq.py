@@ -109,10 +109,11 @@ class Seq2Seq:
         language.check_lengths([1], self._limit, room=max_new_tokens, names=["the completion"])
         pad_id = self.tokenizer.pad_token_id
         ids, mask = language.pad(rows, pad_id)
-        first = {"start": self.languages.start, "forced": self.languages.forced}
+        first = {"start": self._start, "forced": self.languages.forced}
         out = decoding.complete(self.model, ids, mask, stop=self._stop, pad_id=pad_id, **first)
         # A language's code is not everywhere a special token.
-        rows = [[token for token in row if token not in first.values()] for row in out.tolist()]
+        codes = (self.languages.start, self.languages.forced)
+        rows = [[token for token in row if token not in codes] for row in out.tolist()]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def fingerprint(self) -> str:
@@ -123,7 +124,7 @@ class Seq2Seq:
     def _start(self) -> int:
         """The token that the decoder starts with, in training as in generation."""
         own = self.languages.start
-        return language.decoder_start(self.model) if own is None else own
+        return language.decoder_start(self.model, self.name or "the base") if own is None else own
 
     def _ids(self, prompt: str) -> list[int]:
         words = self.languages.tagged(self.format.prompt_text(prompt))

@@ -20,7 +20,7 @@ from molecli.cli.options import (
     Toggle,
     recipe_command,
 )
-from molecli.cli.runs import base_of_composition, is_recipe, recipe_file, show_plan, started
+from molecli.cli.runs import base_of_composition, base_of_recipe, is_recipe, recipe_file, show_plan, started
 from molecli.cli.single import single
 from molecli.config import EvaluateRecipe, dump_recipe
 from molecli.errors import UsageError
@@ -148,14 +148,15 @@ def _file_and_compositions(request: Request) -> tuple[str | None, dict[str, Any]
     targets = request.targets
     recipes = [target for target in targets if is_recipe(target)]
     if not targets:
-        return recipe_file(request), {}
+        file = recipe_file(request)
+        return file, base_of_recipe(file, request)
     if not recipes:
         return None, {"compositions": list(targets), **base_of_composition(targets[0], request)}
     if len(targets) > 1:
         raise UsageError(
             recipes[0], "a recipe cannot be combined with other arguments", "Name one recipe, or only compositions."
         )
-    return recipes[0], {}
+    return recipes[0], base_of_recipe(recipes[0], request)
 
 
 app = single(evaluate)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from molecli.cli.options import (
     DRY_RUN,
     IMAGE,
@@ -17,7 +15,7 @@ from molecli.cli.options import (
     recipe_command,
 )
 from molecli.cli.prompts import read_prompts
-from molecli.cli.runs import base_of_composition, is_recipe, show_plan, started
+from molecli.cli.runs import base_of_composition, base_of_recipe, is_recipe, show_plan, started
 from molecli.cli.single import single
 from molecli.config import ExportRecipe
 from molecli.errors import UsageError
@@ -56,7 +54,9 @@ def export(request: Request) -> None:
         raise UsageError("mole export", "no composition is named", "Name the output folder of mole compose.")
     target = request.targets[0]
     file = target if is_recipe(target) else None
-    more: dict[str, Any] = {} if file else {"composition": target, **base_of_composition(target, request)}
+    more = base_of_recipe(file, request)
+    if file is None:
+        more |= {"composition": target, **base_of_composition(target, request)}
     prompts = _prompts(request)
     if prompts:
         more["calibration.prompts"] = prompts

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from molecli.catalog.suites import OWN_TEXTS
 from molecli.cli.options import BASE, IMAGE, LORAS, MASK, SAVE, SEED_AND_DEVICE, Flag, Request, Toggle, recipe_command
-from molecli.cli.runs import base_of_composition, is_recipe, started
+from molecli.cli.runs import base_of_composition, base_of_recipe, is_recipe, started
 from molecli.cli.single import single
 from molecli.config import BaseConfig, InspectGatesRecipe
 from molecli.errors import UsageError
@@ -61,6 +61,7 @@ def inspect_gates(request: Request) -> None:
     file = target if is_recipe(target) else None
     more: dict[str, Any] = {"prompts": list(request.switches["prompt"])} if request.switches["prompt"] else {}
     domain = None
+    more |= base_of_recipe(file, request)
     if file is None:
         composition, named = load_composition(target), request.overrides.get("base.id")
         check_gates(target, composition)

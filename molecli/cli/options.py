@@ -88,6 +88,7 @@ BASE = (
     Flag("--base", "base.id", metavar="BASE"),
     Flag("--gguf-file", "base.gguf_file", metavar="NAME"),
     Flag("--dtype", "base.dtype"),
+    Flag("--quantize", "base.quantize"),
     Flag("--chat-template", "base.chat_template"),
     Flag("--template-file", "base.template_file", metavar="PATH"),
     Flag("--system-prompt", "base.system_prompt", metavar="TEXT"),

@@ -20,7 +20,9 @@ from molecli.config import (
     StudyRecipe,
     TrainLoraRecipe,
     dump_recipe,
+    find_recipe,
 )
+from molecli.config.tree import read_yaml
 from molecli.errors import UsageError
 from molecli.files.atomic import write_text
 from molecli.files.base_source import PROMPT_FLAGS
@@ -68,6 +70,21 @@ def base_of_composition(path: str, request: Request) -> dict[str, Any]:
     own = yaml.safe_load(load_composition(path).recipe)["base"]
     other = "base.id" in request.overrides
     return {f"base.{key}": value for key, value in own.items() if not other or key in PROMPT_FLAGS}
+
+
+def base_of_recipe(file: str | None, request: Request) -> dict[str, Any]:
+    """The base of a recipe's first composition, where the recipe names no base and flags change how it is used.
+
+    Otherwise {}. Without this the flags would make up a base of their own.
+    """
+    changed = any(key.startswith("base.") for key in (*request.overrides, *request.sets))
+    if file is None or not changed:
+        return {}
+    tree = read_yaml(find_recipe(file))
+    several = tree.get("compositions")
+    named = [tree.get("composition"), *(several if isinstance(several, list) else ())]
+    found = next((path for path in named if isinstance(path, str)), None)
+    return {} if found is None or "base" in tree else base_of_composition(found, request)
 
 
 def show_plan(recipe: Recipe, request: Request, *, file: str | None = None, domain: Domain | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from molecli.cli.options import (
     BASE,
@@ -17,7 +17,7 @@ from molecli.cli.options import (
     Toggle,
     recipe_command,
 )
-from molecli.cli.runs import base_of_composition, is_recipe, started
+from molecli.cli.runs import base_of_composition, base_of_recipe, is_recipe, started
 from molecli.cli.single import single
 from molecli.config import SampleRecipe
 from molecli.errors import UsageError
@@ -64,7 +64,7 @@ def sample(request: Request) -> None:
     """
     target = request.targets[0] if request.targets else None
     file = target if target is not None and is_recipe(target) else None
-    more: dict[str, Any] = {}
+    more = base_of_recipe(file, request)
     if target not in (None, "-", file):
         more |= {"composition": target, **base_of_composition(str(target), request)}
     prompts = _prompts(request, from_stdin=target == "-")

@@ -123,10 +123,14 @@ def run_compose(
     task = (domain or domain_of(recipe.base)).command("compose").prepare(recipe, note)
     # Load.
     backbone = load_backbone(task.recipe.base, accelerator.device)
-    experts = read_experts(backbone.model, task.recipe.loras, allow_partial=task.recipe.allow_partial, note=note)
+    about: list[str] = []
+    allowed = task.recipe.allow_partial
+    experts = read_experts(backbone.model, task.recipe.loras, allow_partial=allowed, note=about.append)
     # Run.
     mixture = _mixture(task, backbone, experts, progress)
     prompt_record.tell(backbone, note, base=task.recipe.base, loras=task.recipe.loras)
+    for text in about:
+        note(text)
     history: list[Record] = []
     if task.rows:
         with mixture:
@@ -163,7 +167,7 @@ def _mixture(task: Task, backbone: Backbone, experts: Sequence[Expert], progress
 
 
 def _note_losses(report: ComposeReport, experts: Sequence[Expert], note: Note) -> None:
-    """Reports and notes which parts of the LoRAs the composition leaves out."""
+    """Reports which parts of the LoRAs the composition leaves out, and notes what its mode cannot represent."""
     partial_ones = {expert.name: expert.left_out for expert in experts if expert.left_out}
     if partial_ones:
         report["left_out"] = partial_ones

@@ -51,6 +51,10 @@ class BaseConfig(Section):
     dtype: Dtype = Field(
         default="auto", description="type of the base's weights; auto: bfloat16 on GPUs that support it, else float32"
     )
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        default=None,
+        description="language models: quantise the base with bitsandbytes while it is loaded (4bit is QLoRA's nf4)",
+    )
     chat_template: bool = Field(
         default=True, description="language models: format prompts with the tokenizer's chat template, if it has one"
     )

@@ -92,7 +92,7 @@ class CalledTokens:
     @cached_property
     def valid(self) -> Tensor:
         """[B, T], 1 for tokens that are not padding. Raises: RunError if the call does not say it."""
-        batch, tokens = self._known_shape()
+        batch, tokens = self.size()
         packed = next((name for name in _PACKED if self._told.get(name) is not None), None)
         if packed is not None:
             what = f"the call packs several sequences into one row ({packed}), and gates weigh LoRAs for each sequence"
@@ -136,7 +136,8 @@ class CalledTokens:
         """Whether labels say that no token of this call belongs to the prompt."""
         return self._scored() is not None and not bool(self.prompt.any())
 
-    def _known_shape(self) -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
+        """The numbers of sequences and tokens. Raises: RunError if the call does not say them."""
         if self.shape is None:
             what = (
                 "the model was called without input_ids [batch, tokens] or inputs_embeds, so its tokens are not known"
@@ -150,7 +151,7 @@ class CalledTokens:
         given = labels if labels is not None else shifted
         if given is None:
             return None
-        if tuple(given.shape) != self._known_shape():
+        if tuple(given.shape) != self.size():
             what = f"labels of shape {tuple(given.shape)} do not say where the prompt ends in {self.shape} tokens"
             raise RunError("generation", what, "Give labels [batch, tokens].")
         scored = given != UNSCORED
@@ -169,7 +170,7 @@ class CalledTokens:
 
     def _columns(self, mask: Tensor) -> Tensor:
         """The part of a mask [B, L] over all tokens so far that belongs to these tokens."""
-        _, tokens = self._known_shape()
+        _, tokens = self.size()
         length = mask.shape[1]
         if self._past is None:  # a recurrent state does not count its tokens
             fits, start = length >= tokens, length - tokens
@@ -191,7 +192,7 @@ class CalledTokens:
 
     def _diagonal(self, mask: Tensor) -> Tensor:
         """Which tokens see themselves in a mask [B, heads, T, L] or [B, T, L]: padding is seen by nobody."""
-        _, tokens = self._known_shape()
+        _, tokens = self.size()
         visible = _visible(mask)
         if visible is None:
             what = f"an attention_mask of shape {tuple(mask.shape)} must be bool or floating point, not {mask.dtype}"

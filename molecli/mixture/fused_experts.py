@@ -37,7 +37,8 @@ class FusedModule:
     """The adapted parameters of one module; `values(site)` gives a site's weights [N] in the current pass, None: off.
 
     matrices: the adapted ones with their places and sites. renormalize: experts that lack a matrix leave their share
-    to the others. Raises: UsageError if the parameters are not there as plain numbers.
+    to the others. kept: the sums are kept until they change; otherwise each call computes them.
+    Raises: UsageError if the parameters are not there as plain numbers.
     """
 
     def __init__(
@@ -48,12 +49,12 @@ class FusedModule:
         values: Callable[[HostedSite], Tensor | None],
         *,
         renormalize: bool = False,
+        kept: bool = True,
     ) -> None:
-        self.module, self.values, self.renormalize = module, values, renormalize
+        self.module, self.values, self.renormalize, self.kept = module, values, renormalize, kept
         self.sites = list({id(site): site for _, site in matrices.values()}.values())
         self.updates = stacked_updates(module, matrices, self.sites, bank)
         self._own: dict[str, nn.Parameter | None] = {}
-        self._inside = 0  # how many calls of the module's forward are running
         self._known: tuple[Stamp, dict[str, Tensor]] | None = None
 
     def attach(self) -> list[RemovableHandle]:
@@ -67,7 +68,7 @@ class FusedModule:
         """Puts the very same parameters back, also if a forward was left without its end."""
         for name, parameter in self._own.items():
             self.module._parameters[name] = parameter
-        self._own, self._inside = {}, 0
+        self._own = {}
 
     def forget(self) -> None:
         """Drops the replacements: other experts are masked now."""
@@ -75,35 +76,33 @@ class FusedModule:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         check_same(module, self.module)
-        if self._inside == 0:
-            values = [value for site in self.sites if (value := self.values(site)) is not None]
-            if values:
-                device = next(iter(self.updates.values())).B.device
-                replaced = self._replaced(torch.stack([value.to(device) for value in values]))
-                self._own = {name: module._parameters[name] for name in replaced}
-                # As in torch.func.functional_call: the order of the parameters stays.
-                module._parameters.update(replaced)  # type: ignore[arg-type]
-        self._inside += 1
+        self.restore()
+        values = [value for site in self.sites if (value := self.values(site)) is not None]
+        if values:
+            device = next(iter(self.updates.values())).B.device
+            replaced = self._replaced(torch.stack([value.to(device) for value in values]))
+            self._own = {name: module._parameters[name] for name in replaced}
+            # As in torch.func.functional_call: the order of the parameters stays.
+            module._parameters.update(replaced)  # type: ignore[arg-type]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._inside = max(self._inside - 1, 0)
-        if self._inside == 0:
-            self.restore()
+        self.restore()
 
     def _replaced(self, values: Tensor) -> dict[str, Tensor]:
-        """parameter -> its replacement for the sites' weights [sites, N]; kept while all that it is made of is."""
+        """parameter -> its replacement for the sites' weights [sites, N]."""
         own = [getattr(self.module, name) for name in self.updates]
         learning = torch.is_grad_enabled() and (values.requires_grad or any(weight.requires_grad for weight in own))
         now = stamp([*own, *(tensor for site in self.sites for tensor in site.tensors)])
         if self._known is not None and not learning and self._known[0] == now:
             return self._known[1]
         self._known = None  # its memory is free for the new one
-        with torch.set_grad_enabled(learning):
+        # Later passes may have gradients, for which tensors of the inference mode are useless.
+        with torch.inference_mode(False), torch.set_grad_enabled(learning):
             replaced = {
                 name: update.added(weight, values, renormalize=self.renormalize)
                 for (name, update), weight in zip(self.updates.items(), own, strict=True)
             }
-        if not learning:
+        if self.kept and not learning:
             self._known = now, replaced
         return replaced
 

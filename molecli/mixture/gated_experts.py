@@ -32,6 +32,8 @@ from molecli.mixture.sites import block_of
 from molecli.protocols import Group, Site
 
 _IMPLEMENTATION = "molecli_gated"
+# Sums of weights and updates that are kept while attached; larger ones would not leave a large model its memory.
+KEPT_BYTES = 4 << 30
 # The weights [rows, N] of a site for a module's input with that many rows; None: all experts are off.
 ByRow = Callable[[HostedSite, int], Tensor | None]
 
@@ -204,15 +206,22 @@ def host_parameters(
             if matrix in fused and bank.present(matrix):
                 held.setdefault(fused[matrix].module, {})[matrix] = fused[matrix], site
     found: list[HostedParameters] = []
+    kept = _bytes(modules, held) <= KEPT_BYTES
     for name, matrices in held.items():
         module = modules[name]
         if all(site.gate.constant for _, site in matrices.values()):
-            found.append(FusedModule(module, matrices, bank, fixed, renormalize=renormalize))
+            found.append(FusedModule(module, matrices, bank, fixed, renormalize=renormalize, kept=kept))
         else:
             kind = gated_kind(module, {place.parameter for place, _ in matrices.values()})
             assert kind is not None  # others are refused when the mixture is built
             found.append(kind(module, matrices, bank, rows, renormalize=renormalize))
     return found
+
+
+def _bytes(modules: Mapping[str, nn.Module], held: Mapping[str, Held]) -> int:
+    """The size of the adapted parameters."""
+    names = {(module, place.parameter) for module, matrices in held.items() for place, _ in matrices.values()}
+    return sum(getattr(modules[module], parameter).nbytes for module, parameter in names)
 
 
 def gated_kind(module: nn.Module, parameters: Collection[str]) -> type[GatedExperts | GatedRouter] | None:

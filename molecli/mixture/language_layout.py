@@ -61,7 +61,8 @@ class TextLayout:
 
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
         """See `sites.make_sites`."""
-        return make_sites(matrices, granularity, seq2seq=self.seq2seq, per_token=per_token)
+        shapes = self.matrices().named
+        return make_sites(matrices, granularity, seq2seq=self.seq2seq, per_token=per_token, shapes=shapes)
 
 
 class TextStreams:
@@ -73,6 +74,7 @@ class TextStreams:
         self.decoder = Pass()
         self.generations = Generations()
         self.probing = False  # whether a pass runs only to see the shapes of inputs
+        self._probed: set[str] = set()  # the axes for which it ran
         self._encoded: weakref.ref[Tensor] | None = None  # the encoder's last output
         self._begun: dict[str, Generation | None] = {}
         self._last = Trace()  # of the last pass of the decoder that has ended
@@ -98,15 +100,24 @@ class TextStreams:
         current: Pass = getattr(self, axis)
         return self._learning.of(axis) or current if current.over and in_backward() else current
 
-    def axes(self, stream: Stream) -> tuple[int, int] | None:
-        """The numbers of sequences and tokens; those of the encoder's output for the keys of cross-attention."""
+    def axes(self, stream: Stream) -> tuple[int, int]:
+        """The numbers of sequences and tokens; those of the encoder's output for the keys of cross-attention.
+
+        Raises: RunError outside a pass, and if the call does not say them.
+        """
         axis = "encoder" if stream == "encoder" else "decoder"
         current: Pass = getattr(self, axis)
-        if current.over and in_backward():
+        if current.tokens is None or (current.over and not in_backward()):
+            raise outside()
+        if current.over:
             current = self._learning.of(axis) or current
-        if stream == "memory":
-            return None if current.memory is None else (current.memory.shape[0], current.memory.shape[1])
-        return None if current.tokens is None else current.tokens.shape
+            self._learning.check_one()
+        assert current.tokens is not None
+        if stream != "memory":
+            return current.tokens.size()
+        if current.memory is None:
+            raise _no_memory()
+        return current.memory.shape[0], current.memory.shape[1]
 
     def check_shared(self) -> None:
         """Raises: RunError if the decoder reads another text than that which the encoder read last."""
@@ -124,21 +135,16 @@ class TextStreams:
     ) -> Reading:
         """x and u [B, T, .] with the masks of the site's tokens, and the memory if the site is in a decoder."""
         current, size = self.of(site), self.axes(site.stream)
-        if current.step == 0 or (current.over and not in_backward()):
-            raise outside()
-        if current.over:
-            self._learning.check_one()
-        if size is None:
-            assert current.tokens is not None
-            _ = current.tokens.valid  # says what is missing
-            raise outside()
         memory = current.memory if site.stream == "decoder" else None
-        valid = prompt = None
-        if site.stream == "memory":
-            valid = prompt = current.memory_valid
-        elif gate.remembers or getattr(gate, "observed", None) is not None:
-            valid, prompt = current.valid, current.prompt
-        if gate.reads_entry(memory=memory is not None):
+        if self.seq2seq and site.stream == "decoder" and memory is None and not gate.reads_entry(memory=True):
+            raise _no_memory()
+        memory_valid = valid = prompt = None
+        if gate.remembers or getattr(gate, "observed", None) is not None:
+            mine = site.stream != "memory"
+            valid, prompt = (current.valid, current.prompt) if mine else (current.memory_valid,) * 2
+        if not gate.reads_entry(memory=memory is not None):
+            memory_valid = current.memory_valid
+        else:
             matrix, axes = site.entry.matrices[0], axes_of(tuple(x.shape[:-1]), *size, first=first)
             x, u = as_tokens(x, matrix, axes, size), as_tokens(u, matrix, axes, size)
         return Reading(
@@ -147,7 +153,7 @@ class TextStreams:
             valid,
             prompt,
             memory=memory,
-            memory_valid=None if memory is None else current.memory_valid,
+            memory_valid=memory_valid,
             state=state,
             kept=self._kept(current, size[1]) if site.stream == "decoder" else None,
             shared=current.shared,
@@ -168,7 +174,7 @@ class TextStreams:
         """Hooks that update the passes; `on_pass` is called at the start of each pass, and returns whether the order of
         an input's axes is still to be found out; pools: whether gates average over tokens."""
         self.encoder, self.decoder, self._last, self._learning = Pass(), Pass(), Trace(), Learning()
-        self._encoded = None
+        self._encoded, self._probed = None, set()
         if not self.seq2seq:
             handles = self._watch(self.model, "decoder", self._read_causal, on_pass)
         else:
@@ -194,7 +200,8 @@ class TextStreams:
             current.learning = torch.is_grad_enabled() and module.training
             if current.learning:
                 self._learning.begin(axis, current)
-            if unsure and self._even(current):
+            if unsure and axis not in self._probed and self._even(current):
+                self._probed.add(axis)
                 self._probe(module, axis, told)
                 setattr(self, axis, current)
 
@@ -297,6 +304,11 @@ class TextStreams:
             trace.cache = weakref.ref(held)
         moved = bool(past) and rows > 1 and not (self._last.witness and self._last.witness.unchanged(held))
         return Pass(self.decoder.step + 1, tokens, past, trace, moved, generation)
+
+
+def _no_memory() -> RunError:
+    what = "the decoder was called without the encoder's output, by which gates weigh LoRAs"
+    return RunError("generation", what, "Give it as encoder_hidden_states.")
 
 
 def _count(told: Mapping[str, Any]) -> int:

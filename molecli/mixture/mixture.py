@@ -272,7 +272,7 @@ class Mixture:
             if self._off:
                 return None
             if self._streams.probing:
-                group.learn(tuple(x.shape[:-1]), self._streams.axes(group.stream))
+                group.learn(x, self._streams.axes(group.stream))
                 return None
             if group.x is not x or group.device != y.device:
                 self._mix(group, x, y)
@@ -294,8 +294,8 @@ class Mixture:
         head = self._head if group.heads and not group.site.gate.constant else None
         whole = given if head is None else head.whole(given)
         whole = x if whole is given else whole.to(y.device)
-        size = self._streams.axes(group.stream)
-        group.learn(tuple(whole.shape[:-1]), size)
+        size = None if group.site.gate.constant else self._streams.axes(group.stream)
+        group.learn(whole, size)
         u = group.project(x)
         value = self._value(group, whole, u if whole is x else group.project(whole))
         value = self._streams.fitted(group.name, value, x)
@@ -383,6 +383,8 @@ class Mixture:
         if gate.constant:
             value: Tensor = gate(None, keep)
         else:
+            if gate.reads_entry(memory=hosted.site.stream == "decoder" and current.memory is not None):
+                self._check_entry(group)
             reading = self._streams.reading(hosted.site, x, u, state, gate=gate, first=group.first)
             move_reading(reading, group.device)
             value = gate(reading, keep)
@@ -400,6 +402,15 @@ class Mixture:
             with torch.inference_mode(False):
                 self._keeps[device] = self._keep.to(device)
         return self._keeps[device]
+
+    def _check_entry(self, group: HostedGroup) -> None:
+        """Raises: RunError if the model calls the layers of a site in another order than that of its modules: then the
+        gate would read another layer's input than that which it is defined by."""
+        entry = group.site.site.entry.matrices[0]
+        if group.place and entry not in self._fused and group.stream == group.site.site.stream:
+            what = f"its gate reads the input of {entry}, and the model calls {group.name} before"
+            remedy = "Use --granularity matrix, or LoRAs that do not adapt one of them."
+            raise RunError(group.site.site.name, what, remedy)
 
     def _begin(self) -> bool:
         """Drops what an earlier pass left; whether the axes of an input are still to be found out."""
@@ -427,6 +438,8 @@ class Mixture:
         return by_row(hosted.value, rows, size[0] * size[1], hosted.site.name)
 
     def _forget(self) -> None:
+        for live in self._parameters:  # an interrupted pass may have left some inside a module
+            live.restore()
         for group in self._groups:
             if group.x is not None:
                 group.forget()

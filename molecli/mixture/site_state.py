@@ -151,10 +151,10 @@ class HostedGroup:
         """u [..., R], x projected by every expert's A."""
         return project(x, self.A)
 
-    def learn(self, lead: tuple[int, ...], size: tuple[int, int] | None) -> None:
-        """Notes the order of the axes of an input [*lead, d] in a pass over `size` sequences and tokens."""
-        if self.first is None and size is not None and len(lead) > 1 and size[0] != size[1]:
-            rows = axes_of(lead, *size).rows
+    def learn(self, x: Tensor, size: tuple[int, int] | None) -> None:
+        """Notes the order of the axes of an input in a pass over `size` sequences and tokens."""
+        if self.first is None and size is not None and x.dim() > 2 and size[0] != size[1]:
+            rows = axes_of(tuple(x.shape[:-1]), *size).rows
             self.first = None if rows is None else rows == 0
 
     def weight(self, x: Tensor, u: Tensor, weights: Tensor | float, size: tuple[int, int] | None = None) -> None:
@@ -163,15 +163,15 @@ class HostedGroup:
         size: the numbers of sequences and tokens, if the input may have other axes than these.
         """
         if isinstance(weights, Tensor) and weights.dim() == 3:
-            weights = _fit_batch(weights, x) if size is None else self._placed(weights, tuple(x.shape[:-1]), size)
+            weights = _fit_batch(weights, x) if size is None else self._placed(weights, x.shape[:-1], size)
         mixed = _weighted(u, weights).reshape(-1, u.shape[-1])
         self.x, self.served = x, 0
         self.mixed = mixed.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (mixed,)
 
-    def _placed(self, weights: Tensor, lead: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    def _placed(self, weights: Tensor, lead: torch.Size, size: tuple[int, int]) -> Tensor:
         if lead == size and weights.shape[0] == lead[0] and (size[0] != size[1] or self.first):
             return weights  # as in most models
-        return placed(weights, self.name, lead, axes_of(lead, *size, first=self.first), size)
+        return placed(weights, self.name, tuple(lead), axes_of(tuple(lead), *size, first=self.first), size)
 
     def add(self, y: Tensor, index: int) -> Tensor:
         """y plus the experts' update at the group's matrix `index`; after the last matrix the results are dropped."""

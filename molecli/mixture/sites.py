@@ -9,12 +9,12 @@ not fit, and a cached key could depend on a later token.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
-from molecli.protocols import Granularity, Group, Site, Stream
+from molecli.protocols import Granularity, Group, Shape, Site, Stream
 
 _CROSS = ("EncDecAttention", "encoder_attn", "cross_attn", "crossattention")
 _KEYS_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value", "to_k", "to_v")
@@ -36,7 +36,9 @@ def stream_of(matrix: str, *, seq2seq: bool) -> Stream:
         return "decoder"
     if is_cross_key_or_value(matrix):
         return "memory"
-    return "encoder" if "encoder" in matrix.split(".") else "decoder"
+    # The outermost name counts: BERT as a decoder calls its own layers an encoder.
+    outermost = next((name for name in matrix.split(".") if name in ("encoder", "decoder")), "")
+    return "encoder" if outermost == "encoder" else "decoder"
 
 
 def is_cross_key_or_value(matrix: str) -> bool:
@@ -45,14 +47,21 @@ def is_cross_key_or_value(matrix: str) -> bool:
     return leaf in _KEYS_VALUES and any(name in _CROSS for name in around)
 
 
-def make_sites(matrices: Sequence[str], granularity: Granularity, *, seq2seq: bool, per_token: bool) -> list[Site]:
-    """The gate sites over `matrices` (in model order).
+def make_sites(
+    matrices: Sequence[str],
+    granularity: Granularity,
+    *,
+    seq2seq: bool,
+    per_token: bool,
+    shapes: Mapping[str, Shape] | None = None,
+) -> list[Site]:
+    """The gate sites over `matrices` (in model order); `shapes` tells which of them can read the same tensor.
 
     `per_token` gates of a seq2seq model cannot span encoder and decoder: then `network` has one site per axis.
     """
     members: dict[str, list[Group]] = {}
     stream = partial(stream_of, seq2seq=seq2seq)
-    for group in groups_of(matrices, stream, fuse=granularity != "matrix"):
+    for group in groups_of(matrices, stream, fuse=granularity != "matrix", shapes=shapes):
         members.setdefault(_site_name(group, granularity, seq2seq, per_token), []).append(group)
     return [Site(name, tuple(groups)) for name, groups in members.items()]
 
@@ -69,16 +78,26 @@ def _site_name(group: Group, granularity: Granularity, seq2seq: bool, per_token:
     return f"{name}.memory" if group.stream == "memory" else name
 
 
-def groups_of(matrices: Iterable[str], stream_of: Callable[[str], Stream], *, fuse: bool) -> list[Group]:
-    """The matrices in groups that read the same tensor, ordered by their first; one group each without `fuse`."""
-    grouped: dict[tuple[str, object, Stream], list[str]] = {}
+def groups_of(
+    matrices: Iterable[str],
+    stream_of: Callable[[str], Stream],
+    *,
+    fuse: bool,
+    shapes: Mapping[str, Shape] | None = None,
+) -> list[Group]:
+    """The matrices in groups that read the same tensor, ordered by their first; one group each without `fuse`.
+
+    Where `shapes` says that siblings read tensors of other widths (RWKV's feed-forward), they are in other groups.
+    """
+    grouped: dict[tuple[str, object, Stream, object], list[str]] = {}
     for matrix in matrices:
         parent, _, leaf = matrix.rpartition(".")
         stream = stream_of(matrix)
         family = next((f for f in _SIBLINGS if leaf in f), None) if fuse else None
+        width = shapes[matrix][1] if shapes is not None and matrix in shapes else None
         # In cross-attention the query reads the decoder, key and value the encoder: the stream separates them.
-        grouped.setdefault((parent, family or leaf, stream), []).append(matrix)
-    return [Group(tuple(members), stream) for (_, _, stream), members in grouped.items()]
+        grouped.setdefault((parent, family or leaf, stream, width), []).append(matrix)
+    return [Group(tuple(members), stream) for (_, _, stream, _), members in grouped.items()]
 
 
 def block_of(matrix: str) -> str:

@@ -35,6 +35,10 @@ class Tokens(Protocol):
     @property
     def memory_valid(self) -> Tensor: ...
 
+    def size(self) -> tuple[int, int]:
+        """The numbers of sequences and tokens. Raises: RunError if they are unknown."""
+        ...
+
     def all_answer(self) -> bool:
         """Whether it is known that no token belongs to the prompt."""
         ...

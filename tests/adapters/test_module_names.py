@@ -100,3 +100,11 @@ def test_a_layer_under_an_unknown_prefix_is_recognised_for_the_message() -> None
     assert same_layer("model.layers.0.self_attn.q_proj", base) == "backbone.layers.0.self_attn.q_proj"
     assert same_layer("vision_tower.layers.0.self_attn.q_proj", base) == ""
     assert same_layer("model.layers.9.self_attn.q_proj", base) == ""
+
+
+def test_a_second_lora_inside_the_first_has_the_same_name_so_that_it_is_refused() -> None:
+    base = Matrices(names("model."))
+    name = "model.layers.0.self_attn.q_proj"
+    found = resolved("x", {name: SHAPE, f"{name}.base_layer": SHAPE}, base)
+    assert found == {name: name, f"{name}.base_layer": name}
+    assert resolved("x", {f"{name}.base_layer": SHAPE}, base) == {f"{name}.base_layer": name}

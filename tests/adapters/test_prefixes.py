@@ -167,3 +167,22 @@ def test_pipelines_of_other_kinds_on_a_language_model(matrices: Any, tmp_path: P
     file = tmp_path / "x.safetensors"
     save_file(PAIRS[0]("diffusion_model.double_blocks.0.img_attn.qkv"), file)
     refused(lambda: read_expert(LoraSpec("x", str(file)), matrices), 3, "it was made for a diffusion pipeline")
+
+
+def test_a_unet_without_a_component_on_a_language_model(matrices: Any, tmp_path: Path) -> None:
+    save_file(PAIRS[0]("mid_block.attentions.0.transformer_blocks.0.attn1.to_q"), tmp_path / "x.safetensors")
+    read = lambda: read_expert(LoraSpec("x", str(tmp_path / "x.safetensors")), matrices)  # noqa: E731
+    refused(read, 3, "it was made for a diffusion pipeline, and this base is a language model")
+
+
+def test_a_language_models_lora_on_a_pipeline_is_said_before_its_alpha(matrices_in: Any, tmp_path: Path) -> None:
+    save_file(PAIRS[0]("base_model.model.model.layers.0.mlp.up_proj"), tmp_path / "x.safetensors")
+    read = lambda: read_expert(LoraSpec("x", str(tmp_path / "x.safetensors")), matrices_in("sd1"))  # noqa: E731
+    refused(read, 3, "it was made for another base: this one lacks all its 1 matrices, such as 'model.layers.0.mlp")
+
+
+def test_another_shape_is_said_before_the_alpha(matrices_in: Any, tmp_path: Path) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file(PAIRS[0](name), tmp_path / "x.safetensors")
+    read = lambda: read_expert(LoraSpec("x", str(tmp_path / "x.safetensors")), matrices_in("sd1"))  # noqa: E731
+    refused(read, 3, f"'unet.{name}' is 2x2 in the LoRA and 16x16 in this base")

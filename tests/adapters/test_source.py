@@ -155,3 +155,9 @@ def test_no_file_on_the_hub(hub: Any, explained: Any, tmp_path: Path) -> None:
     hub("README.md")
     message = f"{tmp_path / 'cache'}: it has no {PEFT}. Name a PEFT folder or a .safetensors file."
     explained(lambda: files_of_hub(tmp_path), 2, message)
+
+
+def test_a_loras_chat_template_comes_with_it_from_the_hub(hub: Any, tmp_path: Path) -> None:
+    hub(PEFT, "chat_template.jinja", "tokenizer_config.json", "tokenizer.json")
+    folder = resolve_source(LoraSpec("x", "org/lora"))
+    assert {file.name for file in folder.iterdir()} == {PEFT, "chat_template.jinja", "tokenizer_config.json"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ import transformers
 
 from molecli.bases.causal import Causal
 from molecli.bases.languages import language_codes
+from molecli.bases.loading import load_backbone
+from molecli.bases.prompt_record import record_of
 from molecli.bases.seq2seq import Seq2Seq
+from molecli.config import BaseConfig
 from molecli.errors import UsageError
 from molecli.protocols import Example
 
@@ -211,8 +215,40 @@ def test_teacher_forcing_starts_where_generation_starts(make_tiny: Any, kind: st
     assert (said == 9).all()
 
 
+def test_a_base_without_a_first_token_is_refused(make_tiny: Any) -> None:
+    backbone = Seq2Seq(*make_tiny("t5"), "my-base")
+    backbone.model.generation_config.decoder_start_token_id = None
+    assert backbone.collate(EXAMPLES)  # config.json has one
+    started = backbone.generate(["x"], max_new_tokens=2)
+    backbone.model.generation_config.bos_token_id = 9
+    assert backbone.generate(["x"], max_new_tokens=2) == started
+    backbone.model.config.decoder_start_token_id = backbone.model.generation_config.bos_token_id = None
+    with pytest.raises(UsageError, match="my-base: its configuration names no token that a completion starts with"):
+        backbone.generate(["x"], max_new_tokens=2)
+
+
 def test_a_forced_first_token_is_part_of_the_target(make_tiny: Any) -> None:
     backbone = Seq2Seq(*make_tiny("t5"))
     before = scored(backbone.collate(EXAMPLES)["labels"])
     backbone.model.generation_config.forced_bos_token_id = 7
     assert scored(backbone.collate(EXAMPLES)["labels"]) == [[7, *row] for row in before]
+
+
+def test_a_saved_base_is_loaded_with_the_languages_that_are_named(kind: str, tmp_path: Path) -> None:
+    _, _, source, target = KINDS[kind]
+    for part in make(kind):  # the tokenizer is saved with its source language, or else with English
+        part.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="needs a target language"):
+        load_backbone(BaseConfig(id=str(tmp_path)), "cpu")
+    base = BaseConfig(id=str(tmp_path), source_language=source, target_language=target)
+    backbone: Any = load_backbone(base, "cpu")
+    record = record_of(backbone)
+    assert record is not None
+    assert (record.source_language, record.target_language) == (source, target)
+    assert record.words() == f"plain text, from {source} to {target}"
+    own = backbone.tokenizer("the old fox", text_target="le renard")["labels"]
+    assert scored(backbone.collate([Example("t", "the old fox", "le renard")])["labels"]) == [own]
+    assert language_codes(backbone.tokenizer)[target] in own
+    backbone.tokenizer.save_pretrained(tmp_path)
+    again: Any = load_backbone(base.model_copy(update={"source_language": None, "target_language": target}), "cpu")
+    assert again.languages.target == target

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import build_pipeline, build_unet
 
 from molecli.bases.pipeline_loading import load_pipeline, load_pipeline_skeleton
-from molecli.bases.weight_files import variants
+from molecli.bases.weight_files import variant_of, variants
+from molecli.files.base_source import BaseSource
 
 
 def base(path: Path) -> Any:
@@ -79,6 +80,24 @@ def test_several_variants_are_not_chosen_from(pipe: Any, folder: Path) -> None:
     assert_same_weights(loaded(folder).pipe, pipe)  # the plain ones are there
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     refused(lambda: loaded(folder), 2, "its unet has only weights of the variants fp16, non_ema", "Keep the files")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_variant_on_the_hub_and_in_its_cache(listed: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    names = ["model_index.json", "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin"]
+
+    def files(self: Any, repository: str, revision: str | None = None) -> list[str]:
+        if not listed:
+            raise ConnectionError
+        return names
+
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    source = BaseSource("org/base", "org/base", local=False, pipeline=True)
+    assert [variant_of(source, part) for part in ("unet", "vae", "text_encoder")] == ["fp16", None, None]
 
 
 @pytest.mark.parametrize(

@@ -187,3 +187,43 @@ def test_bitsandbytes_checkpoints_load_in_the_asked_type(
     assert torch.equal(first, logits(backbone))
     assert torch.equal(first, logits(again))
     assert backbone.fingerprint() == again.fingerprint()
+
+
+@pytest.mark.parametrize("width", ["4bit", "8bit"])
+def test_a_plain_base_is_quantised_while_it_is_loaded(tiny_folder: Callable[..., Path], width: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = BaseConfig(id=str(tiny_folder("llama")), quantize=width)
+    backbone, again = load_backbone(base, "cpu"), load_backbone(base, "cpu")
+    assert json.loads(backbone.fingerprint())["quantised"] == f"bitsandbytes {width[0]} bit"
+    assert backbone.fingerprint() == again.fingerprint()
+    assert backbone.matrices() == adaptable_matrices(load_skeleton(base))
+    plain = logits(load_backbone(BaseConfig(id=base.id), "cpu"))
+    assert 1e-3 < float((logits(backbone) - plain).norm() / plain.norm()) < 1
+    assert {p.dtype for p in backbone.model.parameters() if p.is_floating_point()} == {torch.float32}
+
+
+def test_what_is_quantised_already_or_a_pipeline_is_not_quantised(
+    fp8: Path, pipeline_folder: Callable[..., Path]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_backbone(BaseConfig(id=str(fp8), quantize="4bit"), "cpu")
+    assert str(caught.value) == f"--quantize: base {fp8} is quantised already (fp8). Leave it out."
+    base = BaseConfig(id=str(pipeline_folder("sd")), quantize="8bit")
+    for load in (load_backbone, load_skeleton):
+        with pytest.raises(UsageError) as caught:
+            load(base)
+        assert str(caught.value) == (
+            f"--quantize: {base.id} is a pipeline, and only language models are quantised while they are loaded. "
+            "Save a pipeline with quantised parts, and name that."
+        )
+
+
+def test_quantising_without_the_library_names_it(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers import quantizer_bnb_8bit
+
+    monkeypatch.setattr(quantizer_bnb_8bit, "is_bitsandbytes_available", lambda *_: False)
+    base = BaseConfig(id=str(tiny_folder("llama")), quantize="8bit")
+    with pytest.raises(RunError, match="which needs the package bitsandbytes"):
+        load_backbone(base, "cpu")

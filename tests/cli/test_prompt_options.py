@@ -106,6 +106,18 @@ def test_a_composition_is_used_in_its_own_format_unless_another_is_named(mole: M
     assert texts(other) != own
 
 
+def test_flags_change_the_base_of_a_recipes_composition(mole: Mole, world: World, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({"command": "sample", "composition": str(world.run), "prompts": ["a b", "hello"]}))
+    given = (str(recipe), "--max-new-tokens", "6", "--json")
+    own = texts(mole("sample", *given))
+    assert own == texts(mole("sample", *given, "--dtype", "float32"))
+    assert own == texts(mole("sample", *given, "--set", "base.dtype=float32"))
+    with pytest.warns(UserWarning, match="it was made with"):
+        other = texts(mole("sample", *given, "--system-prompt", "Be loud."))
+    assert own != other
+
+
 def test_evaluating_in_another_format_names_both(mole: Mole, world: World, tmp_path: Path) -> None:
     arguments = ("evaluate", world.run, "--files", world.data, "--max-new-tokens", "4", "--bootstrap", "0")
     assert "made with" not in mole(*arguments, "--output", tmp_path / "own").err

@@ -1,6 +1,6 @@
 """docs/compatibility.md: the results of the cells as tables, and the tables read again.
 
-Contents: Results, render, parse, marks_of, PAGE.
+Contents: Results, columns, modes_of, render, parse, shared_words, GROUPS, PAGE.
 """
 
 from __future__ import annotations
@@ -55,14 +55,19 @@ def columns(modes: Sequence[str] = tuple(MODES)) -> dict[str, str]:
     return {EXACT: "as PEFT", **tried}
 
 
+def modes_of(way: str) -> tuple[str, ...]:
+    """The modes that a way is tried in."""
+    return tuple(WAYS[way].modes if way in WAYS else MODES)
+
+
 def shared_words(words: str) -> str:
     """A refusal's words without what differs between architectures: paths and names of modules."""
     words = re.sub(r"\S*/\S+", "…", words)
     return re.sub(r"'?\b\w+(\.\w+){2,}\b'?", "…", words)
 
 
-def marks_of(cells: Mapping[str, Cell], modes: Sequence[str]) -> list[tuple[str, str]]:
-    """The refusals of a cell over these modes: (words, the modes refused so); raises for a wrong one."""
+def _refusals(cells: Mapping[str, Cell], modes: Sequence[str]) -> list[tuple[str, str]]:
+    """The refusals of a cell over these modes: (words, the modes that are refused so)."""
     refused: dict[str, list[str]] = {}
     for mode in modes:
         if mode in cells and cells[mode].state == "refused":
@@ -92,6 +97,9 @@ def _note(number: int, words: str, modes: str) -> str:
     return f"{number}. In {modes}: {words}"
 
 
+_NOTE = re.compile(r"^(\d+)\. In ([^:]+): (.*)$", re.M)
+
+
 def _table(results: Results, rows: Sequence[str], modes: Sequence[str], notes: dict[tuple[str, str], int]) -> str:
     heads = columns(modes)
     lines = [["architecture", *heads.values()], ["---", *[":-:"] * len(heads)]]
@@ -99,25 +107,37 @@ def _table(results: Results, rows: Sequence[str], modes: Sequence[str], notes: d
         marks = []
         for way in heads:
             cells = results[name, way]
-            refused = [notes.setdefault(note, len(notes) + 1) for note in marks_of(cells, modes)]
+            refused = [notes.setdefault(note, len(notes) + 1) for note in _refusals(cells, modes)]
             done = any(mode in cells for mode in modes)
             marks.append(_REFUSED + ",".join(map(str, refused)) if refused else _SUPPORTED if done else _BASE)
         lines.append([f"`{name}`", *marks])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def parse(page: str) -> dict[tuple[str, str, str], str]:
-    """(group, architecture, way) -> its sign, of a page that `render` wrote."""
-    ways = {head: way for way, head in columns().items()}
-    found: dict[tuple[str, str, str], str] = {}
-    group, heads = "", []
+def parse(page: str) -> dict[tuple[str, str], dict[str, Cell]]:
+    """The results that `render` made the page of, with the words as it shares them."""
+    notes = {number: (modes.split(", "), words) for number, modes, words in _NOTE.findall(page)}
+    heads = {head: way for way, head in columns().items()}
+    found: dict[tuple[str, str], dict[str, Cell]] = {}
+    modes: Sequence[str] = ()
+    ways: list[str] = []
     for line in page.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
-        if line.startswith("## "):
-            group = line[3:]
-        elif cells and cells[0] == "architecture":
-            heads = [ways.get(head, head) for head in cells[1:]]
-        elif cells and cells[0] != "---":
-            name = cells[0].strip("`")
-            found |= {(group, name, head): mark for head, mark in zip(heads, cells[1:], strict=True)}
+        modes = GROUPS.get(line.removeprefix("## "), modes)
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else [""]
+        if cells[0] == "architecture":
+            ways = [heads.get(head, head) for head in cells[1:]]
+        elif cells[0].startswith("`"):
+            for way, mark in zip(ways, cells[1:], strict=True):
+                found.setdefault((cells[0].strip("`"), way), {}).update(_cells(way, mark, modes, notes))
     return found
+
+
+def _cells(way: str, mark: str, modes: Sequence[str], notes: Mapping[str, tuple[list[str], str]]) -> dict[str, Cell]:
+    """The cells behind a sign."""
+    if mark == _BASE:
+        return {"base": Cell("base")}
+    cells = {mode: Cell("exact") for mode in modes if mode in modes_of(way)}
+    for number in mark.strip(_SUPPORTED + _REFUSED).split(","):
+        refused, words = notes.get(number, ([], ""))
+        cells |= {mode: Cell("refused", words) for mode in refused}
+    return cells

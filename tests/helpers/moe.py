@@ -50,7 +50,7 @@ MOES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "llama4_text": (
         {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1},
-        {"targets": ["q_proj"], "target_parameters": _FUSED},
+        {"targets": ["q_proj"], "target_parameters": [*_FUSED, "router.weight"]},
     ),
     "granitemoe": (
         {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -146,6 +146,13 @@ def test_shared_gates_follow_the_encoder_that_the_decoder_reads(tiny_t5: Any) ->
         assert greedy.shape[0] == given.shape[0] == 2
 
 
+def test_a_decoder_alone_is_refused_where_gates_read_the_encoder(tiny_t5: Any) -> None:
+    decoder = tiny_t5.model.get_decoder()
+    message = "the decoder was called without the encoder's output"
+    with torch.no_grad(), random_mixture(tiny_t5.model, ("q", "v")), pytest.raises(RunError, match=message):
+        decoder(input_ids=IDS, use_cache=False)
+
+
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,10 @@ from moe import IDS, MOES, by_hand, moe, peft_logits, relative
 from molecli.bases.fused import fused_places
 from molecli.bases.weights import BaseWeights
 from molecli.config import GateConfig, MethodConfig
+from molecli.mixture import gated_experts
 from molecli.mixture.attach import attach
 from molecli.mixture.build import build_mixture
+from molecli.mixture.fused_experts import StackedUpdate
 from molecli.mixture.merged import MergedMixture
 
 Loras = dict[str, str]
@@ -107,6 +109,20 @@ def test_every_implementation_of_the_experts_reads_the_sum(implementation: str, 
         assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape[1] > IDS.shape[1]
 
 
+def test_large_sums_are_computed_in_every_pass(loras: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moe("qwen3_moe")
+    made = loras("qwen3_moe", model)
+    wanted = peft_logits(model, made["a"])
+    monkeypatch.setattr(gated_experts, "KEPT_BYTES", 1000)
+    calls = []
+    added = StackedUpdate.added
+    monkeypatch.setattr(StackedUpdate, "added", lambda *args, **more: calls.append(1) or added(*args, **more))
+    with torch.no_grad(), attach(model, loras=made, mode="single", only="a"):
+        for _ in range(2):
+            assert relative(model(input_ids=IDS).logits, wanted) < 1e-5
+    assert len(calls) == 2 * 2 * 3
+
+
 def test_bfloat16_stays_near_float32(loras: Any) -> None:
     model = moe("qwen3_moe")
     made = loras("qwen3_moe", model)
@@ -127,15 +143,30 @@ def test_an_error_inside_the_experts_leaves_the_base(loras: Any) -> None:
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with attach(model, loras=made, mode="linear"):
+    peft_b = peft_logits(model, made["b"])
+    with attach(model, loras=made, mode="linear") as mixture:
         handle = experts.act_fn.register_forward_hook(fail)
         with pytest.raises(KeyboardInterrupt):
             model(input_ids=IDS)
         handle.remove()
+        mixture.only("b")
+        with torch.no_grad():
+            assert relative(model(input_ids=IDS).logits, peft_b) < 1e-5
     assert_as_before(model, before)
     wanted = peft_logits(model, made["a"])
     with torch.no_grad(), attach(model, loras=made, mode="single", only="a"):
         assert relative(model(input_ids=IDS).logits, wanted) < 1e-5
+
+
+def test_after_inference_mode_gradients_pass_through(loras: Any) -> None:
+    model = moe("jetmoe")
+    made = loras("jetmoe", model)
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with attach(model, loras=made, mode="linear"):
+        with torch.inference_mode():
+            model(input_ids=IDS)
+        model(inputs_embeds=embedded).logits.square().mean().backward()
+    assert float(embedded.grad.norm()) > 0
 
 
 def test_a_base_that_changes_is_not_served_from_before(loras: Any) -> None:

@@ -114,7 +114,8 @@ def test_a_batch_equals_one_by_one_and_generation_teacher_forcing(pool: str, lor
         labels[:, : IDS.shape[1]] = -100
         taught = model(input_ids=out.sequences, labels=labels, use_cache=False).logits[:, IDS.shape[1] - 1 : -1]
         assert relative(torch.stack(out.logits, 1), taught) < 1e-4
-        model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, num_beams=2, do_sample=False)
+        if pool != "running":  # which beam search is refused for
+            model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, num_beams=2, do_sample=False)
 
 
 @pytest.mark.parametrize("granularity", ["network", "block", "layer", "matrix"])

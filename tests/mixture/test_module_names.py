@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from moe import MOES, moe
 from torch import Tensor, nn
 from wrapped_bases import PREFIX, WRAPPERS, language_model, logits, rewritten, wrapper
 
@@ -169,3 +170,18 @@ def test_one_lora_under_two_names_is_told(make_peft_adapter: Any, tmp_path: Path
     folder = make_peft_adapter(llama, tmp_path / "a", targets=["q_proj"])
     with pytest.warns(UserWarning, match="a and b are the same LoRA: it counts twice"):
         attach(llama, loras={"a": folder, "b": folder})
+
+
+@pytest.mark.parametrize("kind", MOES)
+def test_routed_experts_under_other_names(kind: str, make_peft_adapter: Any, tmp_path: Path) -> None:
+    """Fused weights have no layers of their own: their names follow those of the other modules."""
+    model = moe(kind)
+    folder = make_peft_adapter(model, tmp_path / "a", scale=0.2, **MOES[kind][1])
+    plain, _ = mixed(model, folder)
+    for name, edit in {
+        "compiled": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
+        "wrapped": lambda key: key.replace(PREFIX, f"{PREFIX}pretrained_model."),
+        "ddp": lambda key: f"module.{key}",
+    }.items():
+        out, _ = mixed(model, rewritten(folder, tmp_path / name, edit))
+        assert torch.equal(out, plain)

@@ -184,6 +184,8 @@ def test_a_matrix_outside_every_block_is_its_own_site() -> None:
         ("model.decoder.layers.0.encoder_attn.v_proj", "memory"),
         ("model.decoder.layers.0.fc1", "decoder"),
         ("model.encoder.layers.0.fc1", "encoder"),
+        ("decoder.bert.encoder.layer.0.attention.self.query", "decoder"),
+        ("decoder.bert.encoder.layer.0.crossattention.self.key", "memory"),
     ],
 )
 def test_the_stream_of_a_matrix_follows_from_its_name(matrix: str, stream: Any) -> None:
