@@ -30,12 +30,16 @@ Row = dict[str, Mapping[str, Cell]]
 
 def compute(name: str, ways: Sequence[str]) -> Row:
     """The cells of one row by way."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(ARCHITECTURES[name], Path(folder))
         return {way: cells_of(subject, way) for way in ways}
+
+
+def _quiet() -> None:
+    """Small matrices: several threads in each process would only wait for one another."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 def rows(names: Sequence[str], ways: Sequence[str], processes: int) -> Iterator[tuple[str, Row]]:
@@ -43,7 +47,7 @@ def rows(names: Sequence[str], ways: Sequence[str], processes: int) -> Iterator[
     if processes == 1:
         yield from ((name, compute(name, ways)) for name in names)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet) as pool:
         jobs = {pool.submit(compute, name, ways): name for name in names}
         for job in as_completed(jobs):
             yield jobs[job], job.result()

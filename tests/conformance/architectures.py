@@ -150,6 +150,7 @@ _RECURRENT = [
     _row(
         "recurrent",
         "jamba",
+        leave="dt_proj",
         **_EXPERTS,
         mamba_d_state=8,
         mamba_dt_rank=4,
@@ -268,6 +269,7 @@ _ENCODER_DECODERS = [
     _seq2seq("bigbird_pegasus", **_BART, attention_type="original_full"),
     _seq2seq(
         "led",
+        leave="_global",
         **{**_BART, "max_position_embeddings": None},
         max_encoder_position_embeddings=128,
         max_decoder_position_embeddings=128,

@@ -61,9 +61,10 @@ def modes_of(way: str) -> tuple[str, ...]:
 
 
 def shared_words(words: str) -> str:
-    """A refusal's words without what differs between architectures: paths and names of modules."""
+    """A refusal's words without what differs between architectures: paths, names of modules, and numbers."""
     words = re.sub(r"\S*/\S+", "…", words)
-    return re.sub(r"'?\b\w+(\.\w+){2,}\b'?", "…", words)
+    words = re.sub(r"'?\b\w+(\.\w+){2,}\b'?", "…", words)
+    return re.sub(r"\b\d+\b", "n", words)
 
 
 def _refusals(cells: Mapping[str, Cell], modes: Sequence[str]) -> list[tuple[str, str]]:
