@@ -277,7 +277,7 @@ class Diffusion:
             pipe.scheduler, self._parts.pipe = own, seen
 
     def _replaying(self, pipe: Any, wanted: bool) -> AbstractContextManager[None]:
-        # A record has the addresses of the weights, which offloading changes.
+        # A record has the addresses of the weights, which offloading changes, and the scales of PEFT's layers.
         if not wanted or self.device.type != "cuda" or is_managed(pipe.unet):
             return nullcontext()
         self._stand_in = self._stand_in or Replayed(self._parts)

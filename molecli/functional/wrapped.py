@@ -70,8 +70,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def is_managed(model: nn.Module) -> bool:
-    """Whether hooks of accelerate or diffusers move its weights, or change their type, around a call."""
-    return any(hasattr(module, name) for module in model.modules() for name in ("_hf_hook", "_diffusers_hook"))
+    """Whether something else changes it from call to call: hooks of accelerate or diffusers, which move weights or
+    change their type, or PEFT's layers, whose adapters and scales are set from outside."""
+    hooks = ("_hf_hook", "_diffusers_hook")
+    return any(is_wrapper(module) or any(hasattr(module, name) for name in hooks) for module in model.modules())
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:

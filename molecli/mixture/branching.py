@@ -245,7 +245,7 @@ class Branching(Mixture):
             with torch.no_grad():
                 return pipe.encode_prompt(
                     prompt=list(texts),
-                    device=device_of(self._unet),
+                    device=getattr(pipe, "_execution_device", None) or device_of(self._unet),
                     num_images_per_prompt=1,
                     do_classifier_free_guidance=False,
                 )[0]

@@ -195,26 +195,27 @@ class PipelineStreams:
             # For a convolution with a stride, the gates are at its output's positions and read the input under each.
             x = F.adaptive_avg_pool2d(x, (u.shape[-2], u.shape[-1]))
         x, u = positions(x), positions(u)
-        if current.rows not in (None, len(x)):
+        if current.rows not in (None, x.shape[0]):
             x, u = (part.reshape(current.rows, -1, part.shape[-1]) for part in (x, u))
         return Reading(x, u, None, None, shared=current.shared)
 
     def fitted(self, matrix: str, value: Tensor, x: Tensor) -> Tensor:
         """`value` for each row of x: the frames of a film, or the positions in it, belong to the film's row."""
-        if value.dim() == 1 or (value.dim() == 2 and len(value) in (1, len(x))):
+        rows = value.shape[0]
+        if value.dim() == 1 or (value.dim() == 2 and rows in (1, x.shape[0])):
             return value
         current = self.passes[matrix.partition(".")[0]]
         self._check_rows(matrix, x, current)
-        if len(value) == len(x):
+        if rows == x.shape[0]:
             return value
         if value.dim() == 2:
-            return value.repeat_interleave(len(x) // len(value), dim=0)
+            return value.repeat_interleave(len(x) // rows, dim=0)
         return value.reshape(len(x), -1, value.shape[-1])
 
     def _check_rows(self, matrix: str, x: Tensor, current: PartPass) -> None:
         """Raises: RunError if x, the input of `matrix`, has other rows than the call of its part, so that it is not
         known which gate belongs to which."""
-        if current.rows in (None, len(x)) and current.frames is None:
+        if current.frames is None and current.rows in (None, x.shape[0]):
             return
         times, rest = divmod(len(x), current.rows or len(x))
         moving = current.frames is not None and any(name in matrix for name in _MOTION)

@@ -55,8 +55,10 @@ class HostedSite:
 
     def move(self, device: torch.device) -> None:
         """Moves the gate to where its input is. In place: sites can share a gate, and an optimizer can hold it."""
+        if not self.tensors or self.tensors[0].device == device or device.type == "meta":
+            return
         for tensor in self.tensors:
-            if tensor.device != device and device.type != "meta":
+            if tensor.device != device:
                 tensor.data = tensor.data.to(device)
                 if tensor.grad is not None:
                     tensor.grad.data = tensor.grad.data.to(device)
@@ -71,7 +73,8 @@ class HostedSite:
             if owner is None:
                 with torch.inference_mode(False):
                     self.owner[device] = owner = torch.cat(self.owners).to(device)
-            ranks = value.to(device, dtype).index_select(-1, owner)
+            here = value if value.dtype == dtype and value.device == device else value.to(device, dtype)
+            ranks = here.index_select(-1, owner)
             if ranks.dim() == 2:
                 ranks = ranks.unsqueeze(1)  # one per sequence: the same for all its tokens
             known = value, ranks.split_with_sizes(self.ranks, -1) if len(self.ranks) > 1 else (ranks,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -144,3 +145,18 @@ def unpacked(layer: nn.Module) -> Tensor:
     with torch.no_grad():
         bias = 0 if getattr(layer, "bias", None) is None else layer.bias
         return (layer(torch.eye(width)) - bias).T.contiguous()
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """The same model with plain layers that have the packed ones' true weights."""
+    twin = copy.deepcopy(model)
+    for name, layer in model.named_modules():
+        if type(layer).__name__ in KINDS:
+            weight = unpacked(layer)
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            bias = getattr(layer, "bias", None)
+            plain.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)  # type: ignore[arg-type]
+            parent, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(parent), leaf, plain)
+    return twin

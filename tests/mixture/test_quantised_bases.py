@@ -14,18 +14,16 @@ import peft
 import pytest
 import torch
 from gates import close, randomise
-from packed import KINDS, READABLE, pack, unpacked
-from safetensors.torch import save_file
+from packed import KINDS, READABLE, dense_twin, pack, unpacked
 from torch import Tensor, nn
 
-from molecli.bases.loading import load_backbone
 from molecli.bases.quantised import settled
 from molecli.bases.weights import BaseWeights
-from molecli.config import BaseConfig, GateConfig
+from molecli.config import GateConfig
 from molecli.errors import MismatchError, UsageError
 from molecli.functional.fingerprint import fingerprint, same_base
 from molecli.mixture.attach import attach, attach_composition
-from molecli.mixture.layout import adaptable_matrices, host_of
+from molecli.mixture.layout import adaptable_matrices
 from molecli.mixture.merged import MergedMixture
 
 IDS = torch.randint(6, 200, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -82,21 +80,6 @@ def through_peft(model: nn.Module, folders: dict[str, str]) -> Tensor:
     found = logits(adapted)
     adapted.unload()
     return found
-
-
-def dense_twin(model: nn.Module) -> nn.Module:
-    """The same model with plain layers that have the packed ones' true weights."""
-    twin = copy.deepcopy(model)
-    for name, layer in model.named_modules():
-        if type(layer).__name__ in KINDS:
-            weight = unpacked(layer)
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            plain.weight = nn.Parameter(weight, requires_grad=False)
-            bias = getattr(layer, "bias", None)
-            plain.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)  # type: ignore[arg-type]
-            parent, _, leaf = name.rpartition(".")
-            setattr(twin.get_submodule(parent), leaf, plain)
-    return twin
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -258,88 +241,6 @@ def _routed(model: nn.Module, folders: dict[str, str], mode: str) -> Tensor:
     torch.manual_seed(0)
     with attach(model, loras=folders, mode=mode), torch.no_grad():
         return model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits  # type: ignore[operator]
-
-
-# -- pipelines ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def picture_lora(make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A LoRA in diffusers' layout on the attention of the UNet and of the text encoder."""
-    generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, shape in adaptable_matrices(host_of(make_pipeline("sd"))).items():
-        if name.rpartition(".")[2] in ("to_q", "to_v", "q_proj") and len(shape) == 2:
-            tensors[f"{name}.lora_A.weight"] = torch.randn(4, shape[1], generator=generator) * 0.3
-            tensors[f"{name}.lora_B.weight"] = torch.randn(shape[0], 4, generator=generator) * 0.3
-    file = tmp_path_factory.mktemp("pictures") / "lora.safetensors"
-    save_file(tensors, file)
-    return str(file)
-
-
-def drawn(pipe: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.from_numpy(pipe("a cat", num_inference_steps=2, generator=generator, output_type="np").images)
-
-
-def draws_like_diffusers(pipe: Any, plain: Any, lora: str) -> None:
-    """The quantised pipeline has the matrices of the plain one, equals diffusers' own LoRA and is left as it was."""
-    pipe.set_progress_bar_config(disable=True)
-    found, expected = adaptable_matrices(host_of(pipe)), adaptable_matrices(host_of(plain))
-    assert list(found.items()) == list(expected.items())
-    before = drawn(pipe)
-    with attach(pipe, loras={"a": lora}, mode="linear"):
-        ours = drawn(pipe)
-    assert torch.equal(drawn(pipe), before)
-    assert not close(ours, before, 1e-3)
-    pipe.load_lora_weights(lora)
-    assert close(ours, drawn(pipe), 1e-4)
-
-
-@pytest.mark.parametrize("kind", ["Columns", "Buffers"])
-def test_a_pipeline_with_a_packed_unet_and_text_encoder(
-    tiny_sd: Any, make_pipeline: Any, picture_lora: str, kind: str
-) -> None:
-    width = 16 if kind == "Columns" else 8
-    for part in (tiny_sd.unet, tiny_sd.text_encoder):
-        pack(part, kind, multiple=width)
-    if kind == "Columns":  # PEFT has a layer for it
-        return draws_like_diffusers(tiny_sd, make_pipeline("sd"), picture_lora)
-    twins = make_pipeline("sd")
-    for name in ("unet", "text_encoder"):
-        twins.register_modules(**{name: dense_twin(getattr(tiny_sd, name))})
-    for pipe in (tiny_sd, twins):
-        pipe.set_progress_bar_config(disable=True)
-    with attach(tiny_sd, loras={"a": picture_lora}, mode="linear"):
-        found = drawn(tiny_sd)
-    twins.load_lora_weights(picture_lora)
-    assert close(found, drawn(twins), 1e-4)
-
-
-def test_a_pipeline_of_torchao_is_drawn_and_saved_and_loaded(
-    make_pipeline: Any, pipeline_folder: Callable[..., Path], picture_lora: str, tmp_path: Path
-) -> None:
-    ao = pytest.importorskip("torchao.quantization")
-    import diffusers
-    import transformers
-
-    folder, config = str(pipeline_folder("sd")), ao.Int8WeightOnlyConfig()
-    unet = diffusers.UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", torch_dtype=torch.float32, quantization_config=diffusers.TorchAoConfig(config)
-    )
-    text = transformers.CLIPTextModel.from_pretrained(
-        folder, subfolder="text_encoder", dtype=torch.float32, quantization_config=transformers.TorchAoConfig(config)
-    )
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-        folder, unet=unet, text_encoder=text, safety_checker=None
-    )  # fmt: skip
-    pipe.save_pretrained(tmp_path / "saved")
-    draws_like_diffusers(pipe, make_pipeline("sd"), picture_lora)
-    pipe.unload_lora_weights()
-    loaded = load_backbone(BaseConfig(id=str(tmp_path / "saved")), "cpu")
-    again = load_backbone(BaseConfig(id=str(tmp_path / "saved")), "cpu")
-    assert loaded.fingerprint() == again.fingerprint()
-    loaded.pipe.set_progress_bar_config(disable=True)  # type: ignore[attr-defined]
-    assert close(drawn(loaded.pipe), drawn(pipe), 1e-4)  # type: ignore[attr-defined]
 
 
 # -- the libraries -----------------------------------------------------------------------------------------------------
