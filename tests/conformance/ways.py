@@ -75,7 +75,6 @@ def four_axes(call: Call) -> Pairs:
     mask = batch["attention_mask"]
     tokens = mask.shape[1]
     seen = torch.ones(tokens, tokens).tril().bool() & mask.bool()[:, None, None, :]
-    seen = seen | torch.eye(tokens, dtype=torch.bool)  # a row that sees nothing gives NaN
     additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     logits = call.logits(input_ids=batch["input_ids"], attention_mask=additive, **call.positions(mask))
     for row, values, real in zip(PROMPTS, logits, mask, strict=True):
