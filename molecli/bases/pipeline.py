@@ -147,4 +147,6 @@ def _place(matrix: str) -> tuple[int, int, int, int]:
     # Residual block 0, attention 0, motion 0, residual block 1, ...; then the layers that change the resolution.
     order = {"resnets": 0, "attentions": 1, "motion_modules": 2}
     within = 3 * int(names[1]) + order[names[0]] if names and names[0] in order else 10**6
+    if names == ["cond_proj"]:  # LCM's: the time embedding begins with the guidance scale
+        within = -1
     return (len(TEXT_ENCODERS), stage, blocks, within)

@@ -28,6 +28,9 @@ from molecli.mixture.streams import CACHE_ARGUMENTS, Pass, Streams, outside
 from molecli.mixture.token_axes import as_tokens, axes_of
 from molecli.protocols import Gate, Granularity, Matrices, Reading, Site, Stream
 
+# Models whose keys, values and queries each read another mixture of a token with the one before.
+_APART = ("rwkv",)
+
 
 class TextLayout:
     """The layout of a transformers language model."""
@@ -61,8 +64,8 @@ class TextLayout:
 
     def sites(self, matrices: Sequence[str], granularity: Granularity, *, per_token: bool) -> list[Site]:
         """See `sites.make_sites`."""
-        shapes = self.matrices().named
-        return make_sites(matrices, granularity, seq2seq=self.seq2seq, per_token=per_token, shapes=shapes)
+        shapes, apart = self.matrices().named, self.model.config.model_type in _APART
+        return make_sites(matrices, granularity, seq2seq=self.seq2seq, per_token=per_token, shapes=shapes, apart=apart)
 
 
 class TextStreams:

@@ -29,6 +29,7 @@ from molecli.mixture.recompute import check_learns
 from molecli.mixture.served import Served
 from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, move_reading
 from molecli.mixture.streams import Pass, Streams
+from molecli.mixture.token_axes import routed
 from molecli.mixture.uncompiled import run_eagerly
 from molecli.protocols import Group, Site
 
@@ -407,7 +408,8 @@ class Mixture:
         """Raises: RunError if the model calls the layers of a site in another order than that of its modules: then the
         gate would read another layer's input than that which it is defined by."""
         entry = group.site.site.entry.matrices[0]
-        if group.place and entry not in self._fused and group.stream == group.site.site.stream:
+        elsewhere = entry in self._fused or routed(entry) or group.stream != group.site.site.stream
+        if group.place and not elsewhere:
             what = f"its gate reads the input of {entry}, and the model calls {group.name} before"
             remedy = "Use --granularity matrix, or LoRAs that do not adapt one of them."
             raise RunError(group.site.site.name, what, remedy)

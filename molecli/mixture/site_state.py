@@ -26,7 +26,7 @@ from molecli.functional.tensor_version import Stamp, stamp
 from molecli.functional.wrapped import own_layer
 from molecli.mixture.continuation import Trace
 from molecli.mixture.streams import Pass
-from molecli.mixture.token_axes import axes_of, placed
+from molecli.mixture.token_axes import axes_of, check_one_token, placed
 from molecli.protocols import Group, Reading, Site
 
 
@@ -117,6 +117,7 @@ class HostedGroup:
         self.stream = group.stream
         self.name = group.matrices[0]
         self.first: bool | None = None  # whether its input has sequences before tokens, if that was seen
+        self.tokens: int | None = None  # which axis of its input has the tokens, if that was seen
         self.x: Tensor | None = None
         self.mixed: tuple[Tensor, ...] = ()
         self.served = 0
@@ -153,9 +154,12 @@ class HostedGroup:
 
     def learn(self, x: Tensor, size: tuple[int, int] | None) -> None:
         """Notes the order of the axes of an input in a pass over `size` sequences and tokens."""
-        if self.first is None and size is not None and x.dim() > 2 and size[0] != size[1]:
-            rows = axes_of(tuple(x.shape[:-1]), *size).rows
-            self.first = None if rows is None else rows == 0
+        if size is None or x.dim() < 3 or size[0] == size[1]:
+            return
+        if self.first is None or (self.tokens is None and size[1] > 1):
+            axes = axes_of(tuple(x.shape[:-1]), *size)
+            self.first = None if axes.rows is None else axes.rows == 0
+            self.tokens = axes.tokens if size[1] > 1 else None
 
     def weight(self, x: Tensor, u: Tensor, weights: Tensor | float, size: tuple[int, int] | None = None) -> None:
         """Stores u times `weights` (one for all, or by rank [R], [B, 1, R] or [B, T, R]) for the group's matrices.
@@ -171,6 +175,8 @@ class HostedGroup:
     def _placed(self, weights: Tensor, lead: torch.Size, size: tuple[int, int]) -> Tensor:
         if lead == size and weights.shape[0] == lead[0] and (size[0] != size[1] or self.first):
             return weights  # as in most models
+        if size[1] == 1 and len(lead) > 2 and not self.site.gate.per_sequence:
+            check_one_token(self.name, tuple(lead), self.tokens, size)
         return placed(weights, self.name, tuple(lead), axes_of(tuple(lead), *size, first=self.first), size)
 
     def add(self, y: Tensor, index: int) -> Tensor:

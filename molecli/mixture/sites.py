@@ -54,14 +54,16 @@ def make_sites(
     seq2seq: bool,
     per_token: bool,
     shapes: Mapping[str, Shape] | None = None,
+    apart: bool = False,
 ) -> list[Site]:
-    """The gate sites over `matrices` (in model order); `shapes` tells which of them can read the same tensor.
+    """The gate sites over `matrices` (in model order); `shapes` tells which of them can read the same tensor, and with
+    `apart` no two do.
 
     `per_token` gates of a seq2seq model cannot span encoder and decoder: then `network` has one site per axis.
     """
     members: dict[str, list[Group]] = {}
     stream = partial(stream_of, seq2seq=seq2seq)
-    for group in groups_of(matrices, stream, fuse=granularity != "matrix", shapes=shapes):
+    for group in groups_of(matrices, stream, fuse=granularity != "matrix" and not apart, shapes=shapes):
         members.setdefault(_site_name(group, granularity, seq2seq, per_token), []).append(group)
     return [Site(name, tuple(groups)) for name, groups in members.items()]
 

@@ -4,7 +4,7 @@ Most models give every matrix [sequences, tokens, d]; some put tokens first (LED
 put heads between them (DeepSeek), pad inside (LED) or send each expert its own tokens (Switch). A gate's values
 reach the vectors they belong to, or the matrix is refused by name.
 
-Contents: Axes, axes_of, routed; placed, for a gate's values; as_tokens, for a gate's input.
+Contents: Axes, axes_of, routed; placed and check_one_token, for a gate's values; as_tokens, for a gate's input.
 """
 
 from __future__ import annotations
@@ -90,6 +90,13 @@ def placed(weights: Tensor, matrix: str, lead: tuple[int, ...], axes: Axes, size
         if axes.tokens < axes.rows:
             weights = weights.transpose(0, 1)
     return weights.reshape(*shape, ranks)
+
+
+def check_one_token(matrix: str, lead: tuple[int, ...], axis: int | None, size: tuple[int, int]) -> None:
+    """Raises: RunError if an input [*lead, d] in a pass over one token may have others, such as those in the cache
+    (DeepSeek's `kv_b_proj`). axis: the place of its tokens in an earlier pass over several, None if there was none."""
+    if axis is None or axis >= len(lead) or lead[axis] != 1:
+        raise _unknown(matrix, lead, size)
 
 
 def as_tokens(x: Tensor, matrix: str, axes: Axes, size: tuple[int, int]) -> Tensor:

@@ -176,6 +176,7 @@ def test_no_composition_is_code_2(mole: Mole, tmp_path: Path) -> None:
     assert mole("export", recipe).err == f"mole: {recipe}: it names no composition. Write composition: DIR.\n"
 
 
+@pytest.mark.filterwarnings("ignore:.*are the same LoRA")
 def test_a_lora_that_is_another_now_is_code_3(mole: Mole, gated_folder: Any, tmp_path: Path) -> None:
     swapped = f"a={gated_folder.loras['b']},b={gated_folder.loras['b']}"
     ran = mole("export", gated_folder.folder, "--loras", swapped, "--output", tmp_path / "out")

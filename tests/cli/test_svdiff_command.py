@@ -26,7 +26,7 @@ def trained(mole: Mole, tiny_folder: Callable[..., Path], write_jsonl: Any, tmp_
     data = write_jsonl(tmp_path / "letters.jsonl", [(f"say {c}", c.upper() * 2) for c in "abcd"])
     job = ("train-lora", "--method", "svdiff", "--base", str(base), "--files", str(data), "--device", "cpu")
     job = (*job, "--steps", "3", "--batch-size", "4", "--dtype", "float32")
-    assert mole(*job, "--output", folder) == (0, f"{folder}\n", f"Written: {folder}\n")
+    assert mole(*job, "--output", folder) == (0, f"{folder}\n", f"prompts: plain text\nWritten: {folder}\n")
     return Trained(job, folder, base)
 
 
@@ -55,7 +55,8 @@ def test_loras_takes_its_folder_and_its_file(mole: Mole, trained: Trained, tmp_p
     dry = json.loads(mole(*job, "--set", "evaluate=null", "--output", composed, "--dry-run", "--json").out)
     assert [(lora["name"], lora["rank"]) for lora in dry["loras"]] == [("a", 32), ("b", 32)]
     ran = mole(*job, "--set", "evaluate=null", "--output", composed, "--json")
-    assert (ran.code, ran.err) == (0, f"Written: {composed}\n")
+    said = "prompts: plain text\na and b are the same LoRA: it counts twice\n"
+    assert (ran.code, ran.err) == (0, f"{said}Written: {composed}\n")
     assert all(share < 1e-5 for share in json.loads(ran.out)["residuals"].values())
     assert mole("sample", composed, "--prompt", "say a", "--device", "cpu").code == 0
 
@@ -68,7 +69,7 @@ def test_what_is_lost_of_a_lora_is_a_note(
     ran = mole(*job, "--dtype", "float32", "--set", "evaluate=null", "--output", tmp_path / "c", "--json")
     share = json.loads(ran.out)["residuals"]["b"]
     note = f"b: {share:.1%} of its update is no shift of the base's singular values, and is left out"
-    assert (ran.code, ran.err) == (0, f"{note}\nWritten: {tmp_path / 'c'}\n")
+    assert (ran.code, ran.err) == (0, f"prompts: plain text\n{note}\nWritten: {tmp_path / 'c'}\n")
 
 
 def test_another_base_is_exit_3(mole: Mole, trained: Trained, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:

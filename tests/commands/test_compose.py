@@ -90,7 +90,7 @@ def test_what_the_base_lacks_of_a_lora_is_told_and_reported(pair: Pair, tmp_path
     other, notes = replace(pair, loras={**pair.loras, "up": str(wider)}), list[str]()
     report = run_compose(recipe_of(other, tmp_path / "run", "linear", allow_partial=True), note=notes.append)
     missing = [key for key in more if ".layers.9." in key and key.endswith("lora_A.weight")]
-    note, format = notes
+    format, note = sorted(notes)
     assert format == "prompts: plain text"
     assert note.startswith(f"up: the base lacks {len(missing)} of its matrices, such as model.layers.9.")
     assert note.endswith("; they are left out")

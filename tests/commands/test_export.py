@@ -267,6 +267,7 @@ def test_gates_that_peft_hosts_are_averaged_where_it_tells_them(world_of: Callab
     assert report["verification"]["output"] < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*are the same LoRA")
 def test_a_router_that_tells_no_weights_is_refused(world_of: Callable[[str], World]) -> None:
     world = world_of("llama")
     world.loras = dict.fromkeys("xy", world.loras["a"])  # Arrow wants the same matrices of all

@@ -191,3 +191,14 @@ def test_a_matrix_outside_every_block_is_its_own_site() -> None:
 def test_the_stream_of_a_matrix_follows_from_its_name(matrix: str, stream: Any) -> None:
     assert stream_of(matrix, seq2seq=True) == stream
     assert stream_of(matrix, seq2seq=False) == "decoder"
+
+
+def test_siblings_of_other_widths_are_in_other_groups() -> None:
+    names = ["blocks.0.feed_forward.key", "blocks.0.feed_forward.value"]
+    shapes = {names[0]: (48, 32), names[1]: (32, 48)}
+    (site,) = make_sites(names, "block", seq2seq=False, per_token=False, shapes=shapes)
+    assert [group.matrices for group in site.groups] == [(name,) for name in names]
+    (site,) = make_sites(names, "block", seq2seq=False, per_token=False)
+    assert [group.matrices for group in site.groups] == [tuple(names)]
+    (site,) = make_sites(names, "block", seq2seq=False, per_token=False, apart=True)
+    assert len(site.groups) == 2

@@ -532,6 +532,7 @@ def test_what_is_missing_is_told_by_column_and_number(pair: Pair, tmp_path: Path
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*are the same LoRA")
 def test_each_task_without_its_own_lora(pair: Pair, tmp_path: Path, in_process: list[str]) -> None:
     loras = [f"{name}{again}={path}" for again in ("", "2") for name, path in pair.loras.items()]
     methods = {"base": None, "linear": None, "gated": {"train": TRAIN}}
