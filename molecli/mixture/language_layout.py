@@ -91,8 +91,9 @@ class TextStreams:
         return [self.model.get_encoder(), self.model.get_decoder(), self.model]  # type: ignore[operator]
 
     def optional(self, matrices: Sequence[str]) -> Collection[str]:
-        """Those of a multimodal model's other parts, such as its vision encoder."""
-        return language.outside_text(self.model, matrices)
+        """Those of a multimodal model's other parts, such as its vision encoder, and those of tokens that see all
+        others (LED, Longformer), of which a call may have none."""
+        return {*language.outside_text(self.model, matrices), *(name for name in matrices if name.endswith("_global"))}
 
     def of(self, site: Site) -> Pass:
         """The pass that a site belongs to; cross-attention keys are computed in the decoder's, on encoder tokens.

@@ -20,16 +20,14 @@ from molecli.experts import ExpertBank
 from molecli.functional.gating import rescale
 from molecli.functional.tensor_version import Stamp, stamp
 from molecli.functional.wrapped import device_of, layers_of
-from molecli.mixture.continuation import check_continues, check_whole, rolled_back
 from molecli.mixture.fused_experts import fused_in
-from molecli.mixture.gated_experts import HostedParameters, by_row, host_parameters
+from molecli.mixture.gate_values import GateValues, means
+from molecli.mixture.gated_experts import HostedParameters, host_parameters
 from molecli.mixture.output_head import output_head
 from molecli.mixture.peft_host import called_whole
-from molecli.mixture.recompute import check_learns
 from molecli.mixture.served import Served
-from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group, move_reading
-from molecli.mixture.streams import Pass, Streams
-from molecli.mixture.token_axes import routed
+from molecli.mixture.site_state import HostedGroup, HostedSite, Kept, host_group
+from molecli.mixture.streams import Streams
 from molecli.mixture.uncompiled import run_eagerly
 from molecli.protocols import Group, Site
 
@@ -73,7 +71,7 @@ class Mixture:
         self._parameters: list[HostedParameters] = []
         self._handles: list[Any] = []  # with `remove`
         self._keep: Tensor | None = None  # on the CPU; [N], 0 for masked experts
-        self._keeps: dict[torch.device, Tensor] = {}  # copies of it on other devices
+        self._values = GateValues(streams, self._fused)
         self._off = False
         self._state = object()  # replaced whenever a pass will compute from other memory than before
         self._stamps: list[Stamp] = []
@@ -137,7 +135,7 @@ class Mixture:
         sites, bank = self._hosted.values(), self._hosted_bank
         kept = self._renormalize_absent
         self._parameters = host_parameters(
-            self._modules, sites, self._fused, bank, self._fixed, self._for_rows, renormalize=kept
+            self._modules, sites, self._fused, bank, self._values.fixed, self._values.for_rows, renormalize=kept
         )
         self._handles += [handle for live in self._parameters for handle in live.attach()]
         for name in {place.module for place in self._fused.values()}:
@@ -156,8 +154,8 @@ class Mixture:
         """
         off = {self.bank.index(name) for name in names}
         keep = torch.tensor([0.0 if i in off else 1.0 for i in range(len(self.bank))])
-        self._keep, self._keeps = (keep if off else None), {}
-        self._off = len(off) == len(self.bank)
+        self._keep, self._off = (keep if off else None), len(off) == len(self.bank)
+        self._values.mask(self._keep, off=self._off)
         self._state = object()
         for hosted in self._hosted.values():
             hosted.step, hosted.value, hosted.origin = -1, None, None
@@ -176,11 +174,11 @@ class Mixture:
         N is the number of experts. Empty before the first pass.
         """
         # Copies, because a replayed pass overwrites the tensors of the one before.
-        return {name: mean.detach().clone() for name, mean in self._means()}
+        return {name: mean.detach().clone() for name, mean in means(self._hosted.values())}
 
     def stacked_gates(self) -> Tensor:
         """[M sites, B, N], like `gates`, but with gradient, for the balance loss (MoLE, Eq. 15)."""
-        values = [mean for _, mean in self._means()]
+        values = [mean for _, mean in means(self._hosted.values())]
         values = [value.to(values[0].device) for value in values]
         batch = max(value.shape[0] for value in values)
         # Guidance doubles the UNet's rows, but not a text encoder's: its row i then counts for rows i and i + B.
@@ -298,7 +296,7 @@ class Mixture:
         size = None if group.site.gate.constant else self._streams.axes(group.stream)
         group.learn(whole, size)
         u = group.project(x)
-        value = self._value(group, whole, u if whole is x else group.project(whole))
+        value = self._values.value(group, whole, u if whole is x else group.project(whole))
         value = self._streams.fitted(group.name, value, x)
         if head is not None:
             value, size = head.rows(value), size if whole is x else None
@@ -338,106 +336,10 @@ class Mixture:
         parts, owners = [rescale(value, present) for present in group.present], group.owner.split(group.sizes)
         return torch.cat([p.index_select(-1, owner) for p, owner in zip(parts, owners, strict=True)], dim=-1).to(dtype)
 
-    def _value(self, group: HostedGroup, x: Tensor, u: Tensor) -> Tensor:
-        """The gate value of the group's site in this pass, computed when its first matrix is called.
-
-        A checkpointed layer is called again for its backward pass. Everything that was computed in it, also the gate,
-        must be computed again, so that autograd finds the same tensors. Values from outside must be used as they are.
-        """
-        hosted = group.site
-        current, gate = self._streams.of(hosted.site), hosted.gate
-        made = current.values.get(hosted.site.name) if current.over else None
-        if made is not None:
-            if made[1] is group:
-                return self._made(group, current, x, u, None)
-            check_learns(made[0], hosted.gate)
-            return made[0]
-        if hosted.value is None or hosted.step != current.step:
-            hosted.step, hosted.value, hosted.seen = current.step, self._new_value(group, current, x, u), current
-        elif not gate.constant and group.stream != hosted.site.stream:
-            self._streams.check_shared()
-        return hosted.value
-
-    def _new_value(self, group: HostedGroup, current: Pass, x: Tensor, u: Tensor) -> Tensor:
-        """The value in a new pass, which may go on from a prompt. Raises: RunError if it is not known from which."""
-        hosted, gate = group.site, group.site.gate
-        if gate.constant or current.past == 0 or hosted.site.stream != "decoder" or not gate.remembers:
-            if not gate.constant and gate.remembers and gate.per_sequence and hosted.site.stream == "decoder":
-                check_whole(current)
-            value = self._made(group, current, x, u, None)
-            hosted.origin = current.trace
-        else:
-            check_continues(current, hosted.origin, fixed=gate.per_sequence)
-            if gate.per_sequence and hosted.value is not None:
-                return hosted.value  # computed at prefill, then constant
-            assert hosted.last is not None
-            value = self._made(group, current, x, u, rolled_back(hosted.state, hosted.last, current.trace.start))
-        hosted.last = current.trace
-        return value
-
-    def _made(
-        self, group: HostedGroup, current: Pass, x: Tensor, u: Tensor, state: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """The gate's value for the entry's input x; it is noted in the pass if a backward pass may follow."""
-        hosted, gate, keep = group.site, group.site.gate, self._keep_on(group.device)
-        hosted.move(group.device)
-        if gate.constant:
-            value: Tensor = gate(None, keep)
-        else:
-            if gate.reads_entry(memory=hosted.site.stream == "decoder" and current.memory is not None):
-                self._check_entry(group)
-            reading = self._streams.reading(hosted.site, x, u, state, gate=gate, first=group.first)
-            move_reading(reading, group.device)
-            value = gate(reading, keep)
-            if not current.over:
-                hosted.state = reading.state
-        if current.learning:
-            current.values[hosted.site.name] = value, group
-        return value
-
-    def _keep_on(self, device: torch.device) -> Tensor | None:
-        """The mask on this device, copied to it once."""
-        if self._keep is None or device.type in ("cpu", "meta"):
-            return self._keep
-        if device not in self._keeps:
-            with torch.inference_mode(False):
-                self._keeps[device] = self._keep.to(device)
-        return self._keeps[device]
-
-    def _check_entry(self, group: HostedGroup) -> None:
-        """Raises: RunError if the model calls the layers of a site in another order than that of its modules: then the
-        gate would read another layer's input than that which it is defined by."""
-        entry = group.site.site.entry.matrices[0]
-        elsewhere = entry in self._fused or routed(entry) or group.stream != group.site.site.stream
-        if group.place and not elsewhere:
-            what = f"its gate reads the input of {entry}, and the model calls {group.name} before"
-            remedy = "Use --granularity matrix, or LoRAs that do not adapt one of them."
-            raise RunError(group.site.site.name, what, remedy)
-
     def _begin(self) -> bool:
         """Drops what an earlier pass left; whether the axes of an input are still to be found out."""
         self._forget()
         return any(group.first is None and not group.site.gate.constant for group in self._groups)
-
-    def _fixed(self, hosted: HostedSite) -> Tensor | None:
-        """[N], the weights of a site whose gate does not read the input, in this pass; None if all experts are off."""
-        if self._off:
-            return None
-        step = self._streams.of(hosted.site).step
-        if hosted.value is None or hosted.step != step:
-            device = hosted.tensors[0].device if hosted.tensors else torch.device("cpu")
-            hosted.step, hosted.value = step, hosted.gate(None, self._keep_on(device))
-        return hosted.value
-
-    def _for_rows(self, hosted: HostedSite, rows: int) -> Tensor | None:
-        """[rows, N], the weights of the site's gate in this pass for a module's input; None if all experts are off."""
-        if self._off or self._streams.probing:
-            return None
-        current, size = self._streams.of(hosted.site), self._streams.axes(hosted.site.stream)
-        if hosted.value is None or hosted.step != current.step or size is None:
-            what = "its gate is computed at a layer that has not run yet in this pass"
-            raise RunError(hosted.site.name, what, "Use a mode with fixed weights.")
-        return by_row(hosted.value, rows, size[0] * size[1], hosted.site.name)
 
     def _forget(self) -> None:
         for live in self._parameters:  # an interrupted pass may have left some inside a module
@@ -445,19 +347,6 @@ class Mixture:
         for group in self._groups:
             if group.x is not None:
                 group.forget()
-
-    def _means(self) -> Iterator[tuple[str, Tensor]]:
-        for name, hosted in self._hosted.items():
-            if hosted.value is None:
-                continue
-            value = hosted.value
-            valid = None if hosted.seen is None or value.dim() < 3 else _valid(hosted.seen, hosted.site)
-            if value.dim() == 3 and valid is None:
-                value = value.mean(1)
-            elif valid is not None:
-                weight = valid.unsqueeze(-1).to(value.dtype)
-                value = (value * weight).sum(1) / weight.sum(1).clamp_min(1)
-            yield name, value if value.dim() == 2 else value.unsqueeze(0)
 
 
 def _on_rows(rows: slice, hook: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -468,10 +357,6 @@ def _on_rows(rows: slice, hook: Callable[..., Tensor | None]) -> Callable[..., T
         return None if new is None else torch.cat([y[..., : rows.start], new, y[..., rows.stop :]], dim=-1)
 
     return part
-
-
-def _valid(seen: Pass, site: Site) -> Tensor | None:
-    return seen.memory_valid if site.stream == "memory" else seen.valid
 
 
 def switch(mixture: Mixture, *, mask: tuple[str, ...], only: tuple[str, ...]) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ class _Part:
     def _explain(self) -> None:
         """Raises: RunError if a matrix was bypassed, and not merely skipped together with the module around it."""
         missed = [matrix for matrix, mark in self.matrices.items() if not mark.seen and not self._cached(matrix)]
-        idle = [matrix for matrix in missed if self._skipped(matrix)]
+        idle = [matrix for matrix in missed if matrix in self.optional or self._skipped(matrix)]
         if len(idle) == len(self.matrices):  # not one layer was called: then it was not for its input
             idle = [matrix for matrix in idle if matrix in self.optional]
         bypassed = [matrix for matrix in missed if matrix not in idle]
@@ -149,5 +149,5 @@ def _bypassed(matrices: Sequence[str], total: int) -> RunError:
     else:
         some = f"{len(matrices)} of the {total} matrices that the LoRAs adapt were bypassed, such as {matrices[0]}"
         what = f"{some}: the model computed with them in another way than by calling them"
-    remedy = "Undo what replaces these calls (fused or compiled layers, custom kernels), then attach the LoRAs again."
+    remedy = "Undo what replaces these calls (fused layers, custom kernels) and attach again, or adapt other matrices."
     return RunError("mixture", f"{what}, so the LoRAs had no effect there", remedy)

@@ -46,12 +46,13 @@ class HostedSite:
         self.owner: dict[torch.device, Tensor] = {}  # the same as one tensor, on each device that needs it
         self.ranks: list[int] = []  # the number of ranks of each group
         self.expanded: dict[Any, Any] = {}  # see `by_rank`
+        self.first: HostedGroup | None = None  # the group that the model calls first
         self.tensors = (*gate.parameters(), *gate.buffers())
 
     def open(self) -> None:
         """For a new attachment: without groups, and without gate values, which belong to earlier prompts."""
         self.owners, self.ranks, self.owner, self.expanded = [], [], {}, {}
-        self.step, self.value, self.origin = -1, None, None
+        self.step, self.value, self.origin, self.first = -1, None, None, None
 
     def move(self, device: torch.device) -> None:
         """Moves the gate to where its input is. In place: sites can share a gate, and an optimizer can hold it."""

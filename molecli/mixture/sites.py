@@ -16,7 +16,7 @@ from torch import nn
 
 from molecli.protocols import Granularity, Group, Shape, Site, Stream
 
-_CROSS = ("EncDecAttention", "encoder_attn", "cross_attn", "crossattention")
+_CROSS = re.compile(r"cross|EncDecAttention|encoder_(decoder_)?att", re.IGNORECASE)  # in the names of cross-attentions
 _KEYS_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value", "to_k", "to_v")
 # Leaf modules that read the same tensor if they have the same parent.
 _SIBLINGS = (
@@ -44,7 +44,7 @@ def stream_of(matrix: str, *, seq2seq: bool) -> Stream:
 def is_cross_key_or_value(matrix: str) -> bool:
     """Whether it computes keys or values of cross-attention, from the encoder's tokens."""
     *around, leaf = matrix.split(".")
-    return leaf in _KEYS_VALUES and any(name in _CROSS for name in around)
+    return leaf in _KEYS_VALUES and any(_CROSS.search(name) for name in around)
 
 
 def make_sites(

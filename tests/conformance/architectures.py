@@ -269,7 +269,6 @@ _ENCODER_DECODERS = [
     _seq2seq("bigbird_pegasus", **_BART, attention_type="original_full"),
     _seq2seq(
         "led",
-        leave="_global",
         **{**_BART, "max_position_embeddings": None},
         max_encoder_position_embeddings=128,
         max_decoder_position_embeddings=128,
