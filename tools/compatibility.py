@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+
 from tests.conformance.architectures import ARCHITECTURES
 from tests.conformance.cells import Cell, cells_of
 from tests.conformance.pipelines import PIPELINE_WAYS, ROWS, Pipeline, pipeline_cells
