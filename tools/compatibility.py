@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
@@ -45,11 +46,13 @@ def _quiet() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    transformers.logging.disable_progress_bar()
 
 
 def rows(chosen: Mapping[str, Sequence[str]], processes: int) -> Iterator[tuple[str, Row]]:
     """Each row as soon as it is computed. chosen: {row: its ways}."""
     if processes == 1:
+        _quiet()
         yield from ((name, compute(name, ways)) for name, ways in chosen.items())
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet) as pool:

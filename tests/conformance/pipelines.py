@@ -128,16 +128,10 @@ def one_lora_at_a_time(row: Pipeline, mode: str | None) -> Pairs:
 def batched(row: Pipeline, mode: str | None) -> Pairs:
     """Two prompts at once are one after the other."""
     prompts, seeds = [PROMPT, "a dog by night"], [0, 1]
-    at_once = row.drawn(mode, seed=seeds, prompt=prompts, **{k: _twice(k, v) for k, v in row.call.keywords.items()})
+    pictures = {name: [one, one] for name, one in row.call.keywords.items() if isinstance(one, Image.Image)}
+    at_once = row.drawn(mode, seed=seeds, prompt=prompts, **pictures)
     alone = [row.drawn(mode, seed=seed, prompt=prompt) for seed, prompt in zip(seeds, prompts, strict=True)]
     yield at_once, torch.cat(alone)
-
-
-def _twice(name: str, value: Any) -> Any:
-    """An input of the pipeline's call for two prompts."""
-    if name == "ip_adapter_image_embeds":
-        return [part.repeat_interleave(2, 0) for part in value]
-    return [value, value] if isinstance(value, Image.Image) else value
 
 
 def masked(row: Pipeline, mode: str | None) -> Pairs:
