@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Pipeline:
         # Of the text encoders the methods on the UNet's outputs take a mean, which diffusers has not.
         self.loras_of_unet = written(experts(pipe, in_unet), folder / "unet")
         self.base = self.call(pipe)
+        self._kept: dict[tuple[str, ...], Tensor] = {}
 
     def anew(self) -> tuple[Any, Callable[..., Tensor]]:
         """The pipeline, the same at each call, and its call."""
@@ -67,6 +69,16 @@ class Pipeline:
         randomise(mixture, sharpness=1.0)
         return mixture
 
+    def kept(self, make: Callable[[], Tensor], *key: str) -> Tensor:
+        """What `make` gives, computed once for this key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def plain(self, mode: str | None) -> Tensor:
+        """What a new pipeline draws in this mode."""
+        return self.base if mode is None else self.kept(lambda: self.drawn(mode), "plain", mode)
+
     def drawn(self, mode: str | None, change: Callable[[Any], None] = lambda pipe: None, **inputs: Any) -> Tensor:
         """What a new pipeline draws, changed before the LoRAs are attached."""
         pipe, call = self.anew()
@@ -77,7 +89,7 @@ class Pipeline:
 
 def as_diffusers(row: Pipeline, mode: str | None, **inputs: Any) -> Pairs:
     """The weighted sum is that of diffusers' own LoRAs."""
-    expected = row.call(summed(row.anew()[0], row.loras), **inputs)
+    expected = row.kept(lambda: row.call(summed(row.anew()[0], row.loras), **inputs), "sum", repr(inputs))
     if close(expected, row.base, 1e-3):
         raise AssertionError("diffusers' own LoRAs change nothing")
     yield expected if mode is None else row.drawn(mode, **inputs), expected
@@ -120,9 +132,10 @@ def _fold(row: Pipeline, pipe: Any, weights: Mapping[str, Tensor] | None) -> Non
 
 def one_lora_at_a_time(row: Pipeline, mode: str | None) -> Pairs:
     """Methods on the UNet's outputs are one LoRA of diffusers at a time."""
-    combine = mean if mode == "composite" else lambda outputs, step: outputs[step % len(outputs)]
-    expected = row.call(one_at_a_time(row.anew()[0], row.loras_of_unet, combine))
-    yield expected if mode is None else row.drawn(mode), expected
+    combine = (lambda outputs, step: outputs[step % len(outputs)]) if mode == "switch" else mean
+    made = partial(one_at_a_time, row.anew()[0], row.loras_of_unet, combine)
+    expected = row.kept(lambda: row.call(made()), "one at a time", str(mode == "switch"))
+    yield expected if mode is None else row.plain(mode), expected
 
 
 def batched(row: Pipeline, mode: str | None) -> Pairs:
@@ -163,12 +176,12 @@ def offloaded(row: Pipeline, mode: str | None) -> Pairs:
             if isinstance(part, nn.Module):
                 accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
 
-    yield row.drawn(mode, sequential), row.drawn(mode)
+    yield row.drawn(mode, sequential), row.plain(mode)
 
 
 def fused(row: Pipeline, mode: str | None) -> Pairs:
     """Queries, keys and values in one layer change nothing."""
-    yield row.drawn(mode, lambda pipe: pipe.unet.fuse_qkv_projections()), row.drawn(mode)
+    yield row.drawn(mode, lambda pipe: pipe.unet.fuse_qkv_projections()), row.plain(mode)
 
 
 def compiled(row: Pipeline, mode: str | None) -> Pairs:
@@ -178,7 +191,7 @@ def compiled(row: Pipeline, mode: str | None) -> Pairs:
         torch._dynamo.reset()
         pipe.unet.compile(backend="eager")
 
-    yield row.drawn(mode, compile_unet), row.drawn(mode)
+    yield row.drawn(mode, compile_unet), row.plain(mode)
 
 
 @dataclass(frozen=True)
