@@ -1,6 +1,6 @@
 """A cell of the table: a way of calling an architecture in one mode is exact, refused, or nothing the base does.
 
-Contents: Cell, cells_of.
+Contents: Cell, tried, cells_of.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def off(pairs: Iterable[tuple[Tensor, Tensor]], tolerance: float) -> str:
     return f"off by {worst:.1e}" if worst > tolerance else ""
 
 
-def _tried(pairs: Pairs, tolerance: float) -> tuple[State, str]:
+def tried(pairs: Pairs, tolerance: float) -> tuple[State, str]:
+    """The state and words of a cell with these pairs (result, expected)."""
     try:
         words = off(pairs, tolerance)
     except UserError as error:
@@ -67,7 +68,7 @@ def cells_of(subject: Subject, way: str, modes: Sequence[str] = tuple(MODES)) ->
         warnings.simplefilter("ignore")
         if way == EXACT:
             return {mode: _cleaned(subject, _exactness(subject, mode)) for mode in modes}
-        state, words = _tried(WAYS[way].run(Call(subject, None)), BASE_TOLERANCE)
+        state, words = tried(WAYS[way].run(Call(subject, None)), BASE_TOLERANCE)
         if state != "exact":
             return {"base": Cell("base", words)}
         return {mode: _cleaned(subject, _in_mode(subject, way, mode)) for mode in modes if mode in WAYS[way].modes}
@@ -82,7 +83,7 @@ def _in_mode(subject: Subject, way: str, mode: str) -> Cell:
         with nullcontext() if WAYS[way].attaches else subject.mixed(mode):
             yield from WAYS[way].run(Call(subject, mode))
 
-    return Cell(*_tried(pairs(), TOLERANCE))
+    return Cell(*tried(pairs(), TOLERANCE))
 
 
 def _exactness(subject: Subject, mode: str) -> Cell:
@@ -108,7 +109,7 @@ def _exactness(subject: Subject, mode: str) -> Cell:
             if not torch.equal(call.logits(**batch), logits):
                 raise AssertionError("after a mask it is not what it was")
 
-    state, words = _tried(pairs(), FIXED_TOLERANCE)
+    state, words = tried(pairs(), FIXED_TOLERANCE)
     if not torch.equal(subject.base_logits(batch), before):
         return Cell("wrong", "the base is not restored")
     return Cell(state, words)

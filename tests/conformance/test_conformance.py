@@ -6,13 +6,15 @@ A spread of the cells runs always; all of them are `slow`. `python -m tools.comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.conformance.architectures import ARCHITECTURES
 from tests.conformance.cells import EXACT, Cell, cells_of
+from tests.conformance.pipelines import PIPELINE_WAYS, ROWS, Pipeline, pipeline_cells
 from tests.conformance.subject import FIXED, MODES, Subject
-from tests.conformance.table import PAGE, columns, modes_of, parse, render, shared_words
+from tests.conformance.table import PAGE, columns, columns_of, modes_of, parse, render, shared_words
 from tests.conformance.ways import WAYS
 
 QUICK = [name for name in columns() if name not in WAYS or not WAYS[name].costly]
@@ -73,17 +75,40 @@ def test_every_cell_of_an_architecture_is_what_the_page_says(name: str, subject_
         check(cells_of(subject_of(name), way), promised.get((name, way)))
 
 
-def test_the_page_has_every_architecture_and_way(promised: dict) -> None:
-    assert set(promised) == {(name, way) for name in ARCHITECTURES for way in columns()}
+def pipeline_spread() -> list[tuple[str, str, str]]:
+    """(pipeline, way, mode): every pipeline once, and every way that is not costly in all its modes over the whole."""
+    cells = [(way, mode) for way, row in PIPELINE_WAYS.items() for mode in row.modes if not row.costly]
+    return [(name, *cells[i % len(cells)]) for i, name in enumerate([*ROWS, *ROWS][: max(len(ROWS), len(cells))])]
+
+
+@pytest.mark.parametrize(("name", "way", "mode"), pipeline_spread())
+def test_a_spread_of_the_cells_of_pipelines_is_what_the_page_says(
+    name: str, way: str, mode: str, tmp_path: Path, promised: dict
+) -> None:
+    check(pipeline_cells(Pipeline(name, tmp_path), way, (mode,)), promised.get((name, way)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_every_cell_of_a_pipeline_is_what_the_page_says(name: str, tmp_path: Path, promised: dict) -> None:
+    row = Pipeline(name, tmp_path)
+    for way in PIPELINE_WAYS:
+        check(pipeline_cells(row, way), promised.get((name, way)))
+
+
+def test_the_page_has_every_row_and_way(promised: dict) -> None:
+    assert set(promised) == {(name, way) for name in (*ARCHITECTURES, *ROWS) for way in columns_of(name)}
     assert len(ARCHITECTURES) >= 50
 
 
-def results(**cells: Cell) -> dict[tuple[str, str], dict[str, Cell]]:
-    """All cells exact but those of Llama's first way."""
+def results(row: str = "llama", way: str = next(iter(WAYS)), **cells: Cell) -> dict[tuple[str, str], dict[str, Cell]]:
+    """All cells exact but those of one row and way."""
     every = {
-        (name, way): {mode: Cell("exact") for mode in modes_of(way)} for name in ARCHITECTURES for way in columns()
+        (name, way): {mode: Cell("exact") for mode in modes_of(way)}
+        for name in (*ARCHITECTURES, *ROWS)
+        for way in columns_of(name)
     }
-    return {**every, ("llama", next(iter(WAYS))): dict(cells)}
+    return {**every, (row, way): dict(cells)}
 
 
 def test_a_page_is_read_as_it_was_written() -> None:
@@ -94,6 +119,9 @@ def test_a_page_is_read_as_it_was_written() -> None:
     assert parse(render(made)) == made
     made = results(base=Cell("base"))
     assert parse(render(made)) == made
+    for cells in ({"linear": Cell("refused", "gates: no."), "cat": Cell("exact")}, {"base": Cell("base")}):
+        made = results("sd_pag", "scaled", **cells)
+        assert parse(render(made)) == made
 
 
 def test_there_is_no_sign_for_a_wrong_cell() -> None:

@@ -7,7 +7,7 @@ other networks, picture embeddings, further channels. All are built of the parts
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -26,12 +26,13 @@ SIDE = 16
 FRAMES = 3
 
 
-def draw(pipe: Any, seed: int = 0, **inputs: Any) -> Tensor:
-    """The latents (or frames) that the pipeline's own call makes of these inputs."""
+def draw(pipe: Any, seed: int | Sequence[int] = 0, **inputs: Any) -> Tensor:
+    """The latents (or frames) that the pipeline's own call makes of these inputs; several seeds for a batch."""
+    generators = [torch.Generator().manual_seed(one) for one in ([seed] if isinstance(seed, int) else seed)]
     inputs = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"} | inputs
     inputs = {name: value for name, value in inputs.items() if value is not None}
     with torch.no_grad():
-        made = pipe(generator=torch.Generator().manual_seed(seed), **inputs)
+        made = pipe(generator=generators[0] if isinstance(seed, int) else generators, **inputs)
     found = made.images if "images" in made else made.frames
     return found if isinstance(found, Tensor) else torch.as_tensor(found)
 

@@ -3,22 +3,19 @@ gates do not mix rows, and what cannot be known of a pipeline is refused by name
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gates import close, randomise
+from pipeline_loras import WEIGHTS, experts, in_unet, one_at_a_time, summed, written
 from pipeline_shapes import SHAPES, load_ip_adapter
-from tiny_pipelines import make_expert
 from torch import Tensor
 
-from molecli.adapters import write_diffusers
-from molecli.bases.pipeline import PipelineModules, pipeline_matrices
+from molecli.bases.pipeline import PipelineModules
 from molecli.config import GateConfig
 from molecli.errors import RunError
-from molecli.experts import Expert
 from molecli.functional.fingerprint import fingerprint, same_base
 from molecli.mixture.attach import attach
 from molecli.mixture.build import build_mixture
@@ -29,36 +26,11 @@ SPREAD = ("sdxl_controlnet", "sdxl_t2i_adapter", "sd_ip_adapter", "sd_pag", "ani
 EVERY = pytest.mark.parametrize(
     "shape", [pytest.param(name, marks=() if name in SPREAD else pytest.mark.slow) for name in SHAPES]
 )
-WEIGHTS = {"a": 0.8, "b": 0.5}
 PERTURBED = [name for name in SHAPES if "pag" in name]
 # Their rows are other than halves, or not known.
 PARTS = [*PERTURBED, "sd_pix2pix", "sdxl_pix2pix", "sd_upscale"]
 # diffusers cannot load LoRAs into it at all.
 WITHOUT_LORAS = ("sd_t2i_adapter",)
-
-
-def adaptable(pipe: Any) -> dict[str, tuple[int, ...]]:
-    """Without the layers that PEFT's own LoRAs break on (they are called by keyword), and those of an IP-Adapter."""
-    matrices = pipeline_matrices(PipelineModules(pipe))
-    apart = (".processor.", "encoder_hid_proj")
-    return {
-        name: shape
-        for name, shape in matrices.items()
-        if not any(part in name for part in apart)
-        and not ("motion_modules" in name and name.endswith(("proj_in", "proj_out")))
-    }
-
-
-def experts(pipe: Any, keep: Callable[[str], bool] = lambda matrix: True) -> list[Expert]:
-    return [make_expert(name, adaptable(pipe), seed=i, scale=0.1, keep=keep) for i, name in enumerate(WEIGHTS)]
-
-
-def written(found: list[Expert], folder: Path) -> dict[str, str]:
-    return {one.name: str(write_diffusers(folder / one.name, one.factors)) for one in found}
-
-
-def in_unet(matrix: str) -> bool:
-    return matrix.startswith("unet.")
 
 
 @EVERY
@@ -69,11 +41,7 @@ def test_a_sum_equals_diffusers_also_with_a_scale_of_the_call(shape: str, scale:
     pipe, call = SHAPES[shape]()
     base, folders = call(pipe), written(experts(pipe), tmp_path)
     inputs = {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
-    other, _ = SHAPES[shape]()
-    for name, folder in folders.items():
-        other.load_lora_weights(folder, adapter_name=name)
-    other.set_adapters(list(WEIGHTS), list(WEIGHTS.values()))
-    expected = call(other, **inputs)
+    expected = call(summed(SHAPES[shape]()[0], folders), **inputs)
     assert not close(expected, base, 1e-3)
     with attach(pipe, loras=folders, mode="linear", weights=WEIGHTS):
         assert close(call(pipe, **inputs), expected, 1e-5)
@@ -86,33 +54,11 @@ def test_composite_equals_one_lora_at_a_time_by_diffusers(shape: str, tmp_path: 
         pytest.skip("diffusers' pipeline takes no LoRAs")
     pipe, call = SHAPES[shape]()
     folders = written(experts(pipe, in_unet), tmp_path)
-    expected = call(averaged(SHAPES[shape]()[0], folders))
+    expected = call(one_at_a_time(SHAPES[shape]()[0], folders))
     with attach(pipe, loras=folders, mode="composite") as mixture:
         assert close(call(pipe), expected, 1e-5)
         mixture.branches_at_once = 1  # type: ignore[attr-defined]
         assert close(call(pipe), expected, 1e-5)
-
-
-def averaged(pipe: Any, folders: dict[str, str]) -> Any:
-    """The pipeline with a UNet that runs once for each LoRA, and gives the mean."""
-    for name, folder in folders.items():
-        pipe.load_lora_weights(folder, adapter_name=name)
-    forward = pipe.unet.forward
-
-    def alone(name: str, *args: Any, **kwargs: Any) -> Any:
-        pipe.unet.set_adapters([name], [1.0])
-        # The UNet takes residuals out of the lists that it is given.
-        kwargs = {key: list(value) if isinstance(value, list) else value for key, value in kwargs.items()}
-        return forward(*args, **kwargs)
-
-    def mean(*args: Any, **kwargs: Any) -> Any:
-        outputs = [alone(name, *args, **kwargs) for name in folders]
-        if isinstance(outputs[0], tuple):
-            return (sum(output[0] for output in outputs) / len(outputs),)
-        return type(outputs[0])(sample=sum(output.sample for output in outputs) / len(outputs))
-
-    pipe.unet.forward = mean
-    return pipe
 
 
 @EVERY
