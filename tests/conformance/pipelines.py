@@ -184,16 +184,6 @@ def fused(row: Pipeline, mode: str | None) -> Pairs:
     yield row.drawn(mode, lambda pipe: pipe.unet.fuse_qkv_projections()), row.plain(mode)
 
 
-def compiled(row: Pipeline, mode: str | None) -> Pairs:
-    """A UNet compiled before the LoRAs are attached changes nothing."""
-
-    def compile_unet(pipe: Any) -> None:
-        torch._dynamo.reset()
-        pipe.unet.compile(backend="eager")
-
-    yield row.drawn(mode, compile_unet), row.plain(mode)
-
-
 @dataclass(frozen=True)
 class PipelineWay:
     """head: of the column; run: (row, mode; None for the base) -> pairs; modes: in which it is tried."""
@@ -201,7 +191,6 @@ class PipelineWay:
     head: str
     run: Callable[[Pipeline, str | None], Pairs]
     modes: Sequence[str]
-    costly: bool = False
 
 
 _EACH_KIND = ("linear", "soup", "gated/layer", "gated/token", "composite")
@@ -214,7 +203,6 @@ PIPELINE_WAYS: Mapping[str, PipelineWay] = {
     "masked": PipelineWay("masks and leaving", masked, tuple(MODES)),
     "offloaded": PipelineWay("offloaded", offloaded, _EACH_KIND),
     "fused": PipelineWay("fused projections", fused, _EACH_KIND),
-    "compiled_unet": PipelineWay("UNet compiled before", compiled, ("linear", "gated/layer"), costly=True),
 }
 
 
