@@ -26,6 +26,7 @@ from molecli.experts import ExpertBank
 from molecli.functional.wrapped import device_of
 from molecli.mixture.branched import BranchedGroup, Branches
 from molecli.mixture.call_scale import called_scale
+from molecli.mixture.caller import calling_pipeline
 from molecli.mixture.mixture import Mixture, Update
 from molecli.mixture.streams import Streams
 from molecli.mixture.unet_rows import RowModules, copied, guided, repeated
@@ -180,7 +181,7 @@ class Branching(Mixture):
         """The call with these arguments; advances the clock."""
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        pipe = self.pipeline.pipe
+        pipe = calling_pipeline(self.pipeline.pipe)
         moment = self._clock.moment(getattr(pipe, "scheduler", None), timestep, guided(pipe, len(sample)), pipe)
         weights = self.method.branches(moment, self._kept)
         at_once = min(self.branches_at_once or len(weights), len(weights))

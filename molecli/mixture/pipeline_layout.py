@@ -11,7 +11,7 @@ every other, with padding (CLIP is trained to read it), so all positions count i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from molecli.bases.pipeline import PipelineModules, idle_matrices, in_call_order
 from molecli.catalog.methods import SUM, Kind
 from molecli.errors import RunError, UsageError
 from molecli.mixture.call_scale import TextScale, called_scale
+from molecli.mixture.caller import calling_pipeline
 from molecli.mixture.sites import as_registered, block_of, groups_of, layer_of
 from molecli.mixture.streams import Pass, Streams, outside
 from molecli.mixture.unet_rows import RowModules
@@ -227,6 +228,14 @@ class PipelineStreams:
         what = f"each row of the call has its own gate, and rows are split: {why}"
         raise RunError("gates", what, f"Use a mode with the same weights for every row, such as {SUM}.")
 
+    def _unet_scale(self, kwargs: Mapping[str, Any]) -> float:
+        """The call's factor. Raises: RunError if another pipeline calls, whose text encoders it does not reach."""
+        scale, pipe = called_scale(kwargs), self.model.pipe
+        if scale != 1.0 and pipe is not None and self.model.text_encoders and calling_pipeline(pipe) is not pipe:
+            what = "a scale reaches the text encoders only in the pipeline that the LoRAs are attached to"
+            raise RunError("pipeline", what, "Attach the LoRAs to the pipeline that you call.")
+        return scale
+
     def _begin(self, name: str, on_pass: Callable[[], Any]) -> Callable[..., None]:
         rows_of = ("sample", "input_ids")[name != "unet"]
         modules = RowModules(self.model.get_submodule(name))
@@ -236,7 +245,7 @@ class PipelineStreams:
             given = args[0] if args else kwargs.get(rows_of)
             shape = tuple(given.shape) if isinstance(given, Tensor) else (None,)
             rows, frames = shape[0], shape[2] if len(shape) == 5 else None
-            scale = called_scale(kwargs) if name == "unet" else self._text_scale
+            scale = self._unet_scale(kwargs) if name == "unet" else self._text_scale
             self.passes[name] = PartPass(
                 self.passes[name].step + 1,
                 learning=torch.is_grad_enabled(),
