@@ -9,11 +9,12 @@ Contents: run_eagerly.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 
-_holders: set[int] = set()
+_holders: weakref.WeakSet[_Eager] = weakref.WeakSet()
 _stance: Any = None  # torch's own context, which knows the stance from before
 
 
@@ -24,14 +25,19 @@ class _Eager:
         global _stance
         if not _holders:
             _stance = torch.compiler.set_stance("force_eager")
-        _holders.add(id(self))
+        _holders.add(self)
+        weakref.finalize(self, _release)  # a mixture may be dropped without being detached
 
     def remove(self) -> None:
-        global _stance
-        _holders.discard(id(self))
-        if not _holders and _stance is not None:
-            _stance.__exit__(None, None, None)
-            _stance = None
+        _holders.discard(self)
+        _release()
+
+
+def _release() -> None:
+    global _stance
+    if not _holders and _stance is not None:
+        _stance.__exit__(None, None, None)
+        _stance = None
 
 
 def run_eagerly() -> _Eager:

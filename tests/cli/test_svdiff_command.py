@@ -48,6 +48,7 @@ def test_a_plan_counts_the_singular_values(mole: Mole, trained: Trained, tmp_pat
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*are the same LoRA")
 def test_loras_takes_its_folder_and_its_file(mole: Mole, trained: Trained, tmp_path: Path) -> None:
     file, shared = trained.folder / "svdiff.safetensors", ("--base", trained.base, "--device", "cpu")
     composed = tmp_path / "c"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from molecli.mixture import uncompiled
 from molecli.mixture.layout import host_of
 from molecli.mixture.uncompiled import run_eagerly
 from tests.helpers.language_bases import LLAMA, prompts, random_base, random_mixture
@@ -17,6 +18,13 @@ from tests.helpers.language_bases import LLAMA, prompts, random_base, random_mix
 IDS, MASK = prompts()
 ENDS = ("q_proj", "up_proj")
 BACKEND = "eager"  # dynamo traces and guards, and needs no C++ compiler
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> None:
+    """Nothing that an earlier test left attached counts."""
+    for left in list(uncompiled._holders):
+        left.remove()
 
 
 def wrapped(model: Any) -> Any:
