@@ -83,6 +83,7 @@ def test_a_model_compiled_while_attached_is_the_base_afterwards() -> None:
         torch.testing.assert_close(compiled(input_ids=IDS).logits, base, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow  # run apart: others in one process may switch torch.compile off
 @pytest.mark.usefixtures("_compiler")
 def test_the_last_to_leave_gives_the_stance_back() -> None:
     calls: list[int] = []
@@ -105,6 +106,7 @@ def test_the_last_to_leave_gives_the_stance_back() -> None:
     assert runs_compiled()
 
 
+@pytest.mark.slow  # run apart: others in one process may switch torch.compile off
 @pytest.mark.usefixtures("_compiler")
 def test_an_error_on_entering_leaves_nothing_behind() -> None:
     model = random_base("llama", **{**LLAMA, "num_hidden_layers": 1})
