@@ -14,6 +14,8 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from molecli.mixture.covered import Covered
+
 
 def called_scale(kwargs: Mapping[str, Any]) -> float:
     """The factor on the LoRAs' updates in a UNet call, as diffusers reads it for its own: `cross_attention_kwargs`."""
@@ -29,7 +31,7 @@ class TextScale(RemovableHandle):
 
     def __init__(self, pipe: Any, note: Callable[[float], None]) -> None:
         super().__init__(OrderedDict())
-        self._pipe, self._before, self._attached = pipe, pipe.__dict__.get("encode_prompt"), True
+        self._attached = True
         encode, arguments = pipe.encode_prompt, signature(pipe.encode_prompt)
         takes_loras = hasattr(pipe, "load_lora_weights")  # the others ignore the factor
 
@@ -44,14 +46,8 @@ class TextScale(RemovableHandle):
             finally:
                 note(1.0)
 
-        self._noting = noting
-        pipe.encode_prompt = noting
+        self._covered = Covered(pipe, "encode_prompt", noting)
 
     def remove(self) -> None:
-        self._attached = False
-        if self._pipe.__dict__.get("encode_prompt") is not self._noting:
-            return  # another mixture has covered it since, and calls through it
-        if self._before is None:
-            del self._pipe.encode_prompt
-        else:
-            self._pipe.encode_prompt = self._before
+        self._attached = False  # another mixture that has covered it since calls through it
+        self._covered.remove()

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from molecli.errors import RunError
+from molecli.mixture.covered import Covered
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Generations:
     def current(self) -> Generation | None:
         return self.running[-1] if self.running else None
 
-    def watch(self, model: nn.Module, *, pools: bool) -> list[_Removable]:
+    def watch(self, model: nn.Module, *, pools: bool) -> list[Covered]:
         """Notes calls of the model's `generate`, if it has one, until the handles are removed.
 
         pools: whether gates average over tokens. Then `generate_batch` is refused, whose threads would only log it.
@@ -69,23 +70,10 @@ class Generations:
             what = "generate_batch packs several sequences into one row, and gates weigh LoRAs for each sequence"
             raise RunError("generation", what, "Call model.generate, or use gates with --pool token.")
 
-        watched = [_Removable(model, "generate", types.MethodType(generate, model))]
+        watched = [Covered(model, "generate", types.MethodType(generate, model))]
         if pools and hasattr(model, "generate_batch"):
-            watched.append(_Removable(model, "generate_batch", refuse))
+            watched.append(Covered(model, "generate_batch", refuse))
         return watched
-
-
-class _Removable:
-    """A method of one object, until it gets its own back."""
-
-    def __init__(self, model: nn.Module, name: str, method: Any) -> None:
-        self._model, self._name, self._before = model, name, vars(model).get(name)
-        setattr(model, name, method)
-
-    def remove(self) -> None:
-        vars(self._model).pop(self._name, None)
-        if self._before is not None:
-            setattr(self._model, self._name, self._before)
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -3,7 +3,7 @@
 A `PeftModel` calls the model's `forward` itself, without the hooks of the model. While experts are attached, its tuner
 calls the model instead.
 
-Contents: inside_peft, CalledWhole, called_whole.
+Contents: inside_peft, called_whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from molecli.errors import UsageError
+from molecli.mixture.covered import Covered
 
 # model -> the tuners through which a PeftModel calls it
 _TUNERS: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
@@ -37,24 +38,11 @@ def inside_peft(model: nn.Module) -> nn.Module | None:
     return inner
 
 
-class CalledWhole:
-    """A tuner's calls run the model with its hooks, until `remove` is called."""
-
-    def __init__(self, tuner: nn.Module, model: nn.Module) -> None:
-        self._tuner, self._before = tuner, tuner.__dict__.get("forward")
-        self._covering = lambda *args, **kwargs: model(*args, **kwargs)
-        tuner.forward = self._covering
-
-    def remove(self) -> None:
-        if self._tuner.__dict__.get("forward") is not self._covering:
-            return  # another mixture has covered it since, in the same way
-        if self._before is None:
-            del self._tuner.forward
-        else:
-            self._tuner.forward = self._before
-
-
-def called_whole(model: nn.Module) -> list[CalledWhole]:
+def called_whole(model: nn.Module) -> list[Covered]:
     """Lets the tuners around `model` run it with its hooks; each handle ends that for one."""
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
     tuners = [tuner for one in _TUNERS.get(model, ()) if (tuner := one()) is not None]
-    return [CalledWhole(tuner, model) for tuner in tuners if getattr(tuner, "model", None) is model]
+    return [Covered(tuner, "forward", whole) for tuner in tuners if getattr(tuner, "model", None) is model]
